@@ -1,0 +1,85 @@
+"""The floor: students that anybody has without a soft output of the teacher."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from sdbctl.attacks.base import Attack, Config
+from sdbctl.losses import cross_entropy, kd
+from sdbctl.teacher import Access
+
+
+def label_smoothing(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """CE(z, (1 − ε)·y + ε/C) (Szegedy et al., CVPR 2016); ε = 0 is plain cross-entropy."""
+    assert y is not None
+    return cross_entropy(z, y, label_smoothing=config.get("smoothing", 0.0))
+
+
+def class_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """KD from a teacher that knows nothing but the label: logits m·onehot(y).
+
+    α·τ²·KL(softmax(m·y/τ) ‖ p_S^τ) + (1 − α)·CE: the regularisation of distillation without any information
+    (compare teacher-free KD, Yuan et al., CVPR 2020).
+    """
+    assert y is not None
+    constant = config["margin"] * one_hot(y, z.shape[1]).float()
+    soft = kd(z, constant, config["temperature"])
+    return config["alpha"] * soft + (1 - config["alpha"]) * cross_entropy(z, y)
+
+
+def hard_label(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """CE(z, ŷ_T): the teacher's top-1 answers on every augmented query; with smoothing, if configured."""
+    assert answer is not None
+    return cross_entropy(z, answer, label_smoothing=config.get("smoothing", 0.0))
+
+
+def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """:func:`class_constant` with the teacher's top-1 answers in place of labels."""
+    return class_constant(z, None, answer, config)
+
+
+_CONSTANTS = tuple(
+    {"margin": margin, "temperature": temperature, "alpha": 1.0}
+    for margin, temperature in ((6.0, 4.0), (12.0, 8.0), (20.0, 20.0))
+)
+
+CROSS_ENTROPY = Attack(
+    "cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), label_smoothing
+)
+LABEL_SMOOTHING = Attack(
+    "cross-entropy on smoothed labels",
+    "Szegedy et al., CVPR 2016",
+    "floor",
+    Access.NONE,
+    True,
+    ({"smoothing": 0.1}, {"smoothing": 0.3}),
+    label_smoothing,
+)
+CLASS_CONSTANT = Attack(
+    "distillation from constant logits of the label",
+    "Yuan et al., CVPR 2020",
+    "floor",
+    Access.NONE,
+    True,
+    _CONSTANTS,
+    class_constant,
+)
+HARD_LABEL = Attack(
+    "the teacher's top-1 answers as labels",
+    "Orekondy et al., CVPR 2019 (top-1 access)",
+    "floor",
+    Access.LABELS,
+    False,
+    ({}, {"smoothing": 0.1}),
+    hard_label,
+)
+HARD_CONSTANT = Attack(
+    "distillation from constant logits of the teacher's top-1 answers",
+    "top-1 access, regularised like KD",
+    "floor",
+    Access.LABELS,
+    False,
+    _CONSTANTS,
+    hard_constant,
+)

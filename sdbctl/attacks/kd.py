@@ -1,0 +1,41 @@
+"""Distillation from soft outputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sdbctl.attacks.base import Attack, Config
+from sdbctl.losses import cross_entropy, kd
+from sdbctl.teacher import Access
+
+
+def soft_labels(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """α·τ²·KL(p_T^τ ‖ p_S^τ) + (1 − α)·CE(p_S, y) (Hinton et al., arXiv 1503.02531); α = 1 without labels."""
+    assert answer is not None
+    alpha = config["alpha"] if y is not None else 1.0
+    loss = kd(z, answer, config["temperature"])
+    return loss if y is None or alpha == 1.0 else alpha * loss + (1 - alpha) * cross_entropy(z, y)
+
+
+def _grid(alphas: tuple[float, ...]) -> tuple[Config, ...]:
+    return tuple({"temperature": tau, "alpha": alpha} for alpha in alphas for tau in (1.0, 4.0, 20.0))
+
+
+KD = Attack(
+    "distillation from soft labels",
+    "Hinton et al., arXiv 1503.02531",
+    "attack",
+    Access.PROBABILITIES,
+    True,
+    _grid((0.9, 0.5)),
+    soft_labels,
+)
+KD_UNLABELLED = Attack(
+    "distillation from soft labels alone",
+    "Hinton et al., arXiv 1503.02531",
+    "attack",
+    Access.PROBABILITIES,
+    False,
+    _grid((1.0,)),
+    soft_labels,
+)

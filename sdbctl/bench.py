@@ -1,0 +1,161 @@
+"""How fast this machine boxes and distils, beside the physical floor of each step."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import boxfile, models
+from sdbctl.attacks import ATTACKS
+from sdbctl.box import BoxConfig, box_step, plain_step
+from sdbctl.boxfile import Metadata
+from sdbctl.data import Batch, Preprocess
+from sdbctl.key import Key
+from sdbctl.objectives import OBJECTIVES
+from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
+from sdbctl.training import Engine, Step, synchronise
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured step.
+
+    Attributes:
+        name: What was timed.
+        images_per_second: Median rate.
+        floor_steps: Its floor in plain training steps, or None.
+        ratio: Time over the floor's time, or over what ``against`` names.
+        against: What the ratio compares with.
+    """
+
+    name: str
+    images_per_second: float
+    ratio: float | None = None
+    against: str = ""
+
+
+def measure(
+    arch: str,
+    student: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    batch_size: int,
+    engine: Engine,
+    rounds: int = 7,
+) -> list[Timing]:
+    """Time steps in turn, round after round, so that a drifting machine speed hits all alike.
+
+    Args:
+        arch: Network to box.
+        student: Student to distil.
+        shape: Images (C, H, W).
+        classes: Number of classes.
+        batch_size: Images per step.
+        engine: Device and precision.
+        rounds: How often each is timed; the median counts.
+    """
+    net = models.build(arch, classes, shape[0])
+    preprocess = Preprocess((0.5,) * shape[0], (0.5,) * shape[0], shape)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, *shape, generator=generator).to(
+        engine.device, memory_format=torch.channels_last
+    )
+    y = torch.randint(0, classes, (batch_size,), generator=generator).to(engine.device)
+    batch = Batch(x, y, torch.arange(batch_size, device=engine.device))
+    key = Key.generate()
+    runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step(engine), batch, engine)}
+    floors: dict[str, float] = {}
+    for name in OBJECTIVES:
+        config = BoxConfig(name)
+        trainable, frozen = config.trainable_and_frozen()
+        floors[f"box {name}"] = (3 * trainable + frozen) / 3
+        runs[f"box {name}"] = _trainer(net, box_step(net, key, preprocess, config, engine), batch, engine)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "teacher.onnx"
+        meta = Metadata("teacher", arch, tuple(map(str, range(classes))), preprocess)
+        boxfile.export_onnx(path, net, meta)
+        served = OnnxTeacher(path, engine.device)
+    exact = Engine(engine.device)
+    teachers: dict[str, Teacher] = {
+        "torch": TorchTeacher(net, classes, engine.autocast, engine.device),
+        "torch, fp32": TorchTeacher(net, classes, exact.autocast, engine.device),
+        "ONNX": served,
+    }
+    for name, teacher in teachers.items():
+        runs[f"predict {name}"] = lambda teacher=teacher: teacher.logits(x)
+        pupil = models.build(student, classes, shape[0])
+        runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            synchronise(engine.device)
+            begin = time.perf_counter()
+            run()
+            synchronise(engine.device)
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+
+    def ratio(name: str, other: str, scale: float = 1.0) -> float:
+        return statistics.median(a / (scale * b) for a, b in zip(seconds[name], seconds[other], strict=True))
+
+    timings = [Timing("train", batch_size / median["train"])]
+    for name, floor in floors.items():
+        timings.append(
+            Timing(
+                name,
+                batch_size / median[name],
+                ratio(name, "train", floor),
+                f"floor of {floor:.2f} training steps",
+            )
+        )
+    for kind in ("predict", "distill"):
+        for name in teachers:
+            label = f"{kind} {name}"
+            if name == "ONNX":
+                timings.append(
+                    Timing(
+                        label,
+                        batch_size / median[label],
+                        ratio(label, f"{kind} torch, fp32"),
+                        f"{kind} torch, fp32",
+                    )
+                )
+            else:
+                timings.append(Timing(label, batch_size / median[label]))
+    return timings
+
+
+def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callable[[], None]:
+    import copy
+
+    net = copy.deepcopy(net).to(engine.device, memory_format=torch.channels_last).train()
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+    def forward(x: Tensor) -> Tensor:
+        with engine.autocast():
+            return net(x).float()  # type: ignore[no-any-return]
+
+    def run() -> None:
+        loss = torch.stack(list(step(forward, batch).values())).sum()  # type: ignore[arg-type]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimiser.step()
+
+    return run
+
+
+def _kd_step(teacher: Teacher) -> Step:
+    attack = ATTACKS["kd"]
+    oracle = Oracle(teacher, attack.access)
+    return lambda model, batch: {
+        "loss": attack.loss(model(batch.x), oracle(batch.x), batch.y, attack.grid[0])
+    }

@@ -1,0 +1,424 @@
+"""The artifact: weights and metadata in one safetensors or ONNX file.
+
+A box, a student and a teacher are the same kind of file; a box also records its key id and strength.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import files, models
+from sdbctl.data import Preprocess
+from sdbctl.errors import BadInput, ParityMismatch, UsageError
+from sdbctl.key import Key, embed
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT_VERSION = 1
+METADATA_KEY = "sdbctl"
+ONNX_OPSET = 20
+PARITY_TOLERANCE = 1e-3
+_DISABLED = 0.0
+
+Kind = Literal["box", "student", "teacher", "reference"]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says of itself. It holds no path, no host and nothing of the key but its id.
+
+    Attributes:
+        kind: What the weights are.
+        architecture: Name for :func:`sdbctl.models.build`.
+        classes: Class names.
+        preprocess: Normalisation and input size.
+        strength: λ of the key embedding; 0 for what has no key.
+        key_id: Fingerprint of the key, or "".
+        objective: Name of the objective (or of the loss of a student).
+        parameters: Its resolved parameters and the training recipe.
+        data: Data set name, fingerprint and splits.
+        measured: Accuracies and the like.
+        original_sha256: Hash of the checkpoint that was boxed.
+        reference_sha256: Hash of N_ft's file, if one was written.
+        versions: Of sdbctl, torch.
+    """
+
+    kind: Kind
+    architecture: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    strength: float = _DISABLED
+    key_id: str = ""
+    objective: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    original_sha256: str = ""
+    reference_sha256: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One JSON object with sorted keys."""
+        return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Metadata:
+        """Read untrusted metadata.
+
+        Raises:
+            BadInput: It is no JSON, of a newer format, or its fields have other types.
+        """
+        try:
+            values = json.loads(text)
+            version = values.pop("format")
+            if version != FORMAT_VERSION:
+                raise BadInput(f"{where} has format {version}, this is {FORMAT_VERSION}", "upgrade sdbctl")
+            preprocess = Preprocess.from_dict(values.pop("preprocess"))
+            classes = values.pop("classes")
+            made = cls(preprocess=preprocess, classes=tuple(str(name) for name in classes), **values)
+            _check(made, where)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BadInput(f"{where} has damaged sdbctl metadata", "write the file again") from None
+        return made
+
+
+def _check(meta: Metadata, where: str) -> None:
+    texts = (meta.architecture, meta.key_id, meta.objective, meta.original_sha256, meta.reference_sha256)
+    tables = (meta.parameters, meta.data, meta.measured, meta.versions)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(t, dict) for t in tables):
+        raise TypeError
+    if meta.kind not in ("box", "student", "teacher", "reference") or len(meta.classes) < 2:
+        raise TypeError
+    strength = float(meta.strength)
+    if not (math.isfinite(strength) and 0 <= strength < 1) or (meta.kind == "box") != bool(meta.key_id):
+        raise BadInput(f"{where} has an impossible key strength or key id", "write the file again")
+
+
+class Box(nn.Module):
+    """A boxed model: the original's architecture with the box's weights.
+
+    Args:
+        net: The network, which takes normalised images [B, C, H, W].
+        meta: The metadata.
+    """
+
+    def __init__(self, net: nn.Module, meta: Metadata) -> None:
+        super().__init__()
+        self.net, self.meta = net, meta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Public logits [B, C] of images [B, C, H, W], normalised exactly as the original's."""
+        return self.net(x)  # type: ignore[no-any-return]
+
+    def unlock(self, key: Key) -> Unlocked:
+        """The model as its key holders see it.
+
+        Args:
+            key: The secret key of the box.
+
+        Returns:
+            A module that takes the same normalised images and returns keyed logits: a teacher for any
+            distillation code. It shares this module's weights and holds the secret pattern.
+
+        Raises:
+            BadInput: The key is not this box's.
+        """
+        check_key(self.meta, key)
+        return Unlocked(self.net, pattern(self.meta, key), self.meta.strength)
+
+
+class Unlocked(nn.Module):
+    """A box with its key: embeds the key in each image, then asks the network."""
+
+    pattern: Tensor
+
+    def __init__(self, net: nn.Module, pattern: Tensor, strength: float) -> None:
+        super().__init__()
+        self.net, self.strength = net, strength
+        self.register_buffer("pattern", pattern, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keyed logits [B, C] of normalised images [B, C, H, W]."""
+        return self.net(embed(x, self.pattern, self.strength))  # type: ignore[no-any-return]
+
+
+def check_key(meta: Metadata, key: Key) -> None:
+    """Refuse a key that is not the box's.
+
+    Raises:
+        BadInput: The key ids differ, or the file has no key.
+    """
+    if not meta.key_id:
+        raise BadInput(f"this {meta.kind} was not made with a key", "leave --key-file out")
+    if key.id != meta.key_id:
+        raise BadInput(
+            f"the key {key.id} does not fit this box, which needs {meta.key_id}",
+            "use the key it was boxed with",
+        )
+
+
+def pattern(meta: Metadata, key: Key) -> Tensor:
+    """The secret pattern [C, H, W], normalised like the images that it is mixed with."""
+    return meta.preprocess(key.pattern(meta.preprocess.size)[None])[0]
+
+
+def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, force: bool = False) -> Path:
+    """Write weights and metadata as safetensors, atomically.
+
+    Args:
+        path: The file.
+        state_dict: Names and tensors; the names are kept.
+        meta: The metadata.
+        force: Whether to replace an existing file.
+    """
+    from safetensors.torch import save as serialise
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+    return files.write(path, serialise(tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}), force=force)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model read from a file.
+
+    Attributes:
+        net: The network in evaluation mode, taking normalised images.
+        keys: Its state_dict keys → the file's.
+        meta: The file's metadata; None for a foreign checkpoint, which does not say how to normalise.
+        architecture: Its name.
+        classes: Number of classes.
+        channels: Number of input channels.
+        sha256: Hash of the file.
+    """
+
+    net: nn.Module
+    keys: dict[str, str]
+    meta: Metadata | None
+    architecture: str
+    classes: int
+    channels: int
+    sha256: str
+
+    def file_state(self, net: nn.Module) -> dict[str, Tensor]:
+        """State of ``net``, a copy of this network, under the file's own keys."""
+        state = net.state_dict()
+        return {name: state[own] for own, name in self.keys.items()}
+
+
+def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
+    """Read any torch checkpoint, ours or anybody's.
+
+    Args:
+        path: A safetensors file or a torch checkpoint.
+        arch: Architecture name, if it is not to be identified.
+        trust: Whether a file that needs code may run it.
+
+    Raises:
+        BadInput: The file is missing, damaged, refused, or of an unknown architecture.
+    """
+    from sdbctl import checkpoint
+
+    content = checkpoint.load(path, trust=trust)
+    text = content.metadata.get(METADATA_KEY)
+    meta = Metadata.from_json(text, path.name) if text is not None else None
+    arch = arch or (meta.architecture if meta else None)
+    found = models.match(arch, content.state_dict) if arch else models.identify(content.state_dict)
+    if meta and found.classes != len(meta.classes):
+        raise BadInput(f"{path.name} has {found.classes} outputs and {len(meta.classes)} class names")
+    net = models.build(found.name, found.classes, found.channels)
+    state = {own: content.state_dict[theirs] for own, theirs in found.keys.items()}
+    net.load_state_dict({**{k: v for k, v in net.state_dict().items() if k not in state}, **state})
+    keys = {own: content.original_keys[theirs] for own, theirs in found.keys.items()}
+    return Loaded(net.eval(), keys, meta, found.name, found.classes, found.channels, content.sha256)
+
+
+def load_box(path: str | Path) -> Box:
+    """Load a boxed safetensors file.
+
+    Example:
+        >>> teacher = load_box("boxed.safetensors").unlock(Key.load(Path("k.bin")))  # doctest: +SKIP
+
+    Args:
+        path: The file.
+
+    Returns:
+        The box, an ``nn.Module`` that takes normalised images.
+
+    Raises:
+        BadInput: It is no box.
+    """
+    path = Path(path)
+    loaded = load(path)
+    if loaded.meta is None or loaded.meta.kind != "box":
+        raise BadInput(f"{path} is not a box", "make one with: sdbctl box CHECKPOINT --key-file k.bin")
+    return Box(loaded.net, loaded.meta).eval()
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file with the weights it may keep beside it.
+
+    Raises:
+        BadInput: It is no ONNX model, or its external data lies outside its folder.
+    """
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+
+    content = files.read(path, "ONNX model")
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception:
+        model = onnx.ModelProto()
+    if not model.graph.node:
+        raise BadInput(f"{path} is not an ONNX model", "check the file; it may be cut off")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if (
+                Path(name).name != name
+                or not (path.parent / name).is_file()
+                or (path.parent / name).is_symlink()
+            ):
+                raise BadInput(
+                    f"{path} keeps weights in {name!r}", "put that file beside it, as a plain file"
+                )
+    try:
+        load_external_data_for_model(model, str(path.parent))
+    except Exception:
+        raise BadInput(f"the external weights of {path} are damaged", "export it again") from None
+    return model
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether the name says that a file is ONNX."""
+    return path.suffix.lower() == ".onnx"
+
+
+def read_metadata(path: Path) -> Metadata | None:
+    """Metadata of a safetensors, torch or ONNX file; None if sdbctl did not write it."""
+    if not is_onnx(path):
+        return load(path).meta
+    values = {entry.key: entry.value for entry in read_onnx(path).metadata_props}
+    return Metadata.from_json(values[METADATA_KEY], path.name) if METADATA_KEY in values else None
+
+
+def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = False) -> float:
+    """Write a network as ONNX with its metadata, after checking that it computes the same.
+
+    The graph has one input ``input`` [batch, C, H, W], normalised exactly as the original's, and one output
+    ``logits``; names of local files and source lines are removed from it.
+
+    Args:
+        path: The file.
+        net: The network.
+        meta: Its metadata.
+        force: Whether to replace an existing file.
+
+    Returns:
+        Largest difference of the two programs' logits relative to the largest logit.
+
+    Raises:
+        ParityMismatch: That difference is above 0.1 %; nothing is written.
+    """
+    import onnx
+
+    files.claim(path, force=force)
+    net = net.cpu().eval()
+    generator = torch.Generator().manual_seed(0)
+    example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=generator))
+    proto = _to_onnx(net, example)
+    for entry in ({METADATA_KEY: meta.to_json()}).items():
+        proto.metadata_props.add(key=entry[0], value=entry[1])
+    onnx.checker.check_model(proto)
+    content = proto.SerializeToString()
+    difference = _difference(content, net, example)
+    if not difference <= PARITY_TOLERANCE:
+        raise ParityMismatch(
+            f"ONNX logits differ from torch's by {difference:.2g} of the largest logit", "nothing was written"
+        )
+    files.write(path, content, force=force)
+    return difference
+
+
+def _to_onnx(net: nn.Module, example: Tensor) -> onnx.ModelProto:
+    import contextlib
+    import io
+    import logging
+
+    import onnx
+
+    argument = next(iter(inspect.signature(net.forward).parameters))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        target = Path(folder) / "model.onnx"
+        program = torch.onnx.export(
+            net,
+            (example,),
+            dynamo=True,
+            opset_version=ONNX_OPSET,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(target), external_data=False)
+        proto = onnx.load(str(target))
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    for item in (
+        *nodes,
+        *proto.graph.value_info,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
+        del item.metadata_props[:]
+    for node in nodes:
+        node.doc_string = ""
+    del proto.graph.metadata_props[:]
+    del proto.metadata_props[:]
+    return proto
+
+
+def _difference(content: bytes, net: nn.Module, example: Tensor) -> float:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = net(example).float()
+    found = torch.from_numpy(session.run(["logits"], {"input": example.numpy()})[0])
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def with_measured(meta: Metadata, **values: Any) -> Metadata:
+    """Metadata with more measurements."""
+    return replace(meta, measured={**meta.measured, **values})
+
+
+def versions() -> dict[str, str]:
+    """Versions of sdbctl and torch."""
+    from importlib.metadata import version
+
+    return {"sdbctl": version("sdbctl"), "torch": torch.__version__}
+
+
+def require_same_shape(meta: Metadata, shape: tuple[int, int, int]) -> None:
+    """Refuse images that the model cannot take.
+
+    Raises:
+        UsageError: Their shape differs from the model's input.
+    """
+    if tuple(shape) != tuple(meta.preprocess.size):
+        raise UsageError(
+            f"the images are {shape}, the model takes {meta.preprocess.size}", "use --image-size"
+        )

@@ -1,0 +1,68 @@
+"""The command line. Commands parse, call one library function and render; only they know exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing
+from sdbctl.cli.output import fail, guarded, say
+from sdbctl.cli.settings import SETTINGS_FILE, read_settings
+from sdbctl.errors import SdbError
+
+app = typer.Typer(
+    name="sdbctl",
+    help="Put a trained image classifier into a Safe Distillation Box, and measure what an attacker really gets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMMANDS = {
+    "keygen": keys.keygen,
+    "box": box.box,
+    "export": export.export,
+    "inspect": export.inspect,
+    "distill": distill.distill,
+    "eval": evaluate.evaluate,
+    "report": evaluate.rerender,
+    "train": distill.train,
+    "demo": demo.demo,
+    "bench": bench.bench,
+    "list": listing.list_,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(guarded(_command))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"sdbctl {version('sdbctl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        Optional[bool], typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = None,
+) -> None:
+    """Put a trained image classifier into a Safe Distillation Box, and measure what an attacker really gets."""
+
+
+def main() -> Any:
+    """Entry point of the console script; ``sdbctl.toml`` in this folder fills in options."""
+    try:
+        defaults = read_settings(Path(SETTINGS_FILE), typer.main.get_command(app))
+    except SdbError as error:
+        say(f"error: {error}")
+        raise SystemExit(error.exit_code) from None
+    return app(default_map=defaults)
+
+
+__all__ = ["app", "fail", "main"]

@@ -1,0 +1,207 @@
+"""``sdbctl box``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sdbctl.cli import options as o
+from sdbctl.cli.common import announce, check_classes, open_data, pick, preprocess_of, read_key, split_like
+from sdbctl.cli.output import Live, emit, pairs, say
+from sdbctl.errors import GateFailed, UsageError
+
+
+def parse_parameters(given: list[str] | None) -> dict[str, float]:
+    """Turn ``NAME=NUMBER`` options into a mapping."""
+    parameters = {}
+    for item in given or []:
+        name, _, value = item.partition("=")
+        try:
+            parameters[name.strip()] = float(value)
+        except ValueError:
+            raise UsageError(f"--set {item} is not NAME=NUMBER", "for example --set hide=2") from None
+    return parameters
+
+
+def box(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The trained classifier.")],
+    key_file: Annotated[
+        Path,
+        typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
+    ],
+    data: o.Data = None,
+    data_root: o.DataRoot = Path("data"),
+    download: o.Download = False,
+    image_size: o.ImageSize = None,
+    owner_size: o.OwnerSize = None,
+    transfer_size: o.TransferSize = None,
+    test_size: o.TestSize = None,
+    arch: o.Arch = None,
+    normalize: o.Normalize = None,
+    objective: Annotated[str, typer.Option("--objective", help="See sdbctl list objectives.")] = "conceal",
+    preset: Annotated[
+        Optional[str], typer.Option("--preset", help="Published or default parameters of the objective.")
+    ] = None,
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="NAME=NUMBER", help="A parameter of the objective."),
+    ] = None,
+    strength: Annotated[
+        Optional[float], typer.Option("--strength", help="λ of the key embedding x_k = λx + (1−λ)K.")
+    ] = None,
+    disturb: Annotated[
+        float,
+        typer.Option("--disturb", help="Lead plain distillation astray, 0 to 1, at a price in calibration."),
+    ] = 0.0,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    precision: o.PrecisionOption = "auto",
+    max_cost: Annotated[
+        Optional[float], typer.Option("--max-cost", help="Exit with 3 if the box costs more top-1 points.")
+    ] = None,
+    output: o.Output = None,
+    resume: o.Resume = False,
+    force: o.Force = False,
+    insecure_key_file: o.InsecureKey = False,
+    trust: o.Trust = False,
+    json_: o.Json = False,
+) -> None:
+    """Put a trained classifier into a Safe Distillation Box.
+
+    Writes the box (same weights' names as the original) and, beside it, the reference: the original
+    fine-tuned with plain cross-entropy on the same data, which eval compares with. Keep the reference private.
+    """
+    output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
+    if output.suffix != ".safetensors":
+        raise UsageError(
+            f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX"
+        )
+    from sdbctl import files
+
+    reference_path = output.with_suffix(".reference.safetensors")
+    state = output.with_name(f".{output.stem}.resume")
+    files.claim(output, force=force)
+    if not resume:
+        files.claim(reference_path, force=force)
+
+    key = read_key(key_file, insecure_key_file)
+
+    from dataclasses import replace
+
+    from sdbctl import boxfile
+    from sdbctl.box import BoxConfig, check_above_chance, estimate
+    from sdbctl.box import box as make_box
+    from sdbctl.objectives import OBJECTIVES
+    from sdbctl.training import scaled
+
+    config = BoxConfig(objective)
+    presets = OBJECTIVES[objective].presets
+    if preset is not None and preset not in presets:
+        raise UsageError(f"objective {objective} has no preset {preset}", f"use one of: {', '.join(presets)}")
+    values = {**presets[preset or "default"], **parse_parameters(set_)}
+    config = BoxConfig(
+        objective,
+        values,
+        strength=config.strength if strength is None else strength,
+        disturb=disturb,
+        recipe=scaled(config.recipe, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed),
+    )
+    original = boxfile.load(checkpoint, arch=arch, trust=trust)
+    say(f"checkpoint: {original.architecture}, {original.classes} classes")
+    recorded = original.meta
+    shape = recorded.preprocess.size if recorded else None
+    dataset = open_data(
+        data,
+        data_root,
+        download=download,
+        size=image_size,
+        recorded=str(recorded.data.get("name", "")) if recorded else None,
+        classes=original.classes,
+        shape=shape,
+    )
+    check_classes(dataset, original.classes, checkpoint.name)
+    if dataset.train.shape[0] != original.channels:
+        raise UsageError(
+            f"the checkpoint takes {original.channels} channels, the images have {dataset.train.shape[0]}",
+            "use the data it was trained on",
+        )
+    splits = split_like(
+        dataset, recorded.data if recorded else None, owner=owner_size, transfer=transfer_size, test=test_size
+    )
+    size = dataset.train.shape
+    engine = pick(device, precision, original.net, size, config.recipe.batch_size)
+    preprocess = preprocess_of(original, normalize, splits.validation, engine, size)
+    accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
+    say(f"original: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
+
+    reference = None
+    if resume and reference_path.exists():
+        found = boxfile.load(reference_path)
+        if found.meta is None or found.meta.original_sha256 != original.sha256:
+            raise UsageError(
+                f"{reference_path} was made from another checkpoint", "leave --resume out, use --force"
+            )
+        reference = found.net
+        say("the reference was finished before")
+    expected = estimate(config, original.net, preprocess, len(splits.owner), engine)
+    if reference is not None:
+        expected.pop("reference")
+    announce(expected)
+    if not resume:
+        for old in (state, state.with_suffix(".reference" + state.suffix)):
+            old.unlink(missing_ok=True)
+
+    with Live() as progress:
+        made = make_box(
+            original,
+            key,
+            splits,
+            preprocess,
+            dataset.classes,
+            config,
+            engine,
+            data_name=dataset.name,
+            progress=progress,
+            reference=reference,
+            resume_from=state,
+        )
+    meta = made.model.meta
+    reference_meta = replace(
+        meta, kind="reference", strength=0.0, key_id="", objective="cross_entropy", measured={}
+    )
+    boxfile.save(reference_path, made.reference_state, reference_meta, force=True)
+    reference_hash = files.sha256(reference_path.read_bytes())
+    boxfile.save(output, made.state_dict, replace(meta, reference_sha256=reference_hash), force=force)
+    cost = made.cost
+    result = {
+        "box": str(output),
+        "reference": str(reference_path),
+        "key_id": meta.key_id,
+        "cost_top1": round(cost, 3),
+        **meta.measured,
+    }
+    emit(
+        result,
+        json_,
+        pairs(
+            "",
+            {
+                "original": f"{made.original_top1:.2f} % top-1 on {len(splits.test):,} test images",
+                "reference (N_ft)": f"{made.reference_top1:.2f} %",
+                "box": f"{made.top1:.2f} %  (cost {cost:+.2f} points)",
+                "box with the key": f"{made.keyed_top1:.2f} %",
+                "dark knowledge left": f"{meta.measured['residual']:.4f} nats (key holders see "
+                f"{meta.measured['keyed_residual']:.4f})",
+                "written": f"{output}, {reference_path.name} (private)",
+            },
+        ),
+    )
+    if max_cost is not None and cost > max_cost:
+        raise GateFailed(
+            f"the box costs {cost:.2f} top-1 points, more than --max-cost {max_cost:g}", "the files were kept"
+        )

@@ -1,0 +1,147 @@
+"""What several commands do before their real work: find the data, read the key, pick the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdbctl.cli.output import Live, duration, say
+from sdbctl.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sdbctl.boxfile import Loaded, Metadata
+    from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
+    from sdbctl.key import Key
+    from sdbctl.training import Engine
+
+
+def read_key(path: Path, insecure: bool) -> Key:
+    """The key in a file, or on standard input for ``-``."""
+    from sdbctl.key import Key
+
+    return Key.load("-" if str(path) == "-" else path, insecure=insecure)
+
+
+def open_data(
+    spec: str | None,
+    root: Path,
+    *,
+    download: bool = False,
+    size: int | None = None,
+    recorded: str | None = None,
+    classes: int | None = None,
+    shape: tuple[int, int, int] | None = None,
+) -> Dataset:
+    """Load the data set that was named, recorded in a box, or implied by the model's shape."""
+    from sdbctl import data
+
+    spec = data.resolve(spec, recorded_name=recorded, classes=classes, shape=shape, root=root)
+    channels = shape[0] if shape else None
+    dataset = data.load(
+        spec, root=root, size=size or (shape[1] if shape else None), channels=channels, download=download
+    )
+    c, h, w = dataset.train.shape
+    say(
+        f"data: {dataset.name}, {len(dataset.train):,} training images, {len(dataset.classes)} classes, {c}x{h}x{w}"
+    )
+    return dataset
+
+
+def check_classes(dataset: Dataset, classes: int, what: str) -> None:
+    """Refuse data whose number of classes is not the model's."""
+    if len(dataset.classes) != classes:
+        raise UsageError(
+            f"{what} has {classes} classes, the data set {dataset.name} has {len(dataset.classes)}",
+            "use the data it was trained on",
+        )
+
+
+def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: int | None) -> Splits:
+    """Split a data set as a file records it, so that what was disjoint stays disjoint."""
+    from sdbctl import data
+
+    recorded = recorded or {}
+    if recorded.get("fingerprint") not in (None, dataset.fingerprint):
+        say("warning: this is not the data that the file was made with; splits may overlap")
+        recorded = {}
+    chosen = {}
+    for name, value in sizes.items():
+        kept = recorded.get(name)
+        chosen[name] = (
+            value if value is not None else kept if isinstance(kept, int) and name != "test" else None
+        )
+    seed = recorded.get("seed")
+    return data.split(dataset, seed=seed if isinstance(seed, int) else 0, **chosen)
+
+
+def pick(
+    device: str, precision: str, model: nn.Module, shape: tuple[int, int, int], batch_size: int
+) -> Engine:
+    """Choose device and precision by a short measurement, and say so."""
+    import torch
+
+    from sdbctl.training import pick_engine
+
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
+    engine, why = pick_engine(device, precision, model, torch.zeros(batch_size, *shape))  # type: ignore[arg-type]
+    say(f"computing on {why}")
+    return engine
+
+
+def preset(name: str, size: tuple[int, int, int]) -> Preprocess:
+    """A normalisation preset by name."""
+    from sdbctl.data import Preprocess, presets
+
+    known = presets(size[0])
+    if name not in known:
+        raise UsageError(f"unknown normalisation {name}", f"use one of: {', '.join(known)}")
+    return Preprocess(*known[name], size)
+
+
+def preprocess_of(
+    loaded: Loaded, normalize: str | None, images: ImageSet, engine: Engine, size: tuple[int, int, int]
+) -> Preprocess:
+    """The checkpoint's normalisation: as recorded, as asked for, or the best of the known ones."""
+    from sdbctl.box import find_preprocess
+
+    if normalize is not None:
+        return preset(normalize, size)
+    if loaded.meta is not None:
+        return loaded.meta.preprocess
+    best, tried = find_preprocess(loaded.net, images, engine, size=size)
+    ranked = sorted(tried.items(), key=lambda item: -item[1])
+    say("normalisation, by accuracy: " + ", ".join(f"{name} {value:.1f} %" for name, value in ranked))
+    say(f"taking {ranked[0][0]} (--normalize overrides)")
+    return best
+
+
+def announce(estimates: Mapping[str, float]) -> None:
+    """Print how long a run will take."""
+    total = sum(estimates.values())
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in estimates.items())
+    say(f"time estimate: {duration(total)}" + (f" ({parts})" if len(estimates) > 1 else ""))
+
+
+def box_fields(meta: Metadata) -> dict[str, Any]:
+    """A file's metadata as JSON, for reports."""
+    fields: dict[str, Any] = json.loads(meta.to_json())
+    return fields
+
+
+__all__ = [
+    "Live",
+    "announce",
+    "box_fields",
+    "check_classes",
+    "open_data",
+    "pick",
+    "preprocess_of",
+    "read_key",
+    "split_like",
+]

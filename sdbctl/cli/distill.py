@@ -1,0 +1,272 @@
+"""``sdbctl distill`` and ``sdbctl train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdbctl.cli import options as o
+from sdbctl.cli.common import (
+    announce,
+    check_classes,
+    open_data,
+    pick,
+    preprocess_of,
+    preset,
+    read_key,
+    split_like,
+)
+from sdbctl.cli.output import Live, emit, pairs, say
+from sdbctl.errors import BadInput, UsageError
+
+if TYPE_CHECKING:
+    from sdbctl.boxfile import Loaded, Metadata
+    from sdbctl.teacher import OnnxTeacher
+
+
+def distill(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A box, checkpoint or ONNX file.")],
+    student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
+    key_file: o.KeyFile = None,
+    data: o.Data = None,
+    data_root: o.DataRoot = Path("data"),
+    download: o.Download = False,
+    image_size: o.ImageSize = None,
+    transfer_size: o.TransferSize = None,
+    test_size: o.TestSize = None,
+    arch: o.Arch = None,
+    normalize: o.Normalize = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
+    alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels.")] = 0.9,
+    labels: Annotated[
+        bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")
+    ] = True,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    precision: o.PrecisionOption = "auto",
+    output: o.Output = None,
+    resume: o.Resume = False,
+    force: o.Force = False,
+    insecure_key_file: o.InsecureKey = False,
+    trust: o.Trust = False,
+    json_: o.Json = False,
+) -> None:
+    """Train a student from a teacher: with the key as its holders do, without it as an attacker does."""
+    output = output or Path(f"{teacher.stem}.{student}{'.keyed' if key_file else ''}.safetensors")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"output {output} is not named .safetensors", "students are written as safetensors")
+    if not 0 < temperature < 1e4:
+        raise UsageError(f"temperature is {temperature:g}", "use a number above 0, such as 4")
+    from sdbctl import files
+
+    files.claim(output, force=force)
+    key = read_key(key_file, insecure_key_file) if key_file else None
+
+    import torch
+
+    from sdbctl import boxfile, metrics
+    from sdbctl.attacks import ATTACKS
+    from sdbctl.boxfile import Metadata, check_key, pattern
+    from sdbctl.distill import build_student
+    from sdbctl.distill import distill as train_student
+    from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Teacher, TorchTeacher
+    from sdbctl.training import Recipe, pick_device, predict, scaled, step_seconds
+
+    loaded: Loaded | None = None
+    served: OnnxTeacher | None = None
+    meta: Metadata | None
+    shape: tuple[int, int, int] | None
+    if boxfile.is_onnx(teacher):
+        served = OnnxTeacher(teacher, pick_device(device))
+        meta, classes, shape = boxfile.read_metadata(teacher), served.classes, served.shape
+    else:
+        loaded = boxfile.load(teacher, arch=arch, trust=trust)
+        meta, classes = loaded.meta, loaded.classes
+        shape = meta.preprocess.size if meta else None
+    if key is not None:
+        if meta is None:
+            raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
+        check_key(meta, key)
+    dataset = open_data(
+        data,
+        data_root,
+        download=download,
+        size=image_size,
+        recorded=str(meta.data.get("name", "")) if meta else None,
+        classes=classes,
+        shape=shape,
+    )
+    check_classes(dataset, classes, teacher.name)
+    splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
+    size = dataset.train.shape
+    if shape is not None and tuple(shape) != tuple(size):
+        raise UsageError(f"{teacher.name} takes images {shape}, the data has {size}", "use --image-size")
+    recipe = scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    net = build_student(student, classes, size[0], seed)
+    engine = pick(device, precision, net, size, recipe.batch_size)
+    if meta is not None and normalize is None:
+        preprocess = meta.preprocess
+    elif loaded is not None:
+        preprocess = preprocess_of(loaded, normalize, splits.validation, engine, size)
+    elif normalize is not None:
+        preprocess = preset(normalize, size)
+    else:
+        raise UsageError(f"{teacher} does not record how it wants its images", "give --normalize PRESET")
+    asked: Teacher = served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
+    if key is not None and meta is not None:
+        asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
+    say(f"teacher: {asked.where}, {'with' if key else 'without'} key")
+    accuracy = metrics.top1(
+        predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels
+    )
+    say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
+    one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
+    announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs})
+    attack = ATTACKS["kd" if labels else "kd_unlabelled"]
+    config = {"temperature": temperature, "alpha": alpha if labels else 1.0}
+    state = output.with_name(f".{output.stem}.resume")
+    if not resume:
+        state.unlink(missing_ok=True)
+    with Live() as progress:
+        seconds, queries = train_student(
+            attack,
+            config,
+            asked,
+            net,
+            splits.transfer,
+            preprocess,
+            recipe,
+            engine,
+            name=student,
+            progress=progress,
+            resume_from=state,
+        )
+    top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
+    measured = {
+        "top1": round(top1, 3),
+        "n": len(splits.test),
+        "seconds": round(seconds, 1),
+        "queries": queries,
+    }
+    made = Metadata(
+        kind="student",
+        architecture=student,
+        classes=dataset.classes,
+        preprocess=preprocess,
+        objective="kd" if labels else "kd_unlabelled",
+        parameters={**config, "recipe": vars(recipe), "authorized": key is not None},
+        data={"name": dataset.name, **splits.describe()},
+        measured=measured,
+        versions=boxfile.versions(),
+    )
+    boxfile.save(output, net.state_dict(), made, force=force)
+    result: dict[str, Any] = {
+        "student": str(output),
+        "teacher_top1": round(accuracy, 3),
+        **measured,
+        **config,
+    }
+    rows = {
+        "student": f"{student}: {top1:.2f} % top-1 on {len(splits.test):,} test images",
+        "teacher": f"{accuracy:.2f} % (validation), {'keyed' if key else 'public'} outputs, {asked.where}",
+        "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries",
+        "time": f"{seconds:.0f} s, {len(splits.transfer) * recipe.epochs / max(seconds, 1e-9):.0f} images/s",
+        "written": output,
+    }
+    emit(result, json_, pairs("", rows))
+
+
+def train(
+    arch: Annotated[str, typer.Option("--arch", help="See sdbctl list students.")] = "resnet20",
+    data: o.Data = None,
+    data_root: o.DataRoot = Path("data"),
+    download: o.Download = False,
+    image_size: o.ImageSize = None,
+    owner_size: o.OwnerSize = None,
+    transfer_size: o.TransferSize = None,
+    test_size: o.TestSize = None,
+    normalize: o.Normalize = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    precision: o.PrecisionOption = "auto",
+    output: o.Output = None,
+    resume: o.Resume = False,
+    force: o.Force = False,
+    json_: o.Json = False,
+) -> None:
+    """Train an ordinary teacher on the owner's split, for people who start from nothing."""
+    output = output or Path(f"{arch}.safetensors")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"output {output} is not named .safetensors", "models are written as safetensors")
+    if data is None:
+        raise UsageError("no data to train on", "give --data SPEC, for example --data digits")
+    from sdbctl import boxfile, files, metrics
+
+    files.claim(output, force=force)
+    import torch
+
+    from sdbctl.box import plain_step
+    from sdbctl.boxfile import Metadata
+    from sdbctl.distill import build_student
+    from sdbctl.training import Recipe, fit, predict, scaled, step_seconds
+
+    dataset = open_data(data, data_root, download=download, size=image_size)
+    splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)
+    size, classes = dataset.train.shape, len(dataset.classes)
+    recipe = scaled(Recipe(epochs=30), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    net = build_student(arch, classes, size[0], seed)
+    preprocess = preset(normalize or ("half" if size[0] == 1 else "imagenet"), size)
+    engine = pick(device, precision, net, size, recipe.batch_size)
+    one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
+    announce({"training": one * len(splits.owner) * recipe.epochs})
+    some = splits.validation.take(range(min(1000, len(splits.validation))))
+    state = output.with_name(f".{output.stem}.resume")
+    if not resume:
+        state.unlink(missing_ok=True)
+    with Live() as progress:
+        seconds = fit(
+            net,
+            plain_step(engine),
+            splits.owner,
+            preprocess,
+            recipe,
+            engine,
+            name=arch,
+            progress=progress,
+            resume_from=state,
+            after_epoch=lambda _: {
+                "validation": metrics.top1(predict(net, some, preprocess, engine), some.labels)
+            },
+        )
+    top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
+    measured = {"top1": round(top1, 3), "n": len(splits.test), "seconds": round(seconds, 1)}
+    meta = Metadata(
+        kind="teacher",
+        architecture=arch,
+        classes=dataset.classes,
+        preprocess=preprocess,
+        objective="cross_entropy",
+        parameters={"recipe": vars(recipe)},
+        data={"name": dataset.name, **splits.describe()},
+        measured=measured,
+        versions=boxfile.versions(),
+    )
+    boxfile.save(output, net.state_dict(), meta, force=force)
+    emit(
+        {"model": str(output), **measured},
+        json_,
+        f"{arch}: {top1:.2f} % top-1 on {len(splits.test):,} test images; wrote {output}",
+    )
+
+
+def _net(loaded: Loaded | None) -> Any:
+    assert loaded is not None
+    return loaded.net

@@ -1,0 +1,257 @@
+"""``sdbctl eval`` and ``sdbctl report``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from sdbctl.cli import options as o
+from sdbctl.cli.common import (
+    announce,
+    box_fields,
+    check_classes,
+    open_data,
+    pick,
+    read_key,
+    split_like,
+)
+from sdbctl.cli.output import Live, duration, emit, out, say
+from sdbctl.errors import BadInput, GateFailed, UsageError
+
+if TYPE_CHECKING:
+    from sdbctl.report import Report
+    from sdbctl.report.gates import Gate, GateResult
+
+Gates = Annotated[
+    Optional[Path], typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")
+]
+
+
+def find_box() -> Path:
+    """The only box in this folder, when none was named."""
+    from sdbctl import boxfile
+
+    found = []
+    for path in sorted([*Path().glob("*.safetensors"), *Path().glob("*.onnx")]):
+        try:
+            meta = boxfile.read_metadata(path)
+        except BadInput:
+            continue
+        if meta is not None and meta.kind == "box":
+            found.append(path)
+    stems = {path.stem for path in found}
+    if len(stems) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UsageError(f"which box? in this folder: {names}", "name one: sdbctl eval BOX")
+    return found[0]
+
+
+def evaluate(
+    box: Annotated[
+        Optional[Path], typer.Argument(metavar="BOX", help="Default: the only box in this folder.")
+    ] = None,
+    original: Annotated[
+        Optional[Path], typer.Option("--original", help="The checkpoint that was boxed.")
+    ] = None,
+    reference: Annotated[
+        Optional[Path], typer.Option("--reference", help="N_ft, which box wrote beside the box.")
+    ] = None,
+    attack: Annotated[
+        bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")
+    ] = False,
+    key_file: o.KeyFile = None,
+    student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
+    tune: Annotated[
+        int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")
+    ] = 6,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=0, help="Students trained side by side; 0 means one per CPU core.")
+    ] = 0,
+    gate: Gates = None,
+    report: Annotated[Path, typer.Option("--report", help="Folder of the report.")] = Path("sdbctl-report"),
+    data: o.Data = None,
+    data_root: o.DataRoot = Path("data"),
+    download: o.Download = False,
+    transfer_size: o.TransferSize = None,
+    test_size: o.TestSize = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    device: o.Device = "auto",
+    precision: o.PrecisionOption = "auto",
+    force: o.Force = False,
+    insecure_key_file: o.InsecureKey = False,
+    trust: o.Trust = False,
+    json_: o.Json = False,
+) -> None:
+    """Measure a box: what users lose, what attackers gain, what key holders gain.
+
+    Finished students are kept in the report folder, so an interrupted run goes on where it stopped.
+    """
+    from sdbctl.report.gates import load_gates
+
+    gates = load_gates(gate) if gate else []
+    box = box or find_box()
+    key = read_key(key_file, insecure_key_file) if key_file else None
+
+    import torch
+
+    from sdbctl import boxfile, evaluate, files
+    from sdbctl.boxfile import check_key, pattern
+    from sdbctl.distill import build_student
+    from sdbctl.evaluate import Bench, EvalConfig, Source
+    from sdbctl.key import wrong
+    from sdbctl.report.render import FORMATS
+    from sdbctl.teacher import OnnxTeacher
+    from sdbctl.training import Recipe, pick_device, scaled, step_seconds
+
+    for item in FORMATS.values():
+        if (report / item.file).exists() and not force:
+            raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
+    if report.is_file():
+        raise UsageError(f"report folder {report} is a file", "name a folder")
+    meta = boxfile.read_metadata(box)
+    if meta is None:
+        raise BadInput(f"{box} has no sdbctl metadata, so it is no box", "make one with: sdbctl box")
+    if key is not None:
+        check_key(meta, key)
+    content_hash = files.sha256(files.read(box, "box"))
+    if boxfile.is_onnx(box):
+        OnnxTeacher(box, pick_device(device))
+        boxed = Source(onnx=box, sha256=content_hash)
+    else:
+        boxed = Source(net=boxfile.load(box).net, sha256=content_hash)
+    sources = {"boxed": boxed}
+    if key is not None:
+        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, meta.key_id)
+        generator = torch.Generator().manual_seed(1)
+        other = meta.preprocess(wrong(key.pattern(meta.preprocess.size), generator)[None])[0]
+        sources["wrong"] = boxed.keyed(other, meta.strength, "wrong key 1")
+    notes = []
+    if original is not None:
+        loaded = boxfile.load(original, trust=trust)
+        if meta.original_sha256 and loaded.sha256 != meta.original_sha256:
+            raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
+        sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
+    if reference is None:
+        beside = box.with_suffix("").with_suffix(".boxed.reference.safetensors")
+        usual = box.with_suffix(".reference.safetensors")
+        reference = usual if usual.exists() else beside if beside.exists() else None
+    if reference is not None:
+        loaded = boxfile.load(reference)
+        if meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
+            raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
+        sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
+    else:
+        notes.append("Without the reference N_ft, costs are measured against the original as it was.")
+    dataset = open_data(
+        data,
+        data_root,
+        download=download,
+        recorded=str(meta.data.get("name", "")),
+        classes=len(meta.classes),
+        shape=meta.preprocess.size,
+    )
+    check_classes(dataset, len(meta.classes), box.name)
+    splits = split_like(dataset, meta.data, transfer=transfer_size, test=test_size)
+    if jobs == 0:
+        jobs = (
+            (torch.get_num_threads() if pick_device(device).type == "cpu" else 1)
+            if splits.transfer.in_memory
+            else 1
+        )
+    config = EvalConfig(
+        student=student,
+        recipe=scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr),
+        seeds=seeds,
+        tune=tune,
+        jobs=jobs,
+        attack=attack,
+    )
+    net = build_student(student, len(dataset.classes), dataset.train.shape[0], 0)
+    engine = pick(device, precision, net, dataset.train.shape, config.recipe.batch_size)
+    bench = Bench(
+        sources,
+        splits.transfer,
+        splits.validation,
+        splits.test,
+        meta.preprocess,
+        config,
+        engine,
+        len(dataset.classes),
+        dataset.fingerprint,
+    )
+    cells = report / "cells"
+    if attack:
+        cells.mkdir(parents=True, exist_ok=True)
+        trials = evaluate.selection_cells(bench)
+        count = (0 if tune == 1 else len(trials)) + seeds * len(bench.rows())
+        one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
+        images = len(splits.transfer) * config.recipe.epochs
+        say(f"{count} students of {images:,} images, {jobs} side by side")
+        announce(
+            {"students": 4 / 3 * count * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)}
+        )
+    with Live() as progress:
+        made = evaluate.evaluate(
+            bench,
+            title=f"{box.stem}: {meta.architecture} on {dataset.name}",
+            box=box_fields(meta),
+            folder=cells if attack else None,
+            progress=progress,
+            notes=notes,
+        )
+    finish(made, report, gates, force, json_)
+
+
+def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool) -> None:
+    """Write a report, print it, and hold it against its gates."""
+    from sdbctl.report.gates import check
+    from sdbctl.report.render import write
+    from sdbctl.report.terminal import tables
+
+    results: list[GateResult] = check(made, gates)
+    paths = write(made, folder, force=force, gates=results)
+    emit(json.loads(made.to_json()), as_json, *tables(made, results))
+    html = next(path for path in paths if path.suffix == ".html")
+    say(f"report: {html} ({', '.join(path.name for path in paths)})")
+    seconds = made.cost.get("seconds")
+    if isinstance(seconds, float):
+        say(f"took {duration(seconds)}")
+    broken = [result.rule for result in results if not result.passed]
+    if broken:
+        raise GateFailed(f"gate broken: {'; '.join(broken)}", "see the report")
+
+
+def rerender(
+    path: Annotated[Path, typer.Argument(metavar="REPORT.JSON", help="A report that eval or demo wrote.")],
+    gate: Gates = None,
+    folder: Annotated[
+        Optional[Path], typer.Option("--report", help="Write it again, in every format, into this folder.")
+    ] = None,
+    force: o.Force = False,
+    json_: o.Json = False,
+) -> None:
+    """Print a report, render it again, or hold it against gates."""
+    from sdbctl.report import Report
+    from sdbctl.report.gates import check, load_gates
+    from sdbctl.report.terminal import tables
+
+    gates = load_gates(gate) if gate else []
+    made = Report.read(path)
+    if folder is not None:
+        finish(replace(made), folder, gates, force, json_)
+        return
+    results = check(made, gates)
+    emit(json.loads(made.to_json()), json_, *tables(made, results))
+    broken = [result.rule for result in results if not result.passed]
+    if broken:
+        raise GateFailed(f"gate broken: {'; '.join(broken)}", "see the report")
+
+
+__all__ = ["evaluate", "out", "rerender"]

@@ -1,0 +1,115 @@
+"""``sdbctl export`` and ``sdbctl inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from sdbctl.cli import options as o
+from sdbctl.cli.common import box_fields, preset, read_key
+from sdbctl.cli.output import emit, pairs, say
+from sdbctl.errors import UsageError
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="FILE", help="A box, student, teacher, or checkpoint.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx or safetensors.")] = "onnx",
+    output: o.Output = None,
+    arch: o.Arch = None,
+    normalize: o.Normalize = None,
+    image_size: o.ImageSize = None,
+    force: o.Force = False,
+    trust: o.Trust = False,
+    json_: o.Json = False,
+) -> None:
+    """Write a model as ONNX or safetensors, after checking that it computes the same."""
+    suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
+    if format_ not in suffixes:
+        raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
+    from sdbctl import boxfile, files
+
+    output = output or model.with_suffix(suffixes[format_])
+    files.claim(output, force=force)
+    loaded = boxfile.load(model, arch=arch, trust=trust)
+    meta = loaded.meta
+    if meta is None:
+        if normalize is None or image_size is None:
+            raise UsageError(
+                f"{model} does not record how it wants its images",
+                "give --normalize PRESET and --image-size N",
+            )
+        meta = boxfile.Metadata(
+            kind="teacher",
+            architecture=loaded.architecture,
+            classes=tuple(str(index) for index in range(loaded.classes)),
+            preprocess=preset(normalize, (loaded.channels, image_size, image_size)),
+            versions=boxfile.versions(),
+        )
+    result: dict[str, Any] = {"file": str(output), "format": format_}
+    if format_ == "onnx":
+        result["parity"] = boxfile.export_onnx(output, loaded.net, meta, force=force)
+        say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
+    else:
+        boxfile.save(output, loaded.file_state(loaded.net), meta, force=force)
+    emit(result, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Any model file.")],
+    key_file: o.KeyFile = None,
+    insecure_key_file: o.InsecureKey = False,
+    trust: o.Trust = False,
+    json_: o.Json = False,
+) -> None:
+    """Show what a file says of itself, and whether a key fits."""
+    from sdbctl import boxfile
+
+    key: Optional[Any] = read_key(key_file, insecure_key_file) if key_file else None
+    meta, extra = None, {}
+    if boxfile.is_onnx(path):
+        import torch
+
+        from sdbctl.teacher import OnnxTeacher
+
+        meta = boxfile.read_metadata(path)
+        teacher = OnnxTeacher(path, torch.device("cpu"))
+        extra = {"format": "ONNX", "input": list(teacher.shape), "outputs": teacher.classes}
+    else:
+        loaded = boxfile.load(path, trust=trust)
+        meta = loaded.meta
+        parameters = sum(parameter.numel() for parameter in loaded.net.parameters())
+        extra = {
+            "format": "torch",
+            "architecture": loaded.architecture,
+            "outputs": loaded.classes,
+            "parameters": parameters,
+        }
+    fits = None
+    if key is not None:
+        fits = meta is not None and key.id == meta.key_id
+    result = {"file": path.name, **extra, "metadata": box_fields(meta) if meta else None, "key_fits": fits}
+    rows: dict[str, Any] = {"file": path.name, **extra}
+    if meta is None:
+        rows["metadata"] = "none (sdbctl did not write this file)"
+    else:
+        size = meta.preprocess.size
+        rows |= {
+            "kind": meta.kind,
+            "architecture": meta.architecture,
+            "classes": f"{len(meta.classes)}: {', '.join(meta.classes[:10])}{' …' if len(meta.classes) > 10 else ''}",
+            "input": f"{size[0]}x{size[1]}x{size[2]}, mean {_short(meta.preprocess.mean)}, std {_short(meta.preprocess.std)}",
+            "objective": meta.objective or "-",
+            "key": f"{meta.key_id}, λ = {meta.strength:g}" if meta.key_id else "none",
+            "data": f"{meta.data.get('name', '-')}",
+            **{str(name): value for name, value in meta.measured.items() if name != "seconds"},
+            "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),
+        }
+    if fits is not None:
+        rows["this key"] = "fits" if fits else "does not fit"
+    emit(result, json_, pairs("", rows))
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:g}" for value in values)

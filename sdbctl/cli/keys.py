@@ -1,0 +1,26 @@
+"""``sdbctl keygen``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdbctl.cli import options as o
+from sdbctl.cli.output import emit
+
+
+def keygen(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the key.")],
+    force: o.Force = False,
+    json_: o.Json = False,
+) -> None:
+    """Make a secret key: 32 random bytes that only you can read."""
+    from sdbctl.key import Key
+
+    key = Key.generate()
+    key.save(path, force=force)
+    emit(
+        {"key_file": str(path), "key_id": key.id}, json_, f"{path}: key {key.id}; keep it secret, keep a copy"
+    )

@@ -1,0 +1,46 @@
+"""``sdbctl list``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sdbctl.cli import options as o
+from sdbctl.cli.output import emit, pairs
+from sdbctl.errors import UsageError
+
+TOPICS = ("objectives", "attacks", "students", "data")
+
+
+def list_(
+    topic: Annotated[str, typer.Argument(help=f"One of: {', '.join(TOPICS)}; or all.")] = "all",
+    json_: o.Json = False,
+) -> None:
+    """Show the objectives, attacks, students and data sources that there are."""
+    if topic not in (*TOPICS, "all"):
+        raise UsageError(f"unknown topic {topic}", f"use one of: {', '.join(TOPICS)}")
+    tables = {name: entries(name) for name in (TOPICS if topic == "all" else (topic,))}
+    emit(tables, json_, *(pairs(f"\n{name}", rows) for name, rows in tables.items()))
+
+
+def entries(topic: str) -> dict[str, str]:
+    """Names and one line each, straight from the registry."""
+    if topic == "objectives":
+        from sdbctl.objectives import OBJECTIVES
+
+        return {name: objective.summary for name, objective in OBJECTIVES.items()}
+    if topic == "attacks":
+        from sdbctl.attacks import ATTACKS
+
+        return {
+            name: f"{attack.summary} [{attack.access.name.lower()}{', labels' if attack.labels else ''}]"
+            for name, attack in ATTACKS.items()
+        }
+    if topic == "students":
+        from sdbctl import models
+
+        return {**models.students(), "…": "any torchvision classifier by its name, such as resnet18"}
+    from sdbctl.data import sources
+
+    return sources()

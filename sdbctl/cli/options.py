@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Data = Annotated[
+    Optional[str],
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="Data set: a torchvision name, folder:PATH, parquet:PATH, npz:PATH, digits.",
+    ),
+]
+DataRoot = Annotated[
+    Path, typer.Option("--data-root", envvar="SDBCTL_DATA", help="Folder of torchvision data sets.")
+]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision download the data set.")]
+ImageSize = Annotated[Optional[int], typer.Option("--image-size", min=4, help="Resize images to this.")]
+TransferSize = Annotated[
+    Optional[int], typer.Option("--transfer-size", min=1, help="Images of the attacker's split.")
+]
+OwnerSize = Annotated[Optional[int], typer.Option("--owner-size", min=1, help="Images of the owner's split.")]
+TestSize = Annotated[Optional[int], typer.Option("--test-size", min=1, help="Test images to use.")]
+KeyFile = Annotated[
+    Optional[Path],
+    typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
+]
+InsecureKey = Annotated[
+    bool, typer.Option("--insecure-key-file", help="Accept a key file that others can read.")
+]
+Output = Annotated[Optional[Path], typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="auto (measured at start), fp32 or bf16.")]
+Epochs = Annotated[Optional[int], typer.Option("--epochs", min=1, help="Passes over the training images.")]
+BatchSize = Annotated[Optional[int], typer.Option("--batch-size", min=2, help="Images per step.")]
+LearningRate = Annotated[Optional[float], typer.Option("--lr", help="Peak learning rate.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of initialisation, order and augmentation.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Arch = Annotated[
+    Optional[str], typer.Option("--arch", metavar="NAME", help="Architecture, if it is not to be identified.")
+]
+Normalize = Annotated[
+    Optional[str],
+    typer.Option(
+        "--normalize", metavar="PRESET", help="Normalisation preset, if it is not to be found by trying."
+    ),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Let the checkpoint run the code it contains. Dangerous.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]

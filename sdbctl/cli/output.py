@@ -1,0 +1,180 @@
+"""Where everything that a person or a script sees goes out, and where errors become exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from sdbctl.errors import EnvironmentFailure, Interrupted, SdbError
+
+out = Console(soft_wrap=False, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    err.print(text, markup=False)
+
+
+def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> None:
+    """The result, on stdout: one JSON object, or what people read.
+
+    Args:
+        result: The object that scripts get.
+        as_json: Whether ``--json`` was given.
+        human: Tables and lines for people.
+    """
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        for item in human:
+            out.print(item, markup=False) if isinstance(item, str) else out.print(item)
+
+
+def pairs(title: str, rows: Mapping[str, Any]) -> Table:
+    """A two-column table of names and values."""
+    table = Table(
+        title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+class Live:
+    """Progress bars on stderr: one line per run, with the loss terms and accuracies of the moment.
+
+    Without a terminal it prints a line at the start of each run and at every tenth of it.
+    """
+
+    def __init__(self) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}", markup=False),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._task: Any = None
+        self._name, self._total, self._done, self._told = "", 0, 0, 0
+        self._metrics: dict[str, float] = {}
+
+    def __enter__(self) -> Live:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def start(self, name: str, steps: int) -> None:
+        """See :class:`sdbctl.training.Progress`."""
+        self._name, self._total, self._done, self._told, self._metrics = name, steps, 0, 0, {}
+        self._task = self._bars.add_task(name, total=steps, shown="")
+
+    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+        """See :class:`sdbctl.training.Progress`."""
+        self._metrics.update(metrics)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in self._metrics.items())
+        self._done += steps
+        self._bars.update(self._task, advance=steps, shown=shown)
+        tenth = 10 * self._done // max(1, self._total)
+        if not err.is_terminal and tenth > self._told:
+            self._told = tenth
+            say(f"{self._name} {self._done}/{self._total}  {shown}")
+
+    def note(self, text: str) -> None:
+        """See :class:`sdbctl.training.Progress`."""
+        self._bars.console.print(text, markup=False)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a command; turn what goes wrong into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, _stop)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"sdbctl\.")
+            warnings.showwarning = _show_warning
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                fail(Interrupted("interrupted", "long runs go on with --resume"))
+            except (SdbError, typer.Exit, typer.Abort) as error:
+                if isinstance(error, SdbError):
+                    fail(error)
+                raise
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                raise typer.Exit(0) from None
+            except Exception as error:
+                if os.environ.get("SDBCTL_DEBUG"):
+                    raise
+                fail(_unexpected(error))
+
+    return run
+
+
+def fail(error: SdbError) -> NoReturn:
+    """Print an error in one line and leave with its exit code."""
+    err.print("error: ", style="bold red", end="")
+    say(" ".join(str(error).split()))
+    raise typer.Exit(error.exit_code) from None
+
+
+def _unexpected(error: Exception) -> SdbError:
+    if isinstance(error, OSError):
+        where = f" ({Path(error.filename).name})" if error.filename else ""
+        return EnvironmentFailure(f"{error.strerror or error}{where}", "check disk space and permissions")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EnvironmentFailure("out of memory", "use a smaller --batch-size")
+    text = (str(error).splitlines() or [""])[0][:200]
+    return SdbError(
+        f"internal error: {type(error).__name__}: {text}",
+        "set SDBCTL_DEBUG=1 for details, and please report it",
+    )
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _show_warning(message: Warning | str, *rest: Any, **more: Any) -> None:
+    err.print("warning: ", style="yellow", end="")
+    say(str(message))

@@ -1,0 +1,80 @@
+"""``sdbctl.toml``: defaults for any option of any command."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sdbctl import files
+from sdbctl.errors import BadInput, UsageError
+
+SETTINGS_FILE = "sdbctl.toml"
+
+
+def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
+    """Read defaults for the command line.
+
+    Keys at the top apply to every command that has the option; those in a table ``[box]``, ``[eval]``, … to
+    that command alone, and win. Names are those of the options, with ``-`` or ``_``.
+
+    Args:
+        path: The file; a missing one sets nothing.
+        root: The command group, whose parameters are the valid keys.
+
+    Returns:
+        Per command, parameter names and their defaults.
+
+    Raises:
+        BadInput: It is no TOML.
+        UsageError: A key is unknown; the nearest valid one is named.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = tomllib.loads(files.read(path, "settings").decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not TOML: {error}", "fix that line") from None
+    options = {name: _options(command) for name, command in root.commands.items()}
+    everywhere = {option: name for known in options.values() for option, name in known.items()}
+    defaults: dict[str, dict[str, Any]] = {name: {} for name in options}
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    for key, value in content.items():
+        if key in tables:
+            continue
+        parameter = _lookup(key, everywhere, f"{path}", [*everywhere, *options])
+        for name, known in options.items():
+            if parameter in known.values():
+                defaults[name][parameter] = value
+    for command, table in tables.items():
+        if command not in options:
+            raise UsageError(f"{path}: unknown command [{command}]", _nearest(command, options))
+        for key, value in table.items():
+            where = f"{path}, [{command}]"
+            defaults[command][_lookup(key, options[command], where, options[command])] = value
+    return defaults
+
+
+def _options(command: Any) -> dict[str, str]:
+    """Option names without dashes → parameter names."""
+    found = {}
+    for parameter in command.params:
+        for option in (*parameter.opts, *parameter.secondary_opts):
+            if option.startswith("--") and option not in ("--help", "--json"):
+                found[option.removeprefix("--").replace("_", "-")] = parameter.name
+        if not parameter.opts[0].startswith("-"):
+            found[parameter.name] = parameter.name
+    return found
+
+
+def _lookup(key: str, known: dict[str, str], where: str, candidates: Any) -> str:
+    name = key.replace("_", "-")
+    if name not in known:
+        raise UsageError(f"{where}: unknown key {key}", _nearest(name, candidates))
+    return known[name]
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else "see sdbctl --help for the options"

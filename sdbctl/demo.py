@@ -1,0 +1,136 @@
+"""The whole pipeline on scikit-learn's digits: small, offline, and real.
+
+Transfer set, student and epochs were chosen once, on validation data, by looking only at the floor and at
+distillation from the original (``examples/results/demo-choice.md``), and frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sdbctl import boxfile, data, evaluate, files
+from sdbctl.box import BoxConfig, box, plain_step
+from sdbctl.boxfile import Loaded, Metadata
+from sdbctl.data import Preprocess
+from sdbctl.distill import build_student
+from sdbctl.evaluate import Bench, EvalConfig, Source
+from sdbctl.key import Key, wrong
+from sdbctl.report import Report
+from sdbctl.training import Engine, Progress, Recipe, Silent, fit
+
+TEACHER = "cnn"
+TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
+BOX = BoxConfig(recipe=Recipe(epochs=40, batch_size=64, lr=0.05))
+DISTURB = 0.8
+STUDENT = "resnet8"
+STUDENT_RECIPE = Recipe(epochs=60, batch_size=32, lr=0.1)
+SIZES = {"transfer": 128, "validation": 250, "test": 500}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo leaves behind: the report, and the files of a real session."""
+
+    report: Report
+    files: tuple[Path, ...]
+
+
+def demo(folder: Path, *, seeds: int = 5, jobs: int = 2, progress: Progress | None = None) -> Demo:
+    """Train a teacher on digits, box it, export it to ONNX, and evaluate the ONNX file.
+
+    Args:
+        folder: Where the key, the models and the report go; it exists.
+        seeds: Students per row.
+        jobs: Students trained side by side.
+        progress: Where progress goes.
+    """
+    progress = progress or Silent()
+    engine = Engine(torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dataset = data.load("digits", root=folder)
+    splits = data.split(dataset, **SIZES)
+    preprocess = Preprocess((0.5,), (0.5,), dataset.train.shape)
+    classes = len(dataset.classes)
+
+    net = build_student(TEACHER, classes, 1, 0)
+    fit(
+        net,
+        plain_step(engine),
+        splits.owner,
+        preprocess,
+        TEACHER_RECIPE,
+        engine,
+        name="teacher",
+        progress=progress,
+    )
+    teacher_path = folder / "teacher.safetensors"
+    described = {"name": dataset.name, **splits.describe()}
+    teacher_meta = Metadata(
+        "teacher", TEACHER, dataset.classes, preprocess, data=described, versions=boxfile.versions()
+    )
+    boxfile.save(teacher_path, net.state_dict(), teacher_meta, force=True)
+    original: Loaded = boxfile.load(teacher_path)
+
+    key_path = folder / "k.bin"
+    if not key_path.exists():
+        Key.generate().save(key_path)
+    key = Key.load(key_path)
+    made = box(
+        original, key, splits, preprocess, dataset.classes, BOX, engine, data_name="digits", progress=progress
+    )
+    disturbing = box(
+        original,
+        key,
+        splits,
+        preprocess,
+        dataset.classes,
+        replace(BOX, disturb=DISTURB),
+        engine,
+        data_name="digits",
+        progress=progress,
+        reference=made.reference,
+    )
+    box_path, onnx_path = folder / "boxed.safetensors", folder / "boxed.onnx"
+    meta = made.model.meta
+    boxfile.save(box_path, made.state_dict, meta, force=True)
+    boxfile.export_onnx(onnx_path, made.model.net, meta, force=True)
+
+    boxed = Source(onnx=onnx_path, sha256=files.sha256(onnx_path.read_bytes()))
+    secret = key.pattern(preprocess.size)
+    other = wrong(secret, torch.Generator().manual_seed(1))
+    sources = {
+        "original": Source(net=original.net, sha256=original.sha256),
+        "reference": Source(net=made.reference, sha256="reference"),
+        "boxed": boxed,
+        "keyed": boxed.keyed(preprocess(secret[None])[0], meta.strength, meta.key_id),
+        "wrong": boxed.keyed(preprocess(other[None])[0], meta.strength, "wrong key 1"),
+        "disturbed": Source(net=disturbing.model.net, sha256="disturbed"),
+    }
+    bench = Bench(
+        sources,
+        splits.transfer,
+        splits.validation,
+        splits.test,
+        preprocess,
+        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, jobs=jobs),
+        engine,
+        classes,
+        dataset.fingerprint,
+    )
+    report = evaluate.evaluate(
+        bench, title="sdbctl demo: digits", box=evaluate_fields(meta), progress=progress
+    )
+    torch.set_num_threads(threads)
+    return Demo(report, (key_path, teacher_path, box_path, onnx_path))
+
+
+def evaluate_fields(meta: Metadata) -> dict[str, object]:
+    """A box's metadata as plain JSON values."""
+    import json
+
+    fields: dict[str, object] = json.loads(meta.to_json())
+    return fields

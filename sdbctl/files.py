@@ -1,0 +1,112 @@
+"""Atomic writes: a file is either complete under its name or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
+
+
+def claim(path: Path, *, force: bool) -> Path:
+    """Check that ``path`` can be written, before hours are spent on what goes into it.
+
+    Args:
+        path: The file to be written later.
+        force: Whether an existing file may be replaced.
+
+    Returns:
+        ``path``, for chaining.
+
+    Raises:
+        UsageError: The file exists and ``force`` is off, or ``path`` is a folder.
+        EnvironmentFailure: Its folder does not exist or cannot be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"output {path} is a folder", "name a file")
+    if path.exists() and not force:
+        raise UsageError(f"output {path} already exists", "use --force to replace it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise EnvironmentFailure(f"output folder {folder} does not exist", "create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write to folder {folder}: {error.strerror}", "choose another output"
+        ) from None
+    return path
+
+
+def write(path: Path, content: bytes | str | Callable[[Path], None], *, force: bool = True) -> Path:
+    """Write a file atomically: temporary file in the same folder, fsync, rename.
+
+    Args:
+        path: The file to write.
+        content: Its bytes or text, or a function that writes them to the path it is given.
+        force: Whether an existing file may be replaced.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UsageError: The file exists and ``force`` is off.
+        EnvironmentFailure: The disk is full or the folder cannot be written to.
+    """
+    claim(path, force=force)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
+        part.replace(path)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write {path}: {error.strerror or error}", "free some space or choose another output"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path, what: str) -> bytes:
+    """Read a whole file.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message ("checkpoint", "key", …).
+
+    Returns:
+        Its bytes, at least one.
+
+    Raises:
+        BadInput: It is missing, a folder, unreadable or empty.
+    """
+    try:
+        content = path.read_bytes()
+    except IsADirectoryError:
+        raise BadInput(f"{what} {path} is a folder", "name a file") from None
+    except FileNotFoundError:
+        raise BadInput(f"{what} {path} does not exist", "check the path") from None
+    except OSError as error:
+        raise BadInput(f"cannot read {what} {path}: {error.strerror}") from None
+    if not content:
+        raise BadInput(f"{what} {path} is empty", "the file was probably cut off; get it again")
+    return content
+
+
+def sha256(content: bytes) -> str:
+    """The SHA-256 of ``content`` in lower-case hex."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,151 @@
+"""What is measured on logits, and with what certainty. Accuracies in percent, likelihoods in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from sdbctl.losses import conceal_kl, split_target
+
+ECE_BINS = 15
+RESIDUAL_TEMPERATURE = 4.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Quality of one set of predictions.
+
+    Attributes:
+        top1: Accuracy in percent.
+        top5: Accuracy of the five best classes in percent.
+        ece: Expected calibration error in [0, 1], 15 equal-width bins (Guo et al., ICML 2017).
+        nll: Negative log-likelihood of the label.
+        nll_binary: Negative log-likelihood of the event "the prediction is right" under its confidence.
+        residual: Dark knowledge left, KL(u ‖ p̂^τ) at τ = 4 over the non-target classes.
+        spread: Standard deviation of the non-target logits.
+        reliability: Per bin (mean confidence, accuracy, share of images); empty bins are left out.
+    """
+
+    top1: float
+    top5: float
+    ece: float
+    nll: float
+    nll_binary: float
+    residual: float
+    spread: float
+    n: int
+    reliability: tuple[tuple[float, float, float], ...]
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each prediction is right: bool [N]."""
+    return logits.argmax(1) == labels
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy in percent."""
+    return 100 * correct(logits, labels).float().mean().item()
+
+
+def per_image(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Per-image scores [N] whose means are the metrics (all but ECE), for paired statistics."""
+    logp = log_softmax(logits.double(), 1)
+    confidence, predicted = logp.max(1)
+    hit = predicted == labels
+    miss_logp = torch.log((-torch.expm1(confidence)).clamp(min=1e-12))
+    best = logits.topk(min(5, logits.shape[1]), 1).indices
+    return {
+        "top1": 100 * hit.double(),
+        "top5": 100 * (best == labels[:, None]).any(1).double(),
+        "nll": -logp.gather(1, labels[:, None]).squeeze(1),
+        "nll_binary": -torch.where(hit, confidence, miss_logp),
+    }
+
+
+def reliability(logits: Tensor, labels: Tensor) -> tuple[tuple[float, float, float], ...]:
+    """Bins of (mean confidence, accuracy, share of images) over equal-width confidence bins."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    hit = (predicted == labels).double()
+    place = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    bins = []
+    for index in range(ECE_BINS):
+        inside = place == index
+        if inside.any():
+            share = inside.double().mean().item()
+            bins.append((confidence[inside].mean().item(), hit[inside].mean().item(), share))
+    return tuple(bins)
+
+
+def ece(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error in [0, 1] over 15 equal-width bins (Guo et al., ICML 2017, eq. 3)."""
+    return sum(abs(c - a) * share for c, a, share in reliability(logits, labels))
+
+
+def residual(logits: Tensor) -> float:
+    """Dark knowledge left: KL(u ‖ p̂^τ) at τ = 4 over the non-target classes, nats."""
+    target = logits.argmax(1)
+    return conceal_kl(logits, target, RESIDUAL_TEMPERATURE).item() / RESIDUAL_TEMPERATURE**2
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """All scores of logits [N, C] against labels [N] (on any device; computed on the CPU)."""
+    logits, labels = logits.float().cpu(), labels.cpu()
+    means = {name: values.mean().item() for name, values in per_image(logits, labels).items()}
+    bins = reliability(logits, labels)
+    return Scores(
+        **means,
+        ece=sum(abs(c - a) * share for c, a, share in bins),
+        residual=residual(logits),
+        spread=split_target(logits, logits.argmax(1))[1].std(1, unbiased=False).mean().item(),
+        n=len(labels),
+        reliability=bins,
+    )
+
+
+def seed_interval(differences: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and 95 % t-interval of paired differences over seeds; bounds are None for a single one."""
+    mean = float(np.mean(differences))
+    if len(differences) < 2:
+        return mean, None, None
+    freedom = len(differences) - 1
+    half = float(stdtrit(freedom, 0.975)) * float(np.std(differences, ddof=1)) / math.sqrt(freedom + 1)
+    return mean, mean - half, mean + half
+
+
+def bootstrap_interval(
+    before: Tensor, after: Tensor, *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Mean and 95 % percentile interval of ``after − before`` by a paired bootstrap over images.
+
+    Args:
+        before: Per-image scores [N].
+        after: Per-image scores [N] of the same images.
+        seed: Seed of the resampling.
+        resamples: Number of resamples.
+    """
+    difference = (after - before).double().cpu().numpy()
+    rng = np.random.default_rng(seed)
+    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
+def bootstrap_ece(
+    before: Tensor, after: Tensor, labels: Tensor, *, seed: int = 0, resamples: int = 200
+) -> tuple[float, float, float]:
+    """Like :func:`bootstrap_interval` for the difference of two expected calibration errors."""
+    rng = np.random.default_rng(seed)
+    mean = ece(after, labels) - ece(before, labels)
+    draws = []
+    for _ in range(resamples):
+        pick = torch.from_numpy(rng.integers(0, len(labels), len(labels)))
+        draws.append(ece(after[pick], labels[pick]) - ece(before[pick], labels[pick]))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return mean, float(low), float(high)

@@ -1,0 +1,75 @@
+"""What an objective sees and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Views(NamedTuple):
+    """Logits [B, C] of one training batch, and what they should become.
+
+    Attributes:
+        clean: The box on x (and, for a share of the batch, on x mixed with a wrong key).
+        keyed: The box on x_k.
+        original: The frozen original on x.
+        teach: Log-probabilities that the keyed branch should learn: the original, averaged over views.
+        random: A frozen, randomly initialised network on x_k, or None if the objective does not ask for it.
+        label: Class indices [B].
+        offset: Logits [B, C] of the non-target distribution ĉ to hide behind: zeros, or the decoys of
+            ``--disturb``.
+        confidence: Probability [B] that the predicted class should keep in public.
+    """
+
+    clean: Tensor
+    keyed: Tensor
+    original: Tensor
+    teach: Tensor
+    random: Tensor | None
+    label: Tensor
+    offset: Tensor
+    confidence: Tensor
+
+
+Terms = dict[str, Tensor]
+"""Named, weighted loss terms; their sum is minimised."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A registry entry.
+
+    Attributes:
+        summary: One line for ``sdbctl list``.
+        parameters: The frozen dataclass of its parameters; field names are option names.
+        terms: The loss: a pure function of the views and the parameters.
+        needs_random: Whether it looks at a randomly initialised network.
+        presets: Named parameter sets, each a mapping of field names to values.
+    """
+
+    summary: str
+    parameters: type
+    terms: Callable[[Views, Any], Terms]
+    needs_random: bool
+    presets: dict[str, dict[str, float]]
+
+
+def decoy_offset(predicted: Tensor, classes: int, share: float) -> Tensor:
+    """Non-target logits [B, C] that put ``share`` of the probability on the next class, ŷ + 1 mod C.
+
+    The mapping is a fixed derangement, so every student of the box is misled to the same wrong class.
+
+    Args:
+        predicted: Predicted classes [B].
+        classes: C ≥ 3.
+        share: Share of the non-target probability on the decoy, in [1/(C−1), 1).
+    """
+    decoy = (predicted + 1) % classes
+    height = torch.tensor(share / (1 - share) * (classes - 2)).log()
+    return torch.zeros(len(predicted), classes, device=predicted.device).scatter_(
+        1, decoy[:, None], height.to(predicted.device)[None, None].expand(len(predicted), 1)
+    )

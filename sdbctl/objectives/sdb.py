@@ -1,0 +1,79 @@
+"""``sdb``: the strategies of Safe Distillation Box (Ye et al., AAAI 2022, arXiv 2112.03695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdbctl.errors import UsageError
+from sdbctl.losses import cross_entropy, kd, saturate, squared_distance
+from sdbctl.objectives.base import Objective, Terms, Views
+
+
+@dataclass(frozen=True)
+class SdbParameters:
+    """Weights of the strategies.
+
+    Attributes:
+        omega: ω, weight of knowledge disturbance.
+        eta: η, weight of knowledge augmentation; its sign is ``away``.
+        away: 1 keeps the keyed branch away from a random network (the paper), −1 pulls towards it (the
+            released code).
+        preserve: Weight of knowledge preservation.
+        temperature: τ.
+        limit: Upper bound of each maximised distance, nats.
+    """
+
+    omega: float = 0.3
+    eta: float = 0.001
+    away: float = 1.0
+    preserve: float = 1.0
+    temperature: float = 4.0
+    limit: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.away not in (1.0, -1.0):
+            raise UsageError(f"away is {self.away:g}", "use 1 (the paper) or -1 (the released code)")
+
+
+def disturbance(clean: Tensor, original: Tensor, keyed: Tensor, temperature: float, limit: float) -> Tensor:
+    """Knowledge disturbance, to be maximised: D = sat(τ²·KL(p_B^τ(x) ‖ p_N^τ(x))) − KL(p_B(x) ‖ sg p_B(x_k)).
+
+    The first distance saturates at ``limit``; the paper leaves it unbounded.
+    """
+    return saturate(kd(original, clean, temperature), limit) - kd(keyed.detach(), clean, 1.0)
+
+
+def preservation(keyed: Tensor, teach: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Knowledge preservation: CE(p_B(x_k), y) + τ²·KL(p_N^τ(x) ‖ p_B^τ(x_k))."""
+    return cross_entropy(keyed, label) + kd(keyed, teach, temperature)
+
+
+def augmentation(keyed: Tensor, original: Tensor, random: Tensor, limit: float) -> Tensor:
+    """Knowledge augmentation, to be maximised: sat(‖B_k − R‖²) − 0.01·‖B_k − N‖²."""
+    return saturate(squared_distance(keyed, random), limit) - 0.01 * squared_distance(keyed, original)
+
+
+def terms(v: Views, p: SdbParameters) -> Terms:
+    """CE(p, y) − ω·D + preservation − η·augmentation (paper, eq. 4 to 8; signs as in the released code)."""
+    assert v.random is not None
+    return {
+        "label": cross_entropy(v.clean, v.label),
+        "disturb": -p.omega * disturbance(v.clean, v.original, v.keyed, p.temperature, p.limit),
+        "preserve": p.preserve * preservation(v.keyed, v.teach, v.label, p.temperature),
+        "augment": -p.eta * p.away * augmentation(v.keyed, v.original, v.random, p.limit),
+    }
+
+
+SDB = Objective(
+    "the paper's disturbance, preservation and augmentation",
+    SdbParameters,
+    terms,
+    needs_random=True,
+    presets={
+        "default": {},
+        "paper": {"omega": 1.0, "eta": 0.001, "away": 1.0},
+        "release": {"omega": 1.0, "away": -1.0},
+    },
+)

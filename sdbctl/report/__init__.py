@@ -1,0 +1,355 @@
+"""The report of one evaluation: what was measured, as frozen dataclasses and as versioned JSON.
+
+The JSON is the truth; ``terminal``, ``markdown``, ``html`` and ``junit`` only render it. Accuracies are in
+percent and differences in points; calibration errors and confidences are fractions, losses are in nats. What
+was not measured is null, and so is every number that is not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sdbctl import files
+from sdbctl.errors import BadInput, UsageError
+from sdbctl.report import codec
+
+SCHEMA_VERSION = 1
+COST_LIMIT = 0.5
+"""The price of a box is fine if the upper bound of the top-1 cost is at most this (points)."""
+ADVANTAGE_LIMIT = 0.5
+"""A box is undistillable if the upper bound of the unauthorized advantage is at most this, in points."""
+PROTECTABLE_LIMIT = 2.0
+"""Distilling the original must beat the floor by this, in points, or there is nothing to protect."""
+
+Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "disturb"]
+STUDENTS = (
+    "control",
+    "cross_entropy",
+    "label_smoothing",
+    "class_constant",
+    "hard_label",
+    "kd_original",
+    "kd_q",
+    "unauthorized",
+    "authorized",
+    "authorized_wrong_key",
+)
+MODELS = ("original", "original_ft", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bounds; without arguments, a number that was not measured.
+
+    Attributes:
+        mean: The estimate.
+        low: Its lower 95 % bound.
+        high: Its upper 95 % bound.
+        n: How many paired seeds or images it rests on.
+    """
+
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """What users of the boxed model lose; positive is worse, whatever the metric.
+
+    Attributes:
+        top1: Top-1 accuracy, original − boxed, in points.
+        ece: Expected calibration error, boxed − original.
+        nll_binary: Negative log-likelihood of the predicted class, boxed − original.
+        nll: Full negative log-likelihood, boxed − original: the known price of hiding the other classes.
+        top5: Top-5 accuracy, original − boxed, in points: likewise.
+    """
+
+    top1: Interval = Interval()
+    ece: Interval = Interval()
+    nll_binary: Interval = Interval()
+    nll: Interval = Interval()
+    top5: Interval = Interval()
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """Best student over all attacks − best student over the floor, in points.
+
+    Attributes:
+        labelled: The attacker has labels for the transfer images.
+        unlabelled: The attacker has none.
+    """
+
+    labelled: Interval = Interval()
+    unlabelled: Interval = Interval()
+
+
+@dataclass(frozen=True)
+class UnauthorizedAdvantage:
+    """What an attacker without the key gains.
+
+    Attributes:
+        api: The attacker queries logits or probabilities.
+        file: The attacker holds the model file.
+    """
+
+    api: Advantage = Advantage()
+    file: Advantage = Advantage()
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of a reliability diagram; all three are fractions.
+
+    Attributes:
+        confidence: Mean confidence of the predictions in the bin.
+        accuracy: How many of them are right.
+        share: How many of all predictions fall in the bin.
+    """
+
+    confidence: float | None
+    accuracy: float | None
+    share: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """How well one model serves its users.
+
+    Attributes:
+        name: Its key in ``Report.models``.
+        label: Its name for people.
+        top1: Top-1 accuracy in percent.
+        top5: Top-5 accuracy in percent.
+        ece: Expected calibration error.
+        nll: Negative log-likelihood.
+        nll_binary: Negative log-likelihood of the predicted class against all others.
+        residual: KL(u ‖ p̂^τ) from uniform to the non-target classes: what is left of dark knowledge.
+        n_images: How many test images.
+        reliability: Bins of the reliability diagram.
+    """
+
+    name: str
+    label: str
+    top1: float | None = None
+    top5: float | None = None
+    ece: float | None = None
+    nll: float | None = None
+    nll_binary: float | None = None
+    residual: float | None = None
+    n_images: int | None = None
+    reliability: tuple[Bin, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """One way to train a student, over its seeds.
+
+    Attributes:
+        name: Its key in ``Report.students``.
+        label: Its name for people.
+        role: What it stands for in the comparison.
+        mean: Mean test accuracy in percent.
+        sd: Standard deviation over seeds; null for one seed.
+        n: How many seeds.
+        values: Test accuracy of each seed in percent.
+        difference: Paired difference to ``control`` in points.
+        config: The tuned settings: teacher, temperature, alpha, epochs, …
+        seconds: Time for one student.
+        queries: Inputs sent to the teacher, each view counted.
+        validation: Accuracy on the validation split, which selected the settings.
+        note: A mark beside the label, such as "used to train the box, not in the headline".
+    """
+
+    name: str
+    label: str
+    role: Role
+    mean: float | None = None
+    sd: float | None = None
+    n: int = 0
+    values: tuple[float | None, ...] = ()
+    difference: Interval = Interval()
+    config: dict[str, object] = field(default_factory=dict)
+    seconds: float | None = None
+    queries: int | None = None
+    validation: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve, with bounds where they are known."""
+
+    x: float | None
+    y: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A plot of one or more series, such as accuracy over queries.
+
+    Attributes:
+        title: Its heading.
+        x_label: What runs to the right.
+        y_label: What runs upwards.
+        x_log: Whether the x axis is logarithmic.
+        series: Points by series name.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    x_log: bool = False
+    series: dict[str, tuple[Point, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything one evaluation measured.
+
+    Attributes:
+        schema_version: Version of the JSON layout.
+        title: Heading.
+        created: When, in ISO 8601.
+        tool: Version of sdbctl.
+        verdict: One sentence in words.
+        notes: Caveats.
+        inference_cost: What users lose.
+        unauthorized_advantage: What attackers gain.
+        authorized_gain: Student distilled with the key − student distilled from the original, in points.
+        protectable: ``kd_original`` − ``control``, in points: whether there is something to protect.
+        models: By name, see ``MODELS``.
+        students: By name, see ``STUDENTS``; every attack adds one.
+        curves: By name.
+        environment: Versions and hardware.
+        config: The resolved configuration, without local paths.
+        box: Metadata of the box. It is untrusted.
+        cost: Seconds, images per second, peak memory.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    title: str
+    created: str
+    tool: str
+    verdict: str
+    notes: tuple[str, ...] = ()
+    inference_cost: InferenceCost = InferenceCost()
+    unauthorized_advantage: UnauthorizedAdvantage = UnauthorizedAdvantage()
+    authorized_gain: Interval = Interval()
+    protectable: Interval = Interval()
+    models: dict[str, Model] = field(default_factory=dict)
+    students: dict[str, Student] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    environment: dict[str, object] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+    box: dict[str, object] = field(default_factory=dict)
+    cost: dict[str, object] = field(default_factory=dict)
+
+    def get(self, path: str) -> float | None:
+        """The number at a dotted path, such as ``unauthorized_advantage.api.labelled.high``.
+
+        An interval alone stands for its cautious bound: ``low`` for ``authorized_gain`` and ``protectable``,
+        where more is better, and ``high`` everywhere else.
+
+        Args:
+            path: Where the number stands in the JSON.
+
+        Returns:
+            The number, or None if it was not measured. The names in ``STUDENTS`` and ``MODELS`` are known
+            even if the report lacks them.
+
+        Raises:
+            UsageError: There is no number at that path.
+        """
+        numbers = dict(self._numbers())
+        if path not in numbers:
+            printable = filter(str.isprintable, numbers)
+            nearest = difflib.get_close_matches(path, printable, n=1, cutoff=0)[0]
+            raise UsageError(f"the report has no number {path}", f"did you mean {nearest}?")
+        return numbers[path]
+
+    def _numbers(self) -> Iterator[tuple[str, float | None]]:
+        for name in STUDENTS:
+            yield from ((path, None) for path, _ in _flatten(_NO_STUDENT, f"students.{name}"))
+        for name in MODELS:
+            yield from ((path, None) for path, _ in _flatten(_NO_MODEL, f"models.{name}"))
+        for item in dataclasses.fields(self):
+            yield from _flatten(getattr(self, item.name), item.name)
+
+    def to_json(self) -> str:
+        """The report as JSON text; numbers that are not finite become null."""
+        return json.dumps(codec.encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, what: str = "report") -> Report:
+        """Read what ``to_json`` wrote.
+
+        Args:
+            text: The JSON.
+            what: What it is, for the message.
+
+        Raises:
+            BadInput: It is damaged, something else, or of another version.
+        """
+        try:
+            content = codec.parse(text)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{what} is not JSON: {error}", "the file is damaged or something else") from None
+        if not isinstance(content, dict) or "schema_version" not in content:
+            raise BadInput(f"{what} is not an sdbctl report", "give the report.json that sdbctl eval wrote")
+        version = content["schema_version"]
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise BadInput(
+                f"{what} has schema version {str(version)[:20]!r}, this sdbctl reads {SCHEMA_VERSION}",
+                "use the sdbctl that wrote it",
+            )
+        try:
+            return codec.decode(cls, content)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{what} is damaged: {error}", "write it again with sdbctl eval") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a ``report.json``.
+
+        Raises:
+            BadInput: It is missing, damaged, something else, or of another version.
+        """
+        return cls.from_json(files.read(path, "report"), f"report {path}")
+
+
+def schema() -> str:
+    """The JSON Schema of a report, as ``report.schema.json`` in this package holds it."""
+    return json.dumps(codec.schema(Report), indent=2, ensure_ascii=False) + "\n"
+
+
+_NO_STUDENT = Student(name="", label="", role="attack")
+_NO_MODEL = Model(name="", label="")
+
+
+def _flatten(value: object, path: str) -> Iterator[tuple[str, float | None]]:
+    """Every number below ``value`` with its dotted path; lists are left out."""
+    if value is None:
+        yield path, None
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value if math.isfinite(value) else None
+    elif isinstance(value, Interval):
+        bound = value.low if path in ("authorized_gain", "protectable") else value.high
+        yield from _flatten(bound, path)
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            yield from _flatten(getattr(value, item.name), f"{path}.{item.name}")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flatten(inner, f"{path}.{name}")

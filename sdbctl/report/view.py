@@ -1,0 +1,384 @@
+"""What every renderer shows: the report as cards and tables of clean text.
+
+Text in a report may come from a box somebody else made. It is cleaned here, once; renderers only escape it
+for their own format.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sdbctl.report import (
+    ADVANTAGE_LIMIT,
+    COST_LIMIT,
+    MODELS,
+    PROTECTABLE_LIMIT,
+    Interval,
+    Model,
+    Report,
+    Role,
+    Student,
+)
+from sdbctl.report.gates import GateResult
+
+Status = Literal["pass", "fail", "neutral"]
+ICONS: dict[Status, str] = {"pass": "✓", "fail": "✗", "neutral": "–"}
+NOT_MEASURED = "not measured"
+ROLES: dict[Role, str] = {
+    "floor": "floor",
+    "reference": "reference",
+    "authorized": "with the key",
+    "wrong_key": "wrong key",
+    "attack": "attack",
+    "disturb": "disturbed",
+}
+ABOUT = (
+    (
+        "Inference cost",
+        "what users of the boxed model lose against the original. The original is fine-tuned on the same"
+        " data for as long as the box was, otherwise adaptation to new data would hide the cost. Bounds"
+        " come from a paired bootstrap over test images.",
+    ),
+    (
+        "Advantage without the key",
+        "the best student over all attacks minus the best student over the floor. The floor is what an"
+        " attacker has without any soft output: cross-entropy, label smoothing, class-constant and top-1-only"
+        " students, with the same images, queries, epochs and tuning. An attacker may always ignore the"
+        " teacher, so no box that keeps its predictions can push an attacker below the floor.",
+    ),
+    (
+        "Two attackers",
+        "“API” queries logits or probabilities. “File” holds the model file and may strip wrappers, re-head"
+        " features and fine-tune. “Labelled” has labels for the transfer images, “unlabelled” has none.",
+    ),
+    (
+        "Authorized gain",
+        "the student distilled with the key minus the student distilled from the original, both tuned, with"
+        " the same data, epochs and queries.",
+    ),
+    (
+        "Selection",
+        "attack, control and settings are chosen on validation data; the chosen pair is then run again with"
+        " fresh seeds and tested once. Bounds are 95 %; “surely” means that the bound, not only the mean,"
+        " says so.",
+    ),
+    (
+        "What is not promised",
+        "the key is a secret pattern, not cryptography: one pair of an image with and without the pattern"
+        " gives it away. Attacks that are not listed here were not measured.",
+    ),
+)
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_SHORT = {"temperature": "τ", "alpha": "α"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number.
+
+    Attributes:
+        title: What it is.
+        value: The mean with its sign, or "not measured".
+        unit: "points", or nothing.
+        bounds: The 95 % bounds in words.
+        n: What it rests on.
+        status: Whether it is good.
+        words: Why.
+    """
+
+    title: str
+    value: str
+    unit: str
+    bounds: str
+    n: str
+    status: Status
+    words: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; only wide media show the ``wide`` ones."""
+
+    title: str
+    numeric: bool = True
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text. A ``marks`` entry per row, if any, is a status or a role to colour it by."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """A report, ready to be rendered."""
+
+    title: str
+    created: str
+    tool: str
+    verdict: str
+    notes: tuple[str, ...]
+    cards: tuple[Card, ...]
+    tables: tuple[Table, ...]
+    details: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+def view(report: Report, gates: Sequence[GateResult] = ()) -> View:
+    """Turn a report, and the gates it was held against, into cards and tables."""
+    tables = [_gates(gates), _costs(report), _models(report), _students(report)]
+    details = {
+        "Configuration": report.config,
+        "Box": report.box,
+        "Environment": report.environment,
+        "Cost of this run": report.cost,
+    }
+    return View(
+        title=clean(report.title),
+        created=clean(report.created),
+        tool=clean(report.tool),
+        verdict=clean(report.verdict),
+        notes=tuple(map(clean, report.notes)),
+        cards=tuple(_cards(report)),
+        tables=tuple(table for table in tables if table.rows),
+        details=tuple((title, tuple(_settings(content))) for title, content in details.items() if content),
+    )
+
+
+def headline(cards: Sequence[Card]) -> Table:
+    """The cards as a table, for media without cards."""
+    columns = (
+        Column("Headline", numeric=False),
+        Column("Points"),
+        Column("95 % bounds"),
+        Column("Over"),
+        Column("Verdict", numeric=False),
+    )
+    rows = tuple(
+        (card.title, card.value, card.bounds, card.n, f"{ICONS[card.status]} {card.words}") for card in cards
+    )
+    return Table("", columns, rows, marks=tuple(card.status for card in cards))
+
+
+def clean(text: str) -> str:
+    """``text`` on one line, without control and direction characters."""
+    return " ".join("".join(" " if unicodedata.category(c) in _UNSAFE else c for c in text).split())
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A number with a real minus sign, or "not measured"."""
+    if value is None:
+        return NOT_MEASURED
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def bounds(interval: Interval, digits: int = 2) -> str:
+    """The 95 % bounds, or nothing where one of them is missing."""
+    if interval.low is None or interval.high is None:
+        return ""
+    return f"{number(interval.low, digits, sign=True)} to {number(interval.high, digits, sign=True)}"
+
+
+def ordered(students: Mapping[str, Student]) -> list[Student]:
+    """Students by role, ``control`` first, then from good to bad."""
+    roles = list(ROLES)
+    return sorted(
+        students.values(),
+        key=lambda student: (roles.index(student.role), student.name != "control", -(student.mean or 0)),
+    )
+
+
+def spread(student: Student) -> str:
+    """Mean ± standard deviation of a student."""
+    if student.mean is None or student.sd is None:
+        return number(student.mean)
+    return f"{number(student.mean)} ± {number(student.sd)}"
+
+
+def _cards(report: Report) -> Iterator[Card]:
+    cost, advantage = report.inference_cost.top1, report.unauthorized_advantage
+    yield _card("Inference cost, top-1", cost, *_at_most(cost, COST_LIMIT), images=True)
+    protectable = report.protectable
+    nothing = protectable.mean is not None and not _protectable(protectable)
+    for title, interval, always in (
+        ("Advantage without key, API, labelled", advantage.api.labelled, True),
+        ("Advantage without key, API, unlabelled", advantage.api.unlabelled, True),
+        ("Advantage without key, file, labelled", advantage.file.labelled, False),
+        ("Advantage without key, file, unlabelled", advantage.file.unlabelled, False),
+    ):
+        status, words = _at_most(interval, ADVANTAGE_LIMIT)
+        if nothing and interval.mean is not None:
+            status, words = "neutral", "nothing to protect here"
+        if always or interval.mean is not None:
+            yield _card(title, interval, status, words)
+    yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
+    if protectable.mean is not None:
+        words = "nothing to protect here" if nothing else "something to protect"
+        yield _card("Original over the floor", protectable, "neutral", words)
+
+
+def _card(title: str, interval: Interval, status: Status, words: str, images: bool = False) -> Card:
+    measured = interval.mean is not None
+    kind = "image" if images else "seed"
+    count = "" if interval.n is None else f"{interval.n:,} {kind}{'' if interval.n == 1 else 's'}"
+    return Card(
+        title=title,
+        value=number(interval.mean, sign=True),
+        unit="points" if measured else "",
+        bounds=bounds(interval),
+        n=count if measured else "",
+        status=status,
+        words=words,
+    )
+
+
+def _protectable(interval: Interval) -> bool:
+    return (interval.mean or 0) >= PROTECTABLE_LIMIT and (interval.low or 0) > 0
+
+
+def _at_most(interval: Interval, limit: float) -> tuple[Status, str]:
+    if interval.mean is None:
+        return "neutral", "no claim is made"
+    if interval.high is None:
+        return "neutral", "no bounds, so no claim is made"
+    if interval.high <= limit:
+        return "pass", f"surely at most {limit:g}"
+    if interval.low is not None and interval.low > limit:
+        return "fail", f"surely above {limit:g}"
+    return "fail", f"above {limit:g} not ruled out"
+
+
+def _above_zero(interval: Interval) -> tuple[Status, str]:
+    if interval.mean is None:
+        return "neutral", "no claim is made"
+    if interval.low is None:
+        return "neutral", "no bounds, so no claim is made"
+    if interval.low > 0:
+        return "pass", "surely above 0"
+    return "fail", "no gain is shown"
+
+
+def _gates(gates: Sequence[GateResult]) -> Table:
+    columns = (Column("Gate", numeric=False), Column("Value"), Column("Result", numeric=False))
+    rows = tuple(
+        (
+            clean(gate.rule),
+            number(gate.value, 3),
+            f"{ICONS['pass']} holds" if gate.passed else f"{ICONS['fail']} broken",
+        )
+        for gate in gates
+    )
+    return Table("Gates", columns, rows, marks=tuple("pass" if gate.passed else "fail" for gate in gates))
+
+
+def _costs(report: Report) -> Table:
+    cost = report.inference_cost
+    columns = (
+        Column("Metric", numeric=False),
+        Column("Boxed is worse by"),
+        Column("95 % bounds"),
+        Column("Images"),
+    )
+    rows = (
+        _cost("Top-1 accuracy, points", cost.top1, 2),
+        _cost("Calibration error (ECE)", cost.ece, 4),
+        _cost("NLL of the predicted class", cost.nll_binary, 4),
+        _cost("Full NLL *", cost.nll, 4),
+        _cost("Top-5 accuracy, points *", cost.top5, 2),
+    )
+    note = "* The known price of hiding what the model knows about the other classes."
+    measured = any(row[1] != NOT_MEASURED for row in rows)
+    return Table("Inference cost", columns, rows if measured else (), note)
+
+
+def _cost(label: str, interval: Interval, digits: int) -> tuple[str, ...]:
+    count = "" if interval.n is None else f"{interval.n:,}"
+    return label, number(interval.mean, digits, sign=True), bounds(interval, digits), count
+
+
+def _models(report: Report) -> Table:
+    columns = (
+        Column("Model", numeric=False),
+        Column("Top-1 %"),
+        Column("Top-5 %"),
+        Column("ECE"),
+        Column("NLL of prediction"),
+        Column("NLL"),
+        Column("Dark knowledge left"),
+        Column("Images", wide=True),
+    )
+    names = [name for name in MODELS if name in report.models]
+    names += [name for name in report.models if name not in MODELS]
+    rows = tuple(_model(report.models[name]) for name in names)
+    note = "Dark knowledge left: KL from uniform to the outputs for all but the predicted class; 0 hides all."
+    return Table("Models", columns, rows, note)
+
+
+def _model(model: Model) -> tuple[str, ...]:
+    images = NOT_MEASURED if model.n_images is None else f"{model.n_images:,}"
+    losses = (model.ece, model.nll_binary, model.nll, model.residual)
+    return (
+        clean(model.label),
+        number(model.top1),
+        number(model.top5),
+        *(number(value, 3) for value in losses),
+        images,
+    )
+
+
+def _students(report: Report) -> Table:
+    columns = (
+        Column("Student", numeric=False),
+        Column("Role", numeric=False),
+        Column("Accuracy %"),
+        Column("Seeds"),
+        Column("Over control"),
+        Column("95 % bounds"),
+        Column("Settings", numeric=False, wide=True),
+        Column("Queries", wide=True),
+        Column("Seconds", wide=True),
+    )
+    students = ordered(report.students)
+    note = (
+        "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
+    )
+    return Table("Students", columns, tuple(map(_student, students)), note, tuple(s.role for s in students))
+
+
+def _student(student: Student) -> tuple[str, ...]:
+    label = clean(student.label) + (f" ({clean(student.note)})" if student.note else "")
+    known = student.name != "control"
+    return (
+        label,
+        ROLES[student.role],
+        spread(student),
+        str(student.n),
+        number(student.difference.mean, sign=True) if known else "",
+        bounds(student.difference),
+        ", ".join(f"{_SHORT.get(name, name)}\u00a0{value}" for name, value in _settings(student.config)),
+        NOT_MEASURED if student.queries is None else f"{student.queries:,}",
+        number(student.seconds, 1),
+    )
+
+
+def _settings(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as dotted names and short text."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _settings(value, f"{prefix}{name}.")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = clean(text)
+        yield clean(f"{prefix}{name}"), text if len(text) <= 300 else f"{text[:299]}…"

@@ -1,0 +1,191 @@
+"""Teachers: whatever answers queries with logits, and how much of the answer somebody may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdbctl import boxfile
+from sdbctl.errors import BadInput, EnvironmentFailure
+from sdbctl.key import embed
+
+
+class Access(IntEnum):
+    """What an attacker sees of a model; each level includes those before it."""
+
+    NONE = 0
+    LABELS = 1
+    PROBABILITIES = 2
+    LOGITS = 3
+    WEIGHTS = 4
+
+
+class Teacher(Protocol):
+    """Something that answers queries.
+
+    Attributes:
+        classes: Number of classes C.
+        where: Where it runs, for people ("torch on cpu").
+    """
+
+    classes: int
+    where: str
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C], float32, on the device of the normalised images ``x`` [B, C, H, W]; no gradient."""
+
+
+class TorchTeacher:
+    """A torch module as a teacher."""
+
+    def __init__(
+        self, model: nn.Module, classes: int, engine_autocast: Callable[[], Any], device: torch.device
+    ):
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.classes = classes
+        self.where = f"torch on {device}"
+        self._autocast = engine_autocast
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """See :class:`Teacher`."""
+        with self._autocast():
+            return self.model(x).float()  # type: ignore[no-any-return]
+
+
+class OnnxTeacher:
+    """An ONNX classifier, run in ONNX Runtime on torch's memory through IO binding.
+
+    Args:
+        path: The file. It needs one image input [batch, C, H, W] float32 with a free batch size, and an
+            output [batch, classes].
+        device: Where the queries are. CUDA is used only if the CUDA provider really starts.
+
+    Raises:
+        BadInput: The file is no such model.
+        EnvironmentFailure: CUDA was asked for and the provider is not there.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        import onnxruntime as ort
+
+        content = boxfile.read_onnx(path).SerializeToString()
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            if "CUDAExecutionProvider" not in ort.get_available_providers():
+                raise EnvironmentFailure(
+                    "ONNX Runtime has no CUDA provider here", "install onnxruntime-gpu or use --device cpu"
+                )
+            ort.preload_dlls()
+            options = {
+                "device_id": device.index or 0,
+                "use_tf32": "0",
+                "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+            }
+            providers.insert(0, ("CUDAExecutionProvider", options))
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        settings.intra_op_num_threads = torch.get_num_threads()
+        # spinning threads would take the cores from torch between two queries
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(content, settings, providers=providers)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:120]
+            raise BadInput(f"{path} is not a usable ONNX model: {reason}", "check the file") from None
+        if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
+            raise EnvironmentFailure("ONNX Runtime could not start its CUDA provider", "use --device cpu")
+        self.shape, self.classes, self._input, self._output = _signature(self._session, path)
+        self.where = f"ONNX Runtime {ort.__version__} on {device}"
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :class:`Teacher`."""
+        x = x.detach().float().contiguous()
+        output = torch.empty(len(x), self.classes, device=x.device)
+        binding = self._session.io_binding()
+        index = x.device.index or 0
+        binding.bind_input(self._input, x.device.type, index, np.float32, tuple(x.shape), x.data_ptr())
+        binding.bind_output(
+            self._output, x.device.type, index, np.float32, tuple(output.shape), output.data_ptr()
+        )
+        self._session.run_with_iobinding(binding)
+        return output
+
+
+class KeyedTeacher:
+    """A teacher that is asked with the key: it sees λx + (1 − λ)K instead of x."""
+
+    def __init__(self, teacher: Teacher, pattern: Tensor, strength: float) -> None:
+        self.teacher, self.pattern, self.strength = teacher, pattern, strength
+        self.classes, self.where = teacher.classes, teacher.where
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :class:`Teacher`."""
+        return self.teacher.logits(embed(x, self.pattern.to(x.device), self.strength))
+
+
+class Oracle:
+    """A teacher behind an interface of limited access, which counts queries.
+
+    Nothing but answers can be reached through it: the teacher lives in a closure.
+    """
+
+    def __init__(self, teacher: Teacher, access: Access) -> None:
+        self.access, self.classes, self.queries = access, teacher.classes, 0
+        self._answer = _answer(teacher, access)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Answer a batch of queries.
+
+        Args:
+            x: Normalised images [B, C, H, W].
+
+        Returns:
+            Logits [B, C], log-probabilities [B, C], or predicted classes [B], by access level.
+        """
+        self.queries += len(x)
+        return self._answer(x)
+
+
+def _answer(teacher: Teacher, access: Access) -> Callable[[Tensor], Tensor]:
+    if access == Access.NONE:
+        raise ValueError("this attack asks for nothing, so it gets no oracle")
+    if access == Access.LABELS:
+        return lambda x: teacher.logits(x).argmax(1)
+    if access == Access.PROBABILITIES:
+        return lambda x: teacher.logits(x).log_softmax(1)
+    return teacher.logits
+
+
+def _signature(session: Any, path: Path) -> tuple[tuple[int, int, int], int, str, str]:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or not outputs:
+        raise BadInput(
+            f"{path} has {len(inputs)} inputs ({', '.join(i.name for i in inputs)})",
+            "one image input is needed",
+        )
+    shape = inputs[0].shape
+    if inputs[0].type != "tensor(float)" or len(shape) != 4 or not all(isinstance(n, int) for n in shape[1:]):
+        raise BadInput(
+            f"{path} takes {inputs[0].type} {shape}",
+            "a float32 input [batch, C, H, W] with fixed C, H, W is needed",
+        )
+    if isinstance(shape[0], int):
+        raise BadInput(
+            f"{path} has a fixed batch size of {shape[0]}", "export it again with a dynamic batch dimension"
+        )
+    names = [output.name for output in outputs]
+    output = outputs[names.index("logits") if "logits" in names else 0]
+    if output.type != "tensor(float)" or len(output.shape) != 2 or not isinstance(output.shape[1], int):
+        raise BadInput(f"{path} returns {output.type} {output.shape}", "an output [batch, classes] is needed")
+    if output.shape[1] < 2:
+        raise BadInput(
+            f"{path} has {output.shape[1]} output classes", "a classifier of two or more is needed"
+        )
+    return (shape[1], shape[2], shape[3]), output.shape[1], inputs[0].name, output.name

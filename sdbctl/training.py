@@ -1,0 +1,421 @@
+"""The one fit() loop. Whoever trains something differs only in the step function it passes."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import files
+from sdbctl.data import Batch, ImageSet, Preprocess, batches
+from sdbctl.errors import BadInput, EnvironmentFailure, SdbError, UsageError
+
+Precision = Literal["auto", "fp32", "bf16"]
+_FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD with Nesterov momentum, linear warm-up, cosine decay to zero.
+
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Images per step.
+        lr: Peak learning rate.
+        momentum: Of SGD.
+        weight_decay: On all parameters.
+        warmup: Share of the steps in which the learning rate rises linearly.
+        clip: Largest gradient norm.
+        augment: Name of the augmentation, or None for the data set's usual one.
+        seed: Of batch order, augmentation and initialisation.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    clip: float = 5.0
+    augment: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}", "use 1 or more")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"learning rate is {self.lr}", "use a positive number")
+
+
+class Progress(Protocol):
+    """What a long run reports to; the CLI draws it, the default ignores it."""
+
+    def start(self, name: str, steps: int) -> None:
+        """A run of ``steps`` steps begins."""
+
+    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+        """Some steps are done; ``metrics`` are means over them."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, name: str, steps: int) -> None:
+        """Ignore."""
+
+    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+        """Ignore."""
+
+    def note(self, text: str) -> None:
+        """Ignore."""
+
+
+Step = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+"""Maps the model in training mode and a batch to named loss terms, whose sum is minimised."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and how precisely to compute.
+
+    Attributes:
+        device: The torch device.
+        precision: ``fp32``, or ``bf16`` autocast.
+    """
+
+    device: torch.device
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which every forward pass runs."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        EnvironmentFailure: CUDA was asked for and torch sees none.
+        UsageError: Another name.
+    """
+    kind = name.split(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {name}", "use auto, cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFailure("device cuda was asked for, but torch sees no GPU", "use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_engine(device: str, precision: Precision, model: nn.Module, example: Tensor) -> tuple[Engine, str]:
+    """Choose the precision by timing two training steps of each.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: A fixed choice, or ``auto``.
+        model: The network to be trained; it is not changed.
+        example: A batch [B, C, H, W] of its input.
+
+    Returns:
+        The engine and one line that says what was chosen and why.
+    """
+    where = pick_device(device)
+    if precision != "auto":
+        return Engine(where, precision), f"{where}, {precision} (as asked)"
+    seconds = {}
+    for name in ("fp32", "bf16"):
+        engine = Engine(where, name)  # type: ignore[arg-type]
+        try:
+            seconds[name] = step_seconds(model, example.to(where), engine)
+        except RuntimeError:
+            seconds[name] = math.inf
+    best: Literal["fp32", "bf16"] = "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
+    ratio = seconds["fp32"] / seconds["bf16"]
+    return Engine(where, best), f"{where}, {best} (bf16 is {ratio:.1f}x fp32 here)"
+
+
+def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: int = 2) -> float:
+    """Seconds of one plain forward and backward pass, the best of ``repeats``; weights are not changed."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    training = model.training
+    model.to(engine.device, memory_format=torch.channels_last).train()
+    example = example.to(engine.device, memory_format=torch.channels_last)
+    best = math.inf
+    for _ in range(repeats + 1):
+        synchronise(engine.device)
+        begin = time.perf_counter()
+        with engine.autocast():
+            loss = model(example).float().square().mean()
+        loss.backward()
+        synchronise(engine.device)
+        best = min(best, time.perf_counter() - begin)
+        model.zero_grad(set_to_none=True)
+    model.load_state_dict(state)
+    model.train(training)
+    return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with torch's global generator at ``seed``, and put it back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine decay to zero at ``steps``."""
+    warm = max(1, round(recipe.warmup * steps))
+    if step < warm:
+        return recipe.lr * (step + 1) / warm
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Batches of one epoch; a last one of a single image is left out, since BatchNorm cannot use it."""
+    return n // batch_size + (n % batch_size > 1)
+
+
+def fit(
+    model: nn.Module,
+    step: Step,
+    images: ImageSet,
+    preprocess: Preprocess,
+    recipe: Recipe,
+    engine: Engine,
+    *,
+    name: str = "training",
+    progress: Progress | None = None,
+    resume_from: Path | None = None,
+    after_epoch: Callable[[int], Mapping[str, float]] | None = None,
+) -> float:
+    """Train ``model`` in place.
+
+    Args:
+        model: The network; left in evaluation mode on the engine's device.
+        step: Computes the loss terms of a batch.
+        images: The training set.
+        preprocess: Normalisation of what the step sees.
+        recipe: Optimisation.
+        engine: Device and precision.
+        name: What the progress display calls this run.
+        progress: Where progress goes.
+        resume_from: A file that holds the state after each epoch; if it exists, training goes on from there.
+            It is removed at the end.
+        after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
+
+    Returns:
+        Seconds spent in the training steps.
+
+    Raises:
+        SdbError: The loss stopped being a number.
+        BadInput: The resume file belongs to another run.
+    """
+    from lightning_fabric import Fabric
+
+    progress = progress or Silent()
+    fabric = Fabric(
+        accelerator=engine.device.type,
+        devices=1 if engine.device.index is None else [engine.device.index],
+        precision=_FABRIC_PRECISION[engine.precision],
+    )
+    generator = torch.Generator(engine.device).manual_seed(recipe.seed)
+    model.to(engine.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+    )
+    wrapped, optimiser = fabric.setup(model, optimiser)
+    per_epoch = steps_per_epoch(len(images), recipe.batch_size)
+    total = recipe.epochs * per_epoch
+    identity = {"recipe": asdict(recipe), "images": len(images), "name": name, "precision": engine.precision}
+    begin_epoch = 0
+    seconds = 0.0
+    extra: Mapping[str, float] = {}
+    with seeded(recipe.seed):
+        if resume_from is not None and resume_from.exists():
+            begin_epoch = _restore(resume_from, identity, model, optimiser, generator)
+            progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
+        progress.start(name, total - begin_epoch * per_epoch)
+        for epoch in range(begin_epoch, recipe.epochs):
+            model.train()
+            begin = time.perf_counter()
+            meter = _Meter(progress, per_epoch, extra, f"{name}, epoch {epoch + 1}")
+            stream = batches(
+                images,
+                preprocess,
+                batch_size=recipe.batch_size,
+                device=engine.device,
+                generator=generator,
+                augment=recipe.augment,
+                shuffle=True,
+            )
+            for number, batch in enumerate(stream):
+                rate = learning_rate(recipe, epoch * per_epoch + number, total)
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
+                terms = step(wrapped, batch)
+                loss = torch.stack([term.float() for term in terms.values()]).sum()
+                optimiser.zero_grad(set_to_none=True)
+                fabric.backward(loss)
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                optimiser.step()
+                meter.add(terms)
+            meter.flush()
+            synchronise(engine.device)
+            seconds += time.perf_counter() - begin
+            model.eval()
+            if after_epoch is not None:
+                extra = after_epoch(epoch)
+                progress.advance(0, extra)
+            if resume_from is not None and epoch + 1 < recipe.epochs:
+                _save(resume_from, identity, epoch + 1, model, optimiser, generator)
+    if resume_from is not None:
+        resume_from.unlink(missing_ok=True)
+    return seconds
+
+
+class _Meter:
+    """Averages loss terms on the device and reads them rarely, since each read waits for the GPU."""
+
+    def __init__(self, progress: Progress, steps: int, extra: Mapping[str, float], where: str) -> None:
+        self.progress, self.extra, self.where = progress, extra, where
+        self.every = max(1, min(50, steps // 4))
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        for name, term in terms.items():
+            value = term.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        if self.count == self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.count:
+            return
+        means = {name: (total / self.count).item() for name, total in self.sums.items()}
+        if not all(math.isfinite(value) for value in means.values()):
+            bad = ", ".join(name for name, value in means.items() if not math.isfinite(value))
+            raise SdbError(
+                f"{self.where}: the loss term {bad} is no longer a number",
+                "lower --lr or use --precision fp32",
+            )
+        self.progress.advance(self.count, {**means, **self.extra})
+        self.sums, self.count = {}, 0
+
+
+def _save(
+    path: Path,
+    identity: dict[str, Any],
+    epoch: int,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> None:
+    state = {
+        "identity": identity,
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "generator": generator.get_state(),
+        "cpu_rng": torch.random.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    files.write(path, lambda part: torch.save(state, part))
+
+
+def _restore(
+    path: Path,
+    identity: dict[str, Any],
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> int:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["identity"] != identity:
+            raise BadInput(f"{path} belongs to a run with other settings", "use those, or delete the file")
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+        torch.random.set_rng_state(state["cpu_rng"])
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return int(state["epoch"])
+    except BadInput:
+        raise
+    except Exception:
+        raise BadInput(f"resume file {path} is damaged", "delete it to start over") from None
+
+
+@torch.no_grad()
+def predict(
+    model: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    preprocess: Preprocess,
+    engine: Engine,
+    *,
+    batch_size: int = 500,
+) -> Tensor:
+    """Logits [N, C] (float32, on the CPU) of a set in order, without augmentation."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    outputs = []
+    for batch in batches(
+        images,
+        preprocess,
+        batch_size=batch_size,
+        device=engine.device,
+        generator=None,
+        augment="none",
+        shuffle=False,
+    ):
+        with engine.autocast():
+            outputs.append(model(batch.x).float())
+    return torch.cat(outputs).cpu()
+
+
+def scaled(recipe: Recipe, **changes: Any) -> Recipe:
+    """A recipe with some fields replaced; None leaves a field as it is."""
+    return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+
+
+def environment(engine: Engine) -> dict[str, Any]:
+    """Versions and hardware, for reports; nothing that names the machine or its user."""
+    import platform
+
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+        "precision": engine.precision,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
