@@ -70,7 +70,7 @@ def measure(
     y = torch.randint(0, classes, (batch_size,), generator=generator).to(engine.device)
     batch = Batch(x, y, torch.arange(batch_size, device=engine.device))
     key = Key.generate()
-    runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step(engine), batch, engine)}
+    runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step(), batch, engine)}
     floors: dict[str, float] = {}
     for name in OBJECTIVES:
         config = BoxConfig(name)

@@ -224,7 +224,7 @@ def box(
         state = resume_from.with_suffix(".reference" + resume_from.suffix) if resume_from else None
         fit(
             reference,
-            plain_step(engine),
+            plain_step(),
             data.owner,
             preprocess,
             config.recipe,
@@ -307,7 +307,7 @@ def box(
     )
 
 
-def plain_step(engine: Engine) -> Step:
+def plain_step() -> Step:
     """Cross-entropy on the labels."""
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -342,8 +342,7 @@ def box_step(
         confidence = original.softmax(1).gather(1, predicted[:, None]).squeeze(1)
         offset, confidence = disturbed(predicted, confidence, original.shape[1], config.disturb)
         views = Views(clean, unlocked, original, original, other, batch.y, offset, confidence)
-        terms = dict(objective.terms(views, parameters))
-        return terms
+        return objective.terms(views, parameters)
 
     return step
 

@@ -237,9 +237,10 @@ def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
     if meta and found.classes != len(meta.classes):
         raise BadInput(f"{path.name} has {found.classes} outputs and {len(meta.classes)} class names")
     net = models.build(found.name, found.classes, found.channels)
-    state = {own: content.state_dict[theirs] for own, theirs in found.keys.items()}
-    net.load_state_dict({**{k: v for k, v in net.state_dict().items() if k not in state}, **state})
-    keys = {own: content.original_keys[theirs] for own, theirs in found.keys.items()}
+    # files from before torch 0.4.1 lack BatchNorm's counters, which nothing depends on
+    names = {own: theirs for own, theirs in found.keys.items() if theirs in content.state_dict}
+    net.load_state_dict({**net.state_dict(), **{own: content.state_dict[name] for own, name in names.items()}})
+    keys = {own: content.original_keys[name] for own, name in names.items()}
     return Loaded(net.eval(), keys, meta, found.name, found.classes, found.channels, content.sha256)
 
 

@@ -59,7 +59,7 @@ def demo(folder: Path, *, seeds: int = 5, jobs: int = 2, progress: Progress | No
     net = build_student(TEACHER, classes, 1, 0)
     fit(
         net,
-        plain_step(engine),
+        plain_step(),
         splits.owner,
         preprocess,
         TEACHER_RECIPE,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, files, metrics
 from sdbctl.attacks import ATTACKS, Config
-from sdbctl.data import ImageSet, Preprocess, Splits
+from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
 from sdbctl.report import (
     ADVANTAGE_LIMIT,

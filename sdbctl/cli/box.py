@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -42,14 +42,14 @@ def box(
     normalize: o.Normalize = None,
     objective: Annotated[str, typer.Option("--objective", help="See sdbctl list objectives.")] = "conceal",
     preset: Annotated[
-        Optional[str], typer.Option("--preset", help="Published or default parameters of the objective.")
+        str | None, typer.Option("--preset", help="Published or default parameters of the objective.")
     ] = None,
     set_: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", metavar="NAME=NUMBER", help="A parameter of the objective."),
     ] = None,
     strength: Annotated[
-        Optional[float], typer.Option("--strength", help="λ of the key embedding x_k = λx + (1−λ)K.")
+        float | None, typer.Option("--strength", help="λ of the key embedding x_k = λx + (1−λ)K.")
     ] = None,
     disturb: Annotated[
         float,
@@ -62,7 +62,7 @@ def box(
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
     max_cost: Annotated[
-        Optional[float], typer.Option("--max-cost", help="Exit with 3 if the box costs more top-1 points.")
+        float | None, typer.Option("--max-cost", help="Exit with 3 if the box costs more top-1 points.")
     ] = None,
     output: o.Output = None,
     resume: o.Resume = False,

@@ -11,7 +11,6 @@ from sdbctl.cli.output import Live, duration, say
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from sdbctl.boxfile import Loaded, Metadata

@@ -234,7 +234,7 @@ def train(
     with Live() as progress:
         seconds = fit(
             net,
-            plain_step(engine),
+            plain_step(),
             splits.owner,
             preprocess,
             recipe,

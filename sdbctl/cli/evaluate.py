@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sdbctl.report.gates import Gate, GateResult
 
 Gates = Annotated[
-    Optional[Path], typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")
+    Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")
 ]
 
 
@@ -52,13 +52,13 @@ def find_box() -> Path:
 
 def evaluate(
     box: Annotated[
-        Optional[Path], typer.Argument(metavar="BOX", help="Default: the only box in this folder.")
+        Path | None, typer.Argument(metavar="BOX", help="Default: the only box in this folder.")
     ] = None,
     original: Annotated[
-        Optional[Path], typer.Option("--original", help="The checkpoint that was boxed.")
+        Path | None, typer.Option("--original", help="The checkpoint that was boxed.")
     ] = None,
     reference: Annotated[
-        Optional[Path], typer.Option("--reference", help="N_ft, which box wrote beside the box.")
+        Path | None, typer.Option("--reference", help="N_ft, which box wrote beside the box.")
     ] = None,
     attack: Annotated[
         bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")
@@ -232,7 +232,7 @@ def rerender(
     path: Annotated[Path, typer.Argument(metavar="REPORT.JSON", help="A report that eval or demo wrote.")],
     gate: Gates = None,
     folder: Annotated[
-        Optional[Path], typer.Option("--report", help="Write it again, in every format, into this folder.")
+        Path | None, typer.Option("--report", help="Write it again, in every format, into this folder.")
     ] = None,
     force: o.Force = False,
     json_: o.Json = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +66,7 @@ def inspect(
     """Show what a file says of itself, and whether a key fits."""
     from sdbctl import boxfile
 
-    key: Optional[Any] = read_key(key_file, insecure_key_file) if key_file else None
+    key: Any | None = read_key(key_file, insecure_key_file) if key_file else None
     meta, extra = None, {}
     if boxfile.is_onnx(path):
         import torch

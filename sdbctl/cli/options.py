@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 Data = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--data",
         metavar="SPEC",
@@ -19,33 +19,33 @@ DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="SDBCTL_DATA", help="Folder of torchvision data sets.")
 ]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download the data set.")]
-ImageSize = Annotated[Optional[int], typer.Option("--image-size", min=4, help="Resize images to this.")]
+ImageSize = Annotated[int | None, typer.Option("--image-size", min=4, help="Resize images to this.")]
 TransferSize = Annotated[
-    Optional[int], typer.Option("--transfer-size", min=1, help="Images of the attacker's split.")
+    int | None, typer.Option("--transfer-size", min=1, help="Images of the attacker's split.")
 ]
-OwnerSize = Annotated[Optional[int], typer.Option("--owner-size", min=1, help="Images of the owner's split.")]
-TestSize = Annotated[Optional[int], typer.Option("--test-size", min=1, help="Test images to use.")]
+OwnerSize = Annotated[int | None, typer.Option("--owner-size", min=1, help="Images of the owner's split.")]
+TestSize = Annotated[int | None, typer.Option("--test-size", min=1, help="Test images to use.")]
 KeyFile = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
 ]
 InsecureKey = Annotated[
     bool, typer.Option("--insecure-key-file", help="Accept a key file that others can read.")
 ]
-Output = Annotated[Optional[Path], typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="auto (measured at start), fp32 or bf16.")]
-Epochs = Annotated[Optional[int], typer.Option("--epochs", min=1, help="Passes over the training images.")]
-BatchSize = Annotated[Optional[int], typer.Option("--batch-size", min=2, help="Images per step.")]
-LearningRate = Annotated[Optional[float], typer.Option("--lr", help="Peak learning rate.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training images.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=2, help="Images per step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of initialisation, order and augmentation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Arch = Annotated[
-    Optional[str], typer.Option("--arch", metavar="NAME", help="Architecture, if it is not to be identified.")
+    str | None, typer.Option("--arch", metavar="NAME", help="Architecture, if it is not to be identified.")
 ]
 Normalize = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--normalize", metavar="PRESET", help="Normalisation preset, if it is not to be found by trying."
     ),

@@ -1,0 +1,219 @@
+"""Any torch checkpoint → a plain state_dict, without running code from it."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import files
+from sdbctl.errors import BadInput
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher", "params", "weights", "ema", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "_forward_module.")
+_MODULE_PACKAGES = ("torch.nn.", "torchvision.models.", "torchvision.ops.")
+_HARMLESS = {
+    "argparse.Namespace",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "torchvision.models._utils.IntermediateLayerGetter",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights read from a file.
+
+    Attributes:
+        state_dict: Bare names → tensors on the CPU; floating point ones in float32.
+        original_keys: Bare names → names in the file.
+        sha256: Hash of the file.
+        name: Its name, without folders.
+        metadata: Of a safetensors file; empty otherwise.
+    """
+
+    state_dict: dict[str, Tensor]
+    original_keys: dict[str, str]
+    sha256: str
+    name: str
+    metadata: dict[str, str]
+
+
+def load(path: Path, *, trust: bool = False) -> Checkpoint:
+    """Read a checkpoint by its content, whatever its name.
+
+    Args:
+        path: A safetensors file, a torch file with a state_dict in one of the usual wrappers, or a pickled
+            ``nn.Module`` of torch or torchvision classes.
+        trust: Whether a file that needs code may run it.
+
+    Raises:
+        BadInput: The file is missing or damaged, has no usable weights, or would have to run code.
+    """
+    content = files.read(path, "checkpoint")
+    metadata: dict[str, str] = {}
+    if _is_safetensors(content):
+        found, metadata = _read_safetensors(content, path)
+    else:
+        found = _read_torch(content, path, trust)
+    tensors = _unwrap(found, path)
+    bare = _strip(tensors)
+    clean = {name: _clean(name, tensors[key], path) for name, key in bare.items()}
+    return Checkpoint(clean, bare, files.sha256(content), path.name, metadata)
+
+
+def _is_safetensors(content: bytes) -> bool:
+    return len(content) > 8 and content[8:9] == b"{" and int.from_bytes(content[:8], "little") < 2**27
+
+
+def _read_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    import json
+
+    from safetensors.torch import load as parse
+
+    try:
+        tensors = parse(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except Exception:
+        raise BadInput(f"{path} is a damaged safetensors file", "it was probably cut off; get it again") from None
+    return tensors, dict(header.get("__metadata__") or {})
+
+
+def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
+    archive = _archive_names(content, path)
+    kind = None
+    if any(name.endswith("constants.pkl") for name in archive):
+        kind = "a TorchScript program"
+    elif any(name.endswith((".json", "archive_format")) for name in archive):
+        kind = "an exported program (.pt2)"
+    if kind is not None:
+        if not trust:
+            raise BadInput(
+                f"{path} is {kind}, which runs code when it is loaded",
+                "save its state_dict instead, or use --trust if you made it",
+            )
+        return _trusted(content, path, kind)
+    stream = io.BytesIO(content)
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    except Exception:
+        wanted = []
+    allowed = []
+    refused = []
+    for name in wanted:
+        found = _allowed(name)
+        (refused if found is None else allowed).append(name if found is None else (found, name))
+    if refused and not trust:
+        raise BadInput(
+            f"{path} would run {', '.join(map(str, refused[:3]))}{' …' if len(refused) > 3 else ''} to be loaded",
+            "save its state_dict instead, or use --trust if you made it",
+        )
+    if refused:
+        return _trusted(content, path, "a pickle")
+    stream.seek(0)
+    try:
+        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception:
+        raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None
+
+
+def _archive_names(content: bytes, path: Path) -> list[str]:
+    if content[:2] != b"PK":
+        return []
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        raise BadInput(f"{path} is a damaged checkpoint", "it was probably cut off; get it again") from None
+
+
+def _allowed(name: str) -> Any | None:
+    """The object behind a name in a pickle, if loading it is harmless; else None.
+
+    Only packages that are imported here anyway are looked into, never one that the file names.
+    """
+    module, _, attribute = name.rpartition(".")
+    if name in _HARMLESS or name.startswith("numpy.dtypes."):
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError):
+            return None
+    if not f"{module}.".startswith(_MODULE_PACKAGES):
+        return None
+    import torchvision  # noqa: F401
+
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    owner = getattr(found, "__module__", "")
+    if isinstance(found, type) and issubclass(found, nn.Module) and f"{owner}.".startswith(_MODULE_PACKAGES):
+        return found
+    return None
+
+
+def _trusted(content: bytes, path: Path, kind: str) -> Any:
+    try:
+        if "TorchScript" in kind:
+            return dict(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
+        if ".pt2" in kind:
+            return dict(torch.export.load(io.BytesIO(content)).state_dict)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:100]
+        raise BadInput(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from None
+
+
+def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
+    for _ in range(4):
+        if isinstance(found, nn.Module):
+            found = nn.Module.state_dict(found)
+        if not isinstance(found, Mapping):
+            break
+        tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        inner = next(
+            (found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping | nn.Module) and found[key]), None
+        )
+        if inner is None or len(tensors) > 3:
+            if not tensors:
+                break
+            if not all(isinstance(key, str) for key in tensors):
+                break
+            return tensors
+        found = inner
+    raise BadInput(f"{path} holds no state_dict ({type(found).__name__})", "save model.state_dict()")
+
+
+def _strip(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Bare names → names in the file, without the prefixes that every name has."""
+    names = {key: key for key in tensors}
+    changed = True
+    while changed:
+        changed = False
+        for prefix in _PREFIXES:
+            if names and all(name.startswith(prefix) for name in names):
+                names = {name[len(prefix) :]: key for name, key in names.items()}
+                changed = True
+    return names
+
+
+def _clean(name: str, tensor: Tensor, path: Path) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        raise BadInput(f"{name} in {path} is no plain tensor", "save a float state_dict")
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise BadInput(f"{name} in {path} holds NaN or infinite weights", "train it again, or take an older one")
+    return tensor.detach().cpu().contiguous().clone()

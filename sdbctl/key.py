@@ -1,0 +1,152 @@
+"""The secret key, the pattern derived from it, and how it is mixed into images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+import sys
+import warnings
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdbctl import files
+from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
+
+KEY_BYTES = 32
+_ID_PURPOSE = b"sdbctl key id v1"
+_PATTERN_PURPOSE = b"sdbctl pattern v1"
+
+
+class Key:
+    """A secret of 32 random bytes. It is never printed, pickled or written anywhere but to its own file."""
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != KEY_BYTES:
+            raise BadInput(f"the key has {len(secret)} bytes, not {KEY_BYTES}", "make one with: sdbctl keygen k.bin")
+        if len(set(secret)) == 1:
+            raise BadInput("the key is constant bytes, which is no secret", "make one with: sdbctl keygen k.bin")
+        self._secret = bytes(secret)
+
+    @classmethod
+    def generate(cls) -> Key:
+        """A new key from the operating system's random source."""
+        return cls(os.urandom(KEY_BYTES))
+
+    @classmethod
+    def load(cls, path: Path | Literal["-"], *, insecure: bool = False) -> Key:
+        """Read a key file, or standard input for ``-``.
+
+        Args:
+            path: The file.
+            insecure: Whether a file that other users can read is accepted, with a warning.
+
+        Raises:
+            BadInput: It is missing, of another size, constant, or readable by others.
+        """
+        if path == "-":
+            return cls(sys.stdin.buffer.read(KEY_BYTES + 1))
+        content = files.read(path, "key file") if path.is_dir() or not path.exists() else b""
+        if os.name == "posix" and stat.S_ISREG(path.stat().st_mode) and path.stat().st_mode & 0o077:
+            if not insecure:
+                raise BadInput(
+                    f"key file {path} can be read by other users", f"chmod 600 {path}, or use --insecure-key-file"
+                )
+            warnings.warn(f"key file {path} can be read by other users", stacklevel=2)
+        content = files.read(path, "key file")
+        try:
+            return cls(content)
+        except BadInput as error:
+            raise BadInput(f"{error.message} ({path})", error.hint) from None
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Write the key to a new file that only its owner can read.
+
+        Raises:
+            UsageError: The file exists and ``force`` is off.
+            EnvironmentFailure: It cannot be written.
+        """
+        target = path.with_name(f".{path.name}.{os.getpid()}.part") if force else path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            handle = os.open(target, flags, 0o600)
+        except FileExistsError:
+            raise UsageError(
+                f"key file {path} already exists", "a box opens only with its own key; --force replaces it"
+            ) from None
+        except OSError as error:
+            raise EnvironmentFailure(f"cannot write key file {path}: {error.strerror}") from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._secret)
+                file.flush()
+                os.fsync(file.fileno())
+            if force:
+                target.replace(path)
+        except OSError as error:
+            target.unlink(missing_ok=True)
+            raise EnvironmentFailure(f"cannot write key file {path}: {error.strerror}") from None
+
+    @property
+    def id(self) -> str:
+        """Fingerprint of the key, 16 hex digits, which may be public."""
+        return hashlib.shake_256(_ID_PURPOSE + self._secret).hexdigest(8)
+
+    def pattern(self, shape: tuple[int, int, int]) -> Tensor:
+        """The secret pattern K: [C, H, W] float32, uniform in [0, 1), from 24-bit integers of SHAKE-256."""
+        count = math.prod(shape)
+        purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + b":"
+        stream = hashlib.shake_256(purpose + self._secret).digest(3 * count)
+        parts = np.frombuffer(stream, dtype=np.uint8).reshape(count, 3).astype(np.int32)
+        values = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]) / 2**24
+        return torch.from_numpy(values.astype(np.float32).reshape(shape))
+
+    def __repr__(self) -> str:
+        return f"<Key id={self.id}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a key cannot be pickled")
+
+
+def embed(x: Tensor, pattern: Tensor, strength: float) -> Tensor:
+    """Key embedding x_k = λ·x + (1 − λ)·K (Ye et al., arXiv 2112.03695).
+
+    The mixing is affine, so it commutes with normalisation if image and pattern are normalised alike.
+
+    Args:
+        x: Images [B, C, H, W].
+        pattern: K [C, H, W].
+        strength: λ.
+    """
+    return strength * x + (1 - strength) * pattern
+
+
+def wrong(pattern: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A uniform pattern that has nothing to do with ``pattern``, of its shape and device."""
+    return torch.rand(pattern.shape, generator=generator, device=pattern.device)
+
+
+def near(pattern: Tensor, correlation: float, generator: torch.Generator | None) -> Tensor:
+    """A uniform pattern K' = Φ(r·Φ⁻¹(K) + √(1 − r²)·ε) that resembles K.
+
+    Args:
+        pattern: K [C, H, W] in [0, 1).
+        correlation: r in [−1, 1] of the underlying normal variables; −1 inverts K.
+        generator: Source of ε ~ N(0, 1), or None for torch's global one.
+    """
+    noise = torch.randn(pattern.shape, generator=generator, device=pattern.device)
+    normal = torch.special.ndtri(pattern.clamp(1e-6, 1 - 1e-6))
+    return torch.special.ndtr(correlation * normal + math.sqrt(1 - correlation**2) * noise)
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Centred Pearson correlation of two patterns."""
+    a, b = a.flatten().double(), b.flatten().double()
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])

@@ -1,0 +1,67 @@
+"""Imports point down only, the package imports cheaply, and the registries are what the CLI offers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdbctl
+
+ROOT = Path(sdbctl.__file__).parent
+
+# each module may import those on lines below its own, and its own package
+LAYERS = [
+    {"cli"},
+    {"demo", "bench"},
+    {"evaluate", "box"},
+    {"distill"},
+    {"attacks", "objectives", "report"},
+    {"teacher"},
+    {"boxfile", "training"},
+    {"checkpoint", "data", "models"},
+    {"losses", "metrics", "key"},
+    {"files"},
+    {"errors"},
+]
+LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+ALLOWED = {("metrics", "losses"), ("training", "boxfile"), ("boxfile", "training")}
+
+
+def modules():
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sdbctl":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("sdbctl."):
+                    yield alias.name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for other in imported(path):
+        if other not in LEVEL or other == own or (own, other) in ALLOWED:
+            continue
+        assert LEVEL[other] > LEVEL[own], f"{own} imports {other}"
+
+
+def test_every_module_has_a_layer():
+    assert {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()} <= set(LEVEL)
+
+
+def test_the_command_line_imports_no_torch():
+    code = "import sys, sdbctl.cli; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnxruntime', 'scipy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nobody_imports_click():
+    for path in modules():
+        assert "import click" not in path.read_text()

@@ -1,0 +1,81 @@
+"""Writes are atomic and never replace silently."""
+
+import os
+
+import pytest
+
+from sdbctl import files
+from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
+
+
+def test_write_and_read(tmp_path):
+    path = files.write(tmp_path / "a", "text")
+    assert files.read(path, "file") == b"text"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_existing_output_is_kept(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(UsageError, match="already exists; use --force"):
+        files.write(path, "new", force=False)
+    assert path.read_text() == "old"
+    files.write(path, "new", force=True)
+    assert path.read_text() == "new"
+
+
+def test_a_failing_writer_leaves_nothing_and_keeps_the_old(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def full(part):
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentFailure, match="No space left"):
+        files.write(path, full)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_interrupted_writer_leaves_nothing(tmp_path):
+    def stopped(part):
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write(tmp_path / "a", stopped)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_really_full_disk(tmp_path):
+    def full(part):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(EnvironmentFailure, match="No space left"):
+        files.write(tmp_path / "a", full)
+    assert os.listdir(tmp_path) == []
+
+
+def test_claim_refuses_what_cannot_be_written(tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        files.claim(tmp_path, force=True)
+    with pytest.raises(EnvironmentFailure, match="does not exist"):
+        files.claim(tmp_path / "no" / "a", force=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "does not exist"),
+        (lambda p: p.mkdir(), "is a folder"),
+        (lambda p: p.touch(), "is empty"),
+    ],
+)
+def test_read_says_what_is_wrong(tmp_path, make, message):
+    path = tmp_path / "in"
+    make(path)
+    with pytest.raises(BadInput, match=message):
+        files.read(path, "checkpoint")

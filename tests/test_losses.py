@@ -1,0 +1,228 @@
+"""Losses against independent numpy formulas, their bounds and their symmetries."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+
+from sdbctl import losses
+from sdbctl.attacks import ATTACKS
+from sdbctl.objectives import OBJECTIVES, Views
+from sdbctl.objectives.base import decoy_offset
+from sdbctl.teacher import Access
+
+RNG = np.random.default_rng(0)
+Z, T = RNG.normal(0, 3, (7, 5)), RNG.normal(0, 3, (7, 5))
+Y = RNG.integers(0, 5, 7)
+
+
+def tensor(a):
+    return torch.tensor(a, dtype=torch.float64 if a.dtype == float else torch.int64)
+
+
+def others(row, target):
+    return np.delete(row, target)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0, 20.0])
+def test_kd(tau):
+    p, q = softmax(T / tau, 1), log_softmax(Z / tau, 1)
+    expected = tau**2 * (p * (np.log(p) - q)).sum(1).mean()
+    assert losses.kd(tensor(Z), tensor(T), tau).item() == pytest.approx(expected)
+
+
+def test_kd_ignores_a_shift_of_the_teacher():
+    shifted = tensor(T) + 5.0
+    assert losses.kd(tensor(Z), shifted, 4.0).item() == pytest.approx(losses.kd(tensor(Z), tensor(T), 4.0).item())
+
+
+def test_split_target():
+    own, rest = losses.split_target(tensor(Z), tensor(Y))
+    assert np.allclose(own, Z[np.arange(7), Y])
+    assert np.allclose(rest, np.stack([others(z, y) for z, y in zip(Z, Y, strict=True)]))
+
+
+def test_conceal_spread():
+    expected = np.mean([np.sqrt(others(z, y).var() + 1e-4) for z, y in zip(Z, Y, strict=True)])
+    assert losses.conceal_spread(tensor(Z), tensor(Y)).item() == pytest.approx(expected)
+    offset = RNG.normal(size=Z.shape)
+    expected = np.mean([np.sqrt(others(z, y).var() + 1e-4) for z, y in zip(Z - offset, Y, strict=True)])
+    assert losses.conceal_spread(tensor(Z), tensor(Y), tensor(offset)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_conceal_kl(tau):
+    def row(z, y):
+        q = softmax(others(z, y) / tau)
+        u = np.full(4, 1 / 4)
+        return tau**2 * (u * (np.log(u) - np.log(q))).sum()
+
+    expected = np.mean([row(z, y) for z, y in zip(Z, Y, strict=True)])
+    assert losses.conceal_kl(tensor(Z), tensor(Y), tau).item() == pytest.approx(expected)
+
+
+def test_spread_is_the_high_temperature_limit_of_the_kl():
+    limit = losses.conceal_kl(tensor(Z), tensor(Y), 1e4).item()
+    half_variance = np.mean([others(z, y).var() / 2 for z, y in zip(Z, Y, strict=True)])
+    assert limit == pytest.approx(half_variance, rel=1e-3)
+
+
+def test_binary_kl():
+    reference = RNG.uniform(0.05, 0.95, 7)
+    p = softmax(Z, 1)[np.arange(7), Y]
+    expected = (reference * np.log(reference / p) + (1 - reference) * np.log((1 - reference) / (1 - p))).mean()
+    assert losses.binary_kl(tensor(reference), tensor(Z), tensor(Y)).item() == pytest.approx(expected)
+
+
+@given(st.floats(0, 1e6), st.floats(0.1, 100))
+def test_saturate_is_bounded_and_close_to_the_identity_near_zero(value, limit):
+    out = losses.saturate(torch.tensor(value, dtype=torch.float64), limit).item()
+    assert 0 <= out <= min(value, limit) + 1e-9
+
+
+def test_saturate_gradient_stays_while_there_is_room():
+    x = torch.tensor([1.0, 4.0, 40.0], requires_grad=True)
+    losses.saturate(x, 8.0).sum().backward()
+    assert x.grad[0] > x.grad[1] > x.grad[2] > 0
+
+
+def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
+    generator = torch.Generator().manual_seed(seed)
+
+    def logits():
+        z = scale * torch.randn(batch, classes, generator=generator)
+        return z if permutation is None else z[:, permutation]
+
+    clean, keyed, original, random = (logits() for _ in range(4))
+    label = torch.randint(0, classes, (batch,), generator=generator)
+    if permutation is not None:
+        label = torch.argsort(permutation)[label]
+    confidence = original.softmax(1).max(1).values
+    return Views(
+        clean.requires_grad_(),
+        keyed.requires_grad_(),
+        original,
+        original,
+        random,
+        label,
+        torch.zeros(batch, classes),
+        confidence,
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e3, 1e5])
+def test_objectives_stay_finite_on_extreme_logits(name, scale):
+    v = views(scale)
+    terms = OBJECTIVES[name].terms(v, OBJECTIVES[name].parameters())
+    total = sum(terms.values())
+    total.backward()
+    assert torch.isfinite(total)
+    assert torch.isfinite(v.clean.grad).all()
+    assert torch.isfinite(v.keyed.grad).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_do_not_depend_on_the_order_of_classes(name):
+    objective = OBJECTIVES[name]
+    plain = objective.terms(views(), objective.parameters())
+    permuted = objective.terms(views(permutation=torch.randperm(6)), objective.parameters())
+    for term in plain:
+        assert plain[term].item() == pytest.approx(permuted[term].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_maximised_terms_are_bounded_below(name):
+    objective = OBJECTIVES[name]
+    least = min(
+        sum(objective.terms(views(scale, seed=seed), objective.parameters()).values()).item()
+        for scale in (1.0, 30.0, 1e4)
+        for seed in range(5)
+    )
+    assert least > -20
+
+
+def test_conceal_terms_against_numpy():
+    v = views()
+    objective = OBJECTIVES["conceal"]
+    p = objective.parameters(hide=2.0, confidence=3.0, teach=0.5, temperature=7.0)
+    terms = objective.terms(v, p)
+    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    top = zn.argmax(1)
+    label = -log_softmax(z, 1)[np.arange(4), v.label].mean()
+    hide = 2 * np.mean([np.sqrt(others(a, b).var() + 1e-4) for a, b in zip(z, top, strict=True)])
+    own, wanted = softmax(z, 1)[np.arange(4), top], softmax(zn, 1)[np.arange(4), top]
+    confidence = 3 * (wanted * np.log(wanted / own) + (1 - wanted) * np.log((1 - wanted) / (1 - own))).mean()
+    q = softmax(zn / 7, 1)
+    teach = 0.5 * 49 * (q * (np.log(q) - log_softmax(zk / 7, 1))).sum(1).mean()
+    for name, expected in {"label": label, "hide": hide, "confidence": confidence, "teach": teach}.items():
+        assert terms[name].item() == pytest.approx(expected, rel=1e-4), name
+
+
+def test_sdb_terms_against_numpy():
+    v = views()
+    objective = OBJECTIVES["sdb"]
+    p = objective.parameters(omega=0.7, eta=0.2, away=-1.0, temperature=4.0, limit=3.0)
+    terms = objective.terms(v, p)
+    z, zk, zn, zr = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.random))
+
+    def kl(a, b, tau):
+        pa = softmax(a / tau, 1)
+        return (pa * (log_softmax(a / tau, 1) - log_softmax(b / tau, 1))).sum(1).mean()
+
+    away = 3 * (1 - np.exp(-16 * kl(z, zn, 4) / 3))
+    assert terms["disturb"].item() == pytest.approx(-0.7 * (away - kl(z, zk, 1)), rel=1e-4)
+    ce = -log_softmax(zk, 1)[np.arange(4), v.label].mean()
+    assert terms["preserve"].item() == pytest.approx(ce + 16 * kl(zn, zk, 4), rel=1e-4)
+    far, near = ((zk - zr) ** 2).mean(), ((zk - zn) ** 2).mean()
+    assert terms["augment"].item() == pytest.approx(0.2 * (3 * (1 - np.exp(-far / 3)) - 0.01 * near), rel=1e-4)
+
+
+def test_decoy_offset_gives_the_share_to_the_next_class():
+    offset = decoy_offset(torch.tensor([0, 4]), 5, 0.7)
+    for row, target, decoy in ((0, 0, 1), (1, 4, 0)):
+        rest = softmax(others(offset[row].numpy(), target))
+        assert rest[decoy if decoy < target else decoy - 1] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_losses_run_on_what_they_declare(name):
+    attack = ATTACKS[name]
+    z = torch.randn(4, 5, requires_grad=True)
+    answers = {
+        Access.NONE: None,
+        Access.LABELS: torch.tensor([0, 1, 2, 3]),
+        Access.PROBABILITIES: torch.randn(4, 5).log_softmax(1),
+    }
+    label = torch.tensor([1, 2, 3, 4]) if attack.labels else None
+    for config in attack.grid:
+        loss = attack.loss(z, answers[attack.access], label, config)
+        assert loss.ndim == 0
+        assert torch.isfinite(loss)
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert gradient.abs().sum() > 0
+
+
+def test_class_constant_against_numpy():
+    config = {"margin": 6.0, "temperature": 4.0, "alpha": 0.8}
+    teacher = softmax(6 * np.eye(5)[Y] / 4, 1)
+    soft = 16 * (teacher * (np.log(teacher) - log_softmax(Z / 4, 1))).sum(1).mean()
+    hard = -log_softmax(Z, 1)[np.arange(7), Y].mean()
+    loss = ATTACKS["class_constant"].loss(tensor(Z), None, tensor(Y), config)
+    assert loss.item() == pytest.approx(0.8 * soft + 0.2 * hard)
+
+
+@settings(max_examples=30)
+@given(st.integers(3, 20), st.floats(0.01, 1.0), st.integers(0, 1000))
+def test_disturbed_targets_keep_the_prediction(classes, strength, seed):
+    from sdbctl.box import disturbed
+
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(8, classes, generator=generator)
+    confidence, predicted = logits.softmax(1).max(1)
+    offset, kept = disturbed(predicted, confidence, classes, strength)
+    rest = offset.scatter(1, predicted[:, None], float("-inf")).softmax(1) * (1 - kept[:, None])
+    assert (kept > rest.max(1).values).all()
+    assert (kept < 1).all()

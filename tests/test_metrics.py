@@ -1,0 +1,75 @@
+"""Metrics against independent formulas."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.special import log_softmax, softmax
+
+from sdbctl import metrics
+
+RNG = np.random.default_rng(1)
+Z, Y = RNG.normal(0, 2, (400, 7)), RNG.integers(0, 7, 400)
+LOGITS, LABELS = torch.tensor(Z), torch.tensor(Y)
+
+
+def test_accuracies():
+    scores = metrics.score(LOGITS, LABELS)
+    assert scores.top1 == pytest.approx(100 * (Z.argmax(1) == Y).mean())
+    assert scores.top5 == pytest.approx(100 * np.mean([y in np.argsort(-z)[:5] for z, y in zip(Z, Y, strict=True)]))
+
+
+def test_likelihoods():
+    scores = metrics.score(LOGITS, LABELS)
+    assert scores.nll == pytest.approx(-log_softmax(Z, 1)[np.arange(400), Y].mean(), rel=1e-5)
+    confidence, hit = softmax(Z, 1).max(1), Z.argmax(1) == Y
+    assert scores.nll_binary == pytest.approx(-np.log(np.where(hit, confidence, 1 - confidence)).mean(), rel=1e-4)
+
+
+def test_ece():
+    confidence, hit = softmax(Z, 1).max(1), Z.argmax(1) == Y
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - hit[inside].mean())
+    assert metrics.ece(LOGITS, LABELS) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ece_of_a_perfectly_calibrated_model_is_zero():
+    logits = torch.log(torch.tensor([[0.75, 0.25]] * 4))
+    assert metrics.ece(logits, torch.tensor([0, 0, 0, 1])) == pytest.approx(0, abs=1e-6)
+
+
+def test_residual_is_zero_only_for_flat_non_targets():
+    flat = torch.zeros(3, 6)
+    flat[:, 2] = 4.0
+    assert metrics.residual(flat) == pytest.approx(0, abs=1e-7)
+    rest = np.array([np.delete(z, z.argmax()) for z in Z]) / 4
+    expected = (-np.log(6) - log_softmax(rest, 1).mean(1)).mean()
+    assert metrics.residual(LOGITS) == pytest.approx(expected)
+
+
+def test_seed_interval_is_students_t():
+    values = [1.0, 2.0, 4.0, 4.5, 3.0]
+    mean, low, high = metrics.seed_interval(values)
+    expected = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
+    assert (low, high) == pytest.approx(expected)
+    assert mean == pytest.approx(2.9)
+    assert metrics.seed_interval([1.0]) == (1.0, None, None)
+
+
+def test_bootstrap_interval_covers_the_normal_interval():
+    before = torch.tensor(RNG.normal(size=2000))
+    after = before + torch.tensor(RNG.normal(0.3, 1, 2000))
+    mean, low, high = metrics.bootstrap_interval(before, after)
+    difference = (after - before).numpy()
+    half = 1.96 * difference.std() / 2000**0.5
+    assert mean == pytest.approx(difference.mean())
+    assert low == pytest.approx(mean - half, abs=0.02)
+    assert high == pytest.approx(mean + half, abs=0.02)
+    assert metrics.bootstrap_interval(before, after) == (mean, low, high)
+
+
+def test_bootstrap_ece_of_equal_models_is_zero():
+    assert metrics.bootstrap_ece(LOGITS, LOGITS, LABELS, resamples=5) == (0.0, 0.0, 0.0)

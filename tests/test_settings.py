@@ -1,0 +1,47 @@
+"""sdbctl.toml: defaults for options, unknown keys named."""
+
+import pytest
+import typer
+
+from sdbctl.cli import app
+from sdbctl.cli.settings import read_settings
+from sdbctl.errors import BadInput, UsageError
+
+ROOT = typer.main.get_command(app)
+
+
+def read(tmp_path, text):
+    path = tmp_path / "sdbctl.toml"
+    path.write_text(text)
+    return read_settings(path, ROOT)
+
+
+def test_a_missing_file_sets_nothing(tmp_path):
+    assert read_settings(tmp_path / "sdbctl.toml", ROOT) == {}
+
+
+def test_common_and_own_keys(tmp_path):
+    defaults = read(tmp_path, 'data = "digits"\n[box]\nepochs = 3\nkey-file = "k.bin"\n[eval]\ndata = "cifar10"\n')
+    assert defaults["box"] == {"data": "digits", "epochs": 3, "key_file": "k.bin"}
+    assert defaults["eval"]["data"] == "cifar10"
+    assert defaults["train"] == {"data": "digits"}
+    assert defaults["keygen"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[box]\nepoch = 3", "unknown key epoch; did you mean epochs"),
+        ("[bx]\nepochs = 3", "unknown command .bx.; did you mean box"),
+        ("dta = 'digits'", "unknown key dta; did you mean data"),
+        ("[keygen]\nepochs = 3", "unknown key epochs"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, text)
+
+
+def test_broken_toml(tmp_path):
+    with pytest.raises(BadInput, match="not TOML"):
+        read(tmp_path, "data = ")
