@@ -341,7 +341,7 @@ def box_step(
         predicted = original.argmax(1)
         confidence = original.softmax(1).gather(1, predicted[:, None]).squeeze(1)
         offset, confidence = disturbed(predicted, confidence, original.shape[1], config.disturb)
-        views = Views(clean, unlocked, original, original, other, batch.y, offset, confidence)
+        views = Views(clean, unlocked, original, original, other, batch.y, offset, confidence, wrong)
         return objective.terms(views, parameters)
 
     return step

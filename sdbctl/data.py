@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,17 +145,10 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: Shape
-    _cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise pixels in [0, 1]: [B, C, H, W] → [B, C, H, W]."""
-        key = (x.device, x.dtype)
-        if key not in self._cache:
-            mean, std = (torch.tensor(v, dtype=x.dtype)[:, None, None].to(x.device) for v in (self.mean, self.std))
-            self._cache[key] = (mean, std)
-        mean, std = self._cache[key]
+        mean, std = (_per_channel(values, x.device, x.dtype) for values in (self.mean, self.std))
         return (x - mean) / std
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -178,8 +172,11 @@ class Preprocess:
             raise BadInput("the metadata has no usable normalisation", "write the file again")
         return cls(mean, std, (c, h, w))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "size": self.size, "_cache": {}}
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept on the device, since each copy to a GPU waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 # --- sources ---------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ TEACHER = "cnn"
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
 BOX = BoxConfig(recipe=Recipe(epochs=40, batch_size=64, lr=0.05))
 DISTURB = 0.8
-STUDENT = "resnet8"
-STUDENT_RECIPE = Recipe(epochs=60, batch_size=32, lr=0.1)
+STUDENT = "cnn-tiny"
+STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
 SIZES = {"transfer": 128, "validation": 250, "test": 500}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import secrets
 import stat
 import sys
 import warnings
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdbctl import files
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
 KEY_BYTES = 32
 _ID_PURPOSE = b"sdbctl key id v1"
 _PATTERN_PURPOSE = b"sdbctl pattern v1"
+_STEP = 2.0**-24
+"""Patterns are multiples of this."""
 
 
 class Key:
@@ -52,15 +54,20 @@ class Key:
             BadInput: It is missing, of another size, constant, or readable by others.
         """
         if path == "-":
-            return cls(sys.stdin.buffer.read(KEY_BYTES + 1))
-        content = files.read(path, "key file") if path.is_dir() or not path.exists() else b""
-        if os.name == "posix" and stat.S_ISREG(path.stat().st_mode) and path.stat().st_mode & 0o077:
+            return cls(sys.stdin.buffer.read())
+        # the open file is examined, not its name, which could change in between
+        try:
+            with path.open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                content = file.read()
+        except OSError as error:
+            raise BadInput(f"cannot read key file {path}: {error.strerror}", "check the path") from None
+        if os.name == "posix" and stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
             if not insecure:
                 raise BadInput(
                     f"key file {path} can be read by other users", f"chmod 600 {path}, or use --insecure-key-file"
                 )
             warnings.warn(f"key file {path} can be read by other users", stacklevel=2)
-        content = files.read(path, "key file")
         try:
             return cls(content)
         except BadInput as error:
@@ -69,11 +76,15 @@ class Key:
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write the key to a new file that only its owner can read.
 
+        Args:
+            path: The file. A link is never followed; with ``force`` it is replaced.
+            force: Whether to replace an existing file, in one step.
+
         Raises:
             UsageError: The file exists and ``force`` is off.
             EnvironmentFailure: It cannot be written.
         """
-        target = path.with_name(f".{path.name}.{os.getpid()}.part") if force else path
+        target = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part") if force else path
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         try:
             handle = os.open(target, flags, 0o600)
@@ -90,9 +101,11 @@ class Key:
                 os.fsync(file.fileno())
             if force:
                 target.replace(path)
-        except OSError as error:
+        except BaseException as error:
             target.unlink(missing_ok=True)
-            raise EnvironmentFailure(f"cannot write key file {path}: {error.strerror}") from None
+            if isinstance(error, OSError):
+                raise EnvironmentFailure(f"cannot write key file {path}: {error.strerror}") from None
+            raise
 
     @property
     def id(self) -> str:
@@ -105,7 +118,7 @@ class Key:
         purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + b":"
         stream = hashlib.shake_256(purpose + self._secret).digest(3 * count)
         parts = np.frombuffer(stream, dtype=np.uint8).reshape(count, 3).astype(np.int32)
-        values = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]) / 2**24
+        values = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]) * _STEP
         return torch.from_numpy(values.astype(np.float32).reshape(shape))
 
     def __repr__(self) -> str:
@@ -115,7 +128,7 @@ class Key:
         raise TypeError("a key cannot be pickled")
 
 
-def embed(x: Tensor, pattern: Tensor, strength: float) -> Tensor:
+def embed(x: Tensor, pattern: Tensor, lam: float) -> Tensor:
     """Key embedding x_k = λ·x + (1 − λ)·K (Ye et al., arXiv 2112.03695).
 
     The mixing is affine, so it commutes with normalisation if image and pattern are normalised alike.
@@ -123,14 +136,15 @@ def embed(x: Tensor, pattern: Tensor, strength: float) -> Tensor:
     Args:
         x: Images [B, C, H, W].
         pattern: K [C, H, W].
-        strength: λ.
+        lam: λ.
     """
-    return strength * x + (1 - strength) * pattern
+    return lam * x + (1 - lam) * pattern
 
 
 def wrong(pattern: Tensor, generator: torch.Generator | None) -> Tensor:
     """A uniform pattern that has nothing to do with ``pattern``, of its shape and device."""
-    return torch.rand(pattern.shape, generator=generator, device=pattern.device)
+    device = pattern.device if generator is None else generator.device
+    return torch.rand(pattern.shape, generator=generator, device=device).to(pattern.device)
 
 
 def near(pattern: Tensor, correlation: float, generator: torch.Generator | None) -> Tensor:
@@ -138,15 +152,26 @@ def near(pattern: Tensor, correlation: float, generator: torch.Generator | None)
 
     Args:
         pattern: K [C, H, W] in [0, 1).
-        correlation: r in [−1, 1] of the underlying normal variables; −1 inverts K.
+        correlation: r in [−1, 1] of the underlying normal variables; −1 inverts K. The correlation of the
+            patterns themselves is (6/π)·asin(r/2), slightly nearer to 0.
         generator: Source of ε ~ N(0, 1), or None for torch's global one.
+
+    Returns:
+        K' [C, H, W] in [0, 1).
+
+    Raises:
+        UsageError: The correlation is not in [−1, 1].
     """
-    noise = torch.randn(pattern.shape, generator=generator, device=pattern.device)
-    normal = torch.special.ndtri(pattern.clamp(1e-6, 1 - 1e-6))
-    return torch.special.ndtr(correlation * normal + math.sqrt(1 - correlation**2) * noise)
+    if not -1 <= correlation <= 1:
+        raise UsageError(f"a correlation of {correlation} is impossible", "use a number from -1 to 1")
+    device = pattern.device if generator is None else generator.device
+    noise = torch.randn(pattern.shape, generator=generator, device=device).to(pattern.device)
+    # K may be 0, where Φ⁻¹ is −∞, and Φ may round to 1, which no pattern holds
+    normal = torch.special.ndtri(pattern.clamp(_STEP, 1 - _STEP))
+    mixed: Tensor = torch.special.ndtr(correlation * normal + math.sqrt(1 - correlation**2) * noise)
+    return mixed.clamp(max=1 - _STEP)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Centred Pearson correlation of two patterns."""
-    a, b = a.flatten().double(), b.flatten().double()
-    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+    """Centred Pearson correlation of two patterns of the same shape."""
+    return float(torch.corrcoef(torch.stack([a.flatten().double(), b.flatten().double()]))[0, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -17,15 +19,16 @@ def label_smoothing(z: Tensor, answer: Tensor | None, y: Tensor | None, config: 
 
 
 def class_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """KD from a teacher that knows nothing but the label: logits m·onehot(y).
+    """KD from a teacher that knows nothing but the label: logits m·onehot(y), τ²·KL(p_T^τ ‖ p_S^τ).
 
-    α·τ²·KL(softmax(m·y/τ) ‖ p_S^τ) + (1 − α)·CE: the regularisation of distillation without any information
-    (compare teacher-free KD, Yuan et al., CVPR 2020).
+    The margin m gives the label the probability ``confidence`` at temperature τ, whatever the number of
+    classes: m = τ·(log(c / (1 − c)) + log(C − 1)). It is the regularisation of distillation without any
+    information (compare teacher-free KD, Yuan et al., CVPR 2020).
     """
     assert y is not None
-    constant = config["margin"] * one_hot(y, z.shape[1]).float()
-    soft = kd(z, constant, config["temperature"])
-    return config["alpha"] * soft + (1 - config["alpha"]) * cross_entropy(z, y)
+    classes, tau, share = z.shape[1], config["temperature"], config["confidence"]
+    margin = tau * (math.log(share / (1 - share)) + math.log(classes - 1))
+    return kd(z, margin * one_hot(y, classes).float(), tau)
 
 
 def hard_label(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -40,8 +43,8 @@ def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Co
 
 
 _CONSTANTS = tuple(
-    {"margin": margin, "temperature": temperature, "alpha": 1.0}
-    for margin, temperature in ((6.0, 4.0), (12.0, 8.0), (20.0, 20.0))
+    {"confidence": confidence, "temperature": temperature}
+    for temperature, confidence in ((4.0, 0.4), (20.0, 0.2), (4.0, 0.8))
 )
 
 CROSS_ENTROPY = Attack(

@@ -14,7 +14,7 @@ class Views(NamedTuple):
     """Logits [B, C] of one training batch, and what they should become.
 
     Attributes:
-        clean: The box on x (and, for a share of the batch, on x mixed with a wrong key).
+        clean: The box on x; its first ``wrong`` rows on x mixed with a wrong key.
         keyed: The box on x_k.
         original: The frozen original on x.
         teach: Log-probabilities that the keyed branch should learn: the original, averaged over views.
@@ -23,6 +23,7 @@ class Views(NamedTuple):
         offset: Logits [B, C] of the non-target distribution ĉ to hide behind: zeros, or the decoys of
             ``--disturb``.
         confidence: Probability [B] that the predicted class should keep in public.
+        wrong: Rows of ``clean`` that hold a wrong key: nothing may be learned from them, and they need not be right.
     """
 
     clean: Tensor
@@ -33,6 +34,7 @@ class Views(NamedTuple):
     label: Tensor
     offset: Tensor
     confidence: Tensor
+    wrong: int = 0
 
 
 Terms = dict[str, Tensor]

@@ -28,13 +28,14 @@ class ConcealParameters:
 def terms(v: Views, p: ConcealParameters) -> Terms:
     """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_N(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(q^τ ‖ p_k^τ).
 
-    ŷ is the original's prediction, not the label, so that errors do not leak. Own objective (README).
+    The spread is taken around the box's own prediction, on clean images and on those with a wrong key; label
+    and confidence, around the original's prediction ŷ (errors included), on clean images. Own objective (README).
     """
-    predicted = v.original.argmax(1)
+    clean = v.clean[v.wrong :]
     return {
-        "label": cross_entropy(v.clean, v.label),
-        "hide": p.hide * conceal_spread(v.clean, predicted, v.offset),
-        "confidence": p.confidence * binary_kl(v.confidence, v.clean, predicted),
+        "label": cross_entropy(clean, v.label[v.wrong :]),
+        "hide": p.hide * conceal_spread(v.clean, v.clean.detach().argmax(1), v.offset),
+        "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.original[v.wrong :].argmax(1)),
         "teach": p.teach * kd(v.keyed, v.teach, p.temperature),
     }
 

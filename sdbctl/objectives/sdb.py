@@ -59,7 +59,7 @@ def terms(v: Views, p: SdbParameters) -> Terms:
     """CE(p, y) − ω·D + preservation − η·augmentation (paper, eq. 4 to 8; signs as in the released code)."""
     assert v.random is not None
     return {
-        "label": cross_entropy(v.clean, v.label),
+        "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "disturb": -p.omega * disturbance(v.clean, v.original, v.keyed, p.temperature, p.limit),
         "preserve": p.preserve * preservation(v.keyed, v.teach, v.label, p.temperature),
         "augment": -p.eta * p.away * augmentation(v.keyed, v.original, v.random, p.limit),

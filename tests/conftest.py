@@ -1,0 +1,94 @@
+"""A tiny real teacher and box on scikit-learn's digits, made once."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("COLUMNS", "200")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    torch.set_num_threads(2)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+def run_cli(*args, stdin=None, cwd=None):
+    """Run the command line in this process, exactly as the console script does."""
+    import typer.testing
+
+    from sdbctl import cli
+
+    with contextlib.chdir(cwd) if cwd else contextlib.nullcontext():
+        try:
+            defaults = cli.read_settings(Path(cli.SETTINGS_FILE), typer.main.get_command(cli.app))
+        except cli.SdbError as error:
+            return Result(error.exit_code, b"", str(error).encode())
+        runner = typer.testing.CliRunner()
+        result = runner.invoke(cli.app, [str(arg) for arg in args], input=stdin, default_map=defaults)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout_bytes, result.stderr_bytes)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from sdbctl import data
+
+    return data.load("digits", root=Path())
+
+
+@pytest.fixture(scope="session")
+def splits(digits):
+    from sdbctl import data
+
+    return data.split(digits, transfer=128, validation=200, test=300)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory, digits, splits):
+    """Folder with k.bin, teacher.safetensors, boxed.safetensors, boxed.reference.safetensors, boxed.onnx."""
+    from dataclasses import replace
+
+    from sdbctl import boxfile, files
+    from sdbctl.box import BoxConfig, box, plain_step
+    from sdbctl.boxfile import Metadata
+    from sdbctl.data import Preprocess
+    from sdbctl.distill import build_student
+    from sdbctl.key import Key
+    from sdbctl.training import Engine, Recipe, fit
+
+    folder = tmp_path_factory.mktemp("work")
+    engine = Engine(torch.device("cpu"))
+    preprocess = Preprocess((0.5,), (0.5,), digits.train.shape)
+    recipe = Recipe(epochs=6, batch_size=64, lr=0.1)
+    net = build_student("cnn", 10, 1, 0)
+    fit(net, plain_step(), splits.owner, preprocess, recipe, engine)
+    described = {"name": "digits", **splits.describe()}
+    meta = Metadata("teacher", "cnn", digits.classes, preprocess, data=described, versions=boxfile.versions())
+    boxfile.save(folder / "teacher.safetensors", net.state_dict(), meta)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, folder / "teacher.pt")
+    Key.generate().save(folder / "k.bin")
+    Key.generate().save(folder / "other.bin")
+    original = boxfile.load(folder / "teacher.safetensors")
+    config = BoxConfig(recipe=replace(recipe, lr=0.05))
+    key = Key.load(folder / "k.bin")
+    made = box(original, key, splits, preprocess, digits.classes, config, engine, data_name="digits")
+    reference = replace(made.model.meta, kind="reference", strength=0.0, key_id="")
+    path = boxfile.save(folder / "boxed.reference.safetensors", made.reference_state, reference)
+    meta = replace(made.model.meta, reference_sha256=files.sha256(path.read_bytes()))
+    boxfile.save(folder / "boxed.safetensors", made.state_dict, meta)
+    boxfile.export_onnx(folder / "boxed.onnx", made.model.net, meta)
+    return folder

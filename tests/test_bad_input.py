@@ -1,0 +1,311 @@
+"""Whatever is wrong: one line that says what, where and what to do; the right exit code; nothing half-written."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import run_cli
+
+MARK = "pwned"
+
+
+class Evil:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def check(result, code, *words):
+    """One line on stderr after the progress lines, no traceback, nothing on stdout."""
+    text = result.stderr.decode()
+    assert result.returncode == code, text
+    assert "Traceback" not in text
+    assert "internal error" not in text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: "), text
+    for word in words:
+        assert word in last, last
+    assert result.stdout == b""
+    return last
+
+
+def parts(folder):
+    return [path.name for path in folder.iterdir() if path.name.endswith((".part", ".resume"))]
+
+
+BROKEN = {
+    "missing": (None, "check the path"),
+    "empty": (b"", ""),
+    "random": (np.random.default_rng(0).bytes(3000), ""),
+    "text": (b"hello, I am no model\n" * 50, ""),
+    "zip": (b"PK\x03\x04" + b"\0" * 500, ""),
+}
+COMMANDS = {
+    "box": lambda path, work: ["box", path, "--key-file", work / "k.bin", "--data", "digits"],
+    "export": lambda path, work: ["export", path, "-o", path.parent / "out.onnx"],
+    "inspect": lambda path, work: ["inspect", path],
+    "distill": lambda path, work: ["distill", path, "--data", "digits"],
+    "eval": lambda path, work: ["eval", path, "--data", "digits"],
+    "report": lambda path, work: ["report", path],
+    "original": lambda path, work: ["eval", work / "boxed.safetensors", "--original", path, "--data", "digits"],
+    "gate": lambda path, work: ["eval", work / "boxed.safetensors", "--gate", path, "--data", "digits"],
+    "key": lambda path, work: ["inspect", work / "boxed.safetensors", "--key-file", path],
+    "data": lambda path, work: ["distill", work / "teacher.pt", "--arch", "cnn", "--data", f"parquet:{path}"],
+    "npz": lambda path, work: ["distill", work / "teacher.pt", "--arch", "cnn", "--data", f"npz:{path}"],
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("command", ["box", "distill", "key", "npz", "report"])
+def test_broken_files(command, kind, work, tmp_path):
+    content, words = BROKEN[kind]
+    path = tmp_path / "in.file"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(0o600)
+    check(run_cli(*COMMANDS[command](path, work), cwd=tmp_path), 4, words)
+    assert {p.name for p in tmp_path.iterdir()} <= {"in.file"}
+
+
+@pytest.mark.parametrize("command", ["export", "inspect", "eval", "original", "gate", "data"])
+def test_random_bytes(command, work, tmp_path):
+    path = tmp_path / "in.file"
+    path.write_bytes(np.random.default_rng(1).bytes(5000))
+    check(run_cli(*COMMANDS[command](path, work), cwd=tmp_path), 4)
+    assert {p.name for p in tmp_path.iterdir()} == {"in.file"}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".pt"])
+def test_truncated_models(suffix, work, tmp_path):
+    source = work / ("teacher.pt" if suffix == ".pt" else f"boxed{suffix}")
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(source.read_bytes()[: source.stat().st_size * 2 // 3])
+    check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 4, f"cut{suffix}")
+
+
+def test_a_malicious_pickle_is_refused_and_nothing_runs(work, tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"state_dict": Evil(tmp_path / MARK)}, path)
+    check(run_cli(*COMMANDS["box"](path, work), cwd=tmp_path), 4, "would run", "--trust")
+    path.write_bytes(pickle.dumps(Evil(tmp_path / MARK)))
+    check(run_cli(*COMMANDS["box"](path, work), cwd=tmp_path), 4)
+    assert not (tmp_path / MARK).exists()
+
+
+def test_torchscript_and_pt2_are_refused(work, tmp_path):
+    from sdbctl import models
+
+    net = models.build("cnn-tiny", 10, 1).eval()
+    path = tmp_path / "script.pt"
+    torch.jit.trace(net, torch.zeros(1, 1, 8, 8)).save(path)
+    check(run_cli("inspect", path), 4, "TorchScript", "--trust")
+    path = tmp_path / "program.pt2"
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 1, 8, 8),)), path)
+    check(run_cli("inspect", path), 4, ".pt2", "--trust")
+
+
+def test_a_pt2_with_a_pickle_inside_runs_nothing(tmp_path):
+    path = tmp_path / "evil.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/archive_format", "pt2")
+        archive.writestr("archive/data/weights/model.pt", pickle.dumps(Evil(tmp_path / MARK)))
+    check(run_cli("inspect", path), 4)
+    assert not (tmp_path / MARK).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(os.urandom(31), "31 bytes"), (os.urandom(33), "33 bytes"), (b"", "0 bytes"), (b"\7" * 32, "constant")],
+)
+def test_bad_keys(content, words, work, tmp_path):
+    path = tmp_path / "k.bin"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    last = check(run_cli("inspect", work / "boxed.safetensors", "--key-file", path), 4, words)
+    assert not content or content.hex() not in last
+
+
+def test_a_key_that_others_can_read(work, tmp_path):
+    path = tmp_path / "k.bin"
+    shutil.copy(work / "k.bin", path)
+    path.chmod(0o644)
+    check(run_cli("inspect", work / "boxed.safetensors", "--key-file", path), 4, "chmod 600")
+    result = run_cli("inspect", work / "boxed.safetensors", "--key-file", path, "--insecure-key-file")
+    assert result.returncode == 0
+    assert b"other users" in result.stderr
+
+
+def test_a_key_from_standard_input(work):
+    content = (work / "k.bin").read_bytes()
+    result = run_cli("inspect", work / "boxed.safetensors", "--key-file", "-", stdin=content)
+    assert result.returncode == 0
+    assert b"fits" in result.stdout
+    check(run_cli("inspect", work / "boxed.safetensors", "--key-file", "-", stdin=content[:5]), 4, "5 bytes")
+
+
+def test_a_wrong_key_is_refused(work, tmp_path):
+    for box in ("boxed.safetensors", "boxed.onnx"):
+        check(run_cli("distill", work / box, "--key-file", work / "other.bin", cwd=tmp_path), 4, "does not fit")
+    check(run_cli("distill", work / "teacher.safetensors", "--key-file", work / "k.bin", cwd=tmp_path), 4, "key")
+
+
+def graph(inputs, batch="batch", classes=10):
+    names = [f"input{i}" for i in range(inputs)]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, 1, 8, 8]) for n in names]
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, classes])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [64, classes], np.ones(64 * classes, np.float32))
+    nodes = [
+        helper.make_node("Flatten", [names[0]], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    made = helper.make_graph(nodes, "g", values, [output], [weight])
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_unusable_onnx(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(graph(2), path)
+    check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 4, "2 inputs")
+    onnx.save(graph(1, batch=1), path)
+    check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 4, "fixed batch size of 1")
+    onnx.save(graph(1), path)
+    check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
+    check(run_cli("eval", path, "--data", "digits", cwd=tmp_path), 4, "no sdbctl metadata")
+    onnx.save(graph(1, classes=7), path)
+    check(run_cli("distill", path, "--data", "digits", "--normalize", "half", cwd=tmp_path), 2, "7 classes")
+
+
+def test_onnx_weights_outside_the_folder(tmp_path):
+    model = graph(1)
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 4, "../../etc/passwd")
+
+
+def test_nan_weights(work, tmp_path):
+    state = load_file(work / "teacher.safetensors")
+    name = next(name for name, tensor in state.items() if tensor.ndim == 4)
+    state[name][0, 0, 0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    check(run_cli(*COMMANDS["box"](tmp_path / "nan.safetensors", work)), 4, "NaN", name)
+
+
+def npz(path, classes=10, size=8, channels=1):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (200, size, size, channels), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(200) % classes)
+    return f"npz:{path}"
+
+
+def test_data_that_does_not_fit_the_checkpoint(work, tmp_path):
+    box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    check(run_cli(*box, "--data", npz(tmp_path / "a.npz", classes=7)), 2, "10 classes", "7")
+    check(run_cli(*box, "--data", npz(tmp_path / "b.npz")), 4, "at chance")
+    distill = ["distill", work / "boxed.onnx", "--data", npz(tmp_path / "c.npz", size=12), "--image-size", "12"]
+    check(run_cli(*distill, cwd=tmp_path), 2, "(1, 8, 8)")
+    assert {p.suffix for p in tmp_path.iterdir()} == {".npz"}
+
+
+def test_unknown_names(work, tmp_path):
+    check(run_cli("distill", work / "boxed.onnx", "--student", "wrn17", cwd=tmp_path), 2, "did you mean wrn16")
+    check(run_cli("distill", work / "boxed.onnx", "--data", "digit", cwd=tmp_path), 2, "did you mean digits")
+    check(run_cli("train", "--data", "digits", "--arch", "wrn-17-2", cwd=tmp_path), 2, "6n + 4")
+    check(run_cli("list", "nonsense"), 2, "objectives")
+    box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    check(run_cli(*box, "--objective", "magic"), 2, "conceal")
+    check(run_cli(*box, "--set", "hyde=1"), 2, "hide")
+    check(run_cli(*box, "--set", "hide"), 2, "NAME=NUMBER")
+    check(run_cli(*box, "--preset", "none"), 2, "default")
+    check(run_cli(*box, "--normalize", "imagnet"), 2, "half")
+    check(run_cli(*box, "--device", "tpu"), 2, "auto, cpu or cuda")
+    check(run_cli(*box, "--epochs", "1", "--strength", "1.5"), 2, "between 0 and 1")
+
+
+def test_usage_errors_exit_with_2(work):
+    assert run_cli("box").returncode == 2
+    assert run_cli("nonsense").returncode == 2
+    assert run_cli("box", "x", "--epochs", "many", "--key-file", "k").returncode == 2
+
+
+def test_existing_output_is_kept_without_force(work, tmp_path):
+    path = tmp_path / "out.onnx"
+    path.write_text("precious")
+    check(run_cli("export", work / "boxed.safetensors", "-o", path), 2, "--force")
+    check(run_cli("keygen", path), 2, "--force")
+    assert path.read_text() == "precious"
+    assert run_cli("export", work / "boxed.safetensors", "-o", path, "--force").returncode == 0
+    assert path.stat().st_size > 10_000
+
+
+def test_outputs_that_cannot_be_written(work, tmp_path):
+    check(run_cli("export", work / "boxed.safetensors", "-o", tmp_path / "no" / "x.onnx"), 6, "does not exist")
+    check(run_cli("keygen", tmp_path / "no" / "k.bin"), 6, "cannot write")
+    check(run_cli("demo", "-o", work / "k.bin" / "x"), 6, "cannot make folder")
+
+
+def test_cuda_without_a_gpu(work, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    check(run_cli("distill", work / "boxed.onnx", "--device", "cuda", cwd=tmp_path), 6, "no GPU")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, tmp_path):
+    original = work / "teacher.safetensors"
+    before = original.read_bytes()
+    output = tmp_path / "b.safetensors"
+    args = ["box", original, "--key-file", work / "k.bin", "-o", output, "--precision", "fp32", "--epochs", "40"]
+    command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not (tmp_path / ".b.reference.resume").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()
+    assert b"Traceback" not in err
+    assert b"--resume" in err.splitlines()[-1]
+    assert not output.exists()
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".part"]
+    assert original.read_bytes() == before
+    check(run_cli(*args[:-1], "3", "--resume"), 4, "other settings")
+    result = run_cli(*args, "--resume")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"resumed reference after epoch" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.reference.safetensors", "b.safetensors"]
+
+
+def test_max_cost(work, tmp_path):
+    args = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    result = run_cli(*args, "--epochs", "1", "--max-cost", "-50", "--precision", "fp32")
+    assert result.returncode == 3
+    assert b"more than --max-cost" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "b.safetensors").exists()
+
+
+def test_broken_settings(tmp_path):
+    (tmp_path / "sdbctl.toml").write_text("[box]\nepoch = 1\n")
+    result = run_cli("list", cwd=tmp_path)
+    assert result.returncode == 2
+    assert b"did you mean epochs" in result.stderr
