@@ -69,11 +69,9 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
         say("warning: this is not the data that the file was made with; splits may overlap")
         recorded = {}
     chosen = {}
-    for name, value in sizes.items():
+    for name in ("owner", "transfer", "validation", "test"):
         kept = recorded.get(name)
-        chosen[name] = (
-            value if value is not None else kept if isinstance(kept, int) and name != "test" else None
-        )
+        chosen[name] = sizes.get(name) or (kept if isinstance(kept, int) else None)
     seed = recorded.get("seed")
     return data.split(dataset, seed=seed if isinstance(seed, int) else 0, **chosen)
 
