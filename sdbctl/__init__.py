@@ -1,6 +1,7 @@
 """sdbctl: put a trained image classifier into a Safe Distillation Box, and measure what an attacker gets.
 
-The public API loads on first use, so that importing this package stays cheap.
+The names below load on first use, so that importing this package stays cheap. The jobs themselves are
+``sdbctl.box.box``, ``sdbctl.distill.distill`` and ``sdbctl.evaluate.evaluate``.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdbctl.box import BoxConfig, box
+    from sdbctl.box import BoxConfig
     from sdbctl.boxfile import Box, load, load_box
-    from sdbctl.distill import distill
-    from sdbctl.evaluate import evaluate
     from sdbctl.key import Key
     from sdbctl.report import Report
 
-__all__ = ["Box", "BoxConfig", "Key", "Report", "box", "distill", "evaluate", "load", "load_box"]
+__all__ = ["Box", "BoxConfig", "Key", "Report", "load", "load_box"]
 
 _HOMES = {
     "Box": "boxfile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import time
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, models
 from sdbctl.attacks import ATTACKS
-from sdbctl.box import BoxConfig, box_step, plain_step
+from sdbctl.box import BoxConfig, Task, box_step, plain_step
 from sdbctl.boxfile import Metadata
-from sdbctl.data import Batch, Preprocess
+from sdbctl.data import Batch, ImageSet, Preprocess, Splits
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
-from sdbctl.training import Engine, Step, synchronise
+from sdbctl.training import Engine, Step, place, synchronise
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,23 @@ def measure(
     net = models.build(arch, classes, shape[0])
     preprocess = Preprocess((0.5,) * shape[0], (0.5,) * shape[0], shape)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, *shape, generator=generator).to(
-        engine.device, memory_format=torch.channels_last
-    )
+    x = torch.randn(batch_size, *shape, generator=generator).to(engine.device, memory_format=torch.channels_last)
     y = torch.randint(0, classes, (batch_size,), generator=generator).to(engine.device)
     batch = Batch(x, y, torch.arange(batch_size, device=engine.device))
     key = Key.generate()
+    none = ImageSet.of(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    names = tuple(map(str, range(classes)))
+    task = Task("bench", names, Splits(none, none, none, none, 0, ""), preprocess, engine)
     runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step(), batch, engine)}
     floors: dict[str, float] = {}
     for name in OBJECTIVES:
         config = BoxConfig(name)
         trainable, frozen = config.trainable_and_frozen()
         floors[f"box {name}"] = (3 * trainable + frozen) / 3
-        runs[f"box {name}"] = _trainer(net, box_step(net, key, preprocess, config, engine), batch, engine)
+        runs[f"box {name}"] = _trainer(net, box_step(net, key, task, config), batch, engine)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher.onnx"
-        meta = Metadata("teacher", arch, tuple(map(str, range(classes))), preprocess)
+        meta = Metadata("teacher", arch, names, preprocess)
         boxfile.export_onnx(path, net, meta)
         served = OnnxTeacher(path, engine.device)
     exact = Engine(engine.device)
@@ -89,7 +91,7 @@ def measure(
         "ONNX": served,
     }
     for name, teacher in teachers.items():
-        runs[f"predict {name}"] = lambda teacher=teacher: teacher.logits(x)
+        runs[f"predict {name}"] = functools.partial(teacher.logits, x)
         pupil = models.build(student, classes, shape[0])
         runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -136,7 +138,7 @@ def measure(
 def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callable[[], None]:
     import copy
 
-    net = copy.deepcopy(net).to(engine.device, memory_format=torch.channels_last).train()
+    net = place(copy.deepcopy(net), engine.device).train()
     optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
     def forward(x: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callab
     def run() -> None:
         loss = torch.stack(list(step(forward, batch).values())).sum()  # type: ignore[arg-type]
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimiser.step()
 
@@ -156,6 +158,4 @@ def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callab
 def _kd_step(teacher: Teacher) -> Step:
     attack = ATTACKS["kd"]
     oracle = Oracle(teacher, attack.access)
-    return lambda model, batch: {
-        "loss": attack.loss(model(batch.x), oracle(batch.x), batch.y, attack.grid[0])
-    }
+    return lambda model, batch: {"loss": attack.loss(model(batch.x), oracle(batch.x), batch.y, attack.grid[0])}

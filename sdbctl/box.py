@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, metrics, models
+from sdbctl import boxfile, metrics
 from sdbctl.boxfile import Box, Loaded, Metadata
-from sdbctl.data import Batch, ImageSet, Preprocess, Splits, presets
+from sdbctl.data import Batch, ImageSet, Preprocess, Splits, default_augment, presets
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, embed, near
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
-from sdbctl.training import Engine, Progress, Recipe, Silent, Step, fit, predict, seeded, step_seconds
+from sdbctl.training import Engine, Progress, Recipe, Step, fit, place, predict, seeded, step_seconds
 
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
@@ -35,14 +35,17 @@ class BoxConfig:
         parameters: Its parameters, by name; those not given keep their defaults.
         strength: λ of the key embedding x_k = λx + (1 − λ)K, in (0, 1).
         wrong_share: Share of the public batch that is mixed with wrong keys.
+        views: Random shifts (and flips, where the augmentation flips) over which the targets of the keyed branch
+            are averaged, beside the image itself. Averaged targets are smoother, which small students learn better.
         disturb: 0, or how far to lead plain distillation astray, up to 1, at a price in calibration.
         recipe: Training of the box, and of the reference N_ft before it.
     """
 
     objective: str = "conceal"
     parameters: Mapping[str, float] = field(default_factory=dict)
-    strength: float = 0.5
+    strength: float = 0.7
     wrong_share: float = 0.25
+    views: int = 1
     disturb: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.05))
 
@@ -53,6 +56,8 @@ class BoxConfig:
             raise UsageError(f"key strength is {self.strength}", "use a number between 0 and 1, such as 0.5")
         if not 0 <= self.disturb <= 1:
             raise UsageError(f"disturb is {self.disturb}", "use a number from 0 (off) to 1")
+        if self.views < 0:
+            raise UsageError(f"views is {self.views}", "use 0 or more")
         if not 0 <= self.wrong_share <= 1:
             raise UsageError(f"wrong share is {self.wrong_share}", "use a number from 0 to 1")
         self.resolved()
@@ -67,14 +72,12 @@ class BoxConfig:
         known = [item.name for item in fields(kind)]
         for name in self.parameters:
             if name not in known:
-                raise UsageError(
-                    f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known)}"
-                )
+                raise UsageError(f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known)}")
         return kind(**self.parameters)
 
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
-        return 2, 1 + OBJECTIVES[self.objective].needs_random
+        return 2, 1 + self.views + OBJECTIVES[self.objective].needs_random
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
@@ -83,6 +86,7 @@ class BoxConfig:
             **asdict(self.resolved()),
             "strength": self.strength,
             "wrong_share": self.wrong_share,
+            "views": self.views,
             "disturb": self.disturb,
             "recipe": asdict(self.recipe),
         }
@@ -94,30 +98,18 @@ class Boxed:
 
     Attributes:
         model: The box.
-        state_dict: Its weights under the original file's keys.
-        reference: N_ft, the original fine-tuned with plain cross-entropy on the same data.
-        reference_state: Its weights under the original file's keys.
-        original_top1: Accuracy of the original on the test split, percent.
-        reference_top1: Of N_ft.
-        top1: Of the box.
-        keyed_top1: Of the box with the key.
-        seconds: Wall time of each phase.
+        state_dict: Its weights under the original file's names.
+        measured: Accuracies on the test split in percent and the dark knowledge left, as in the metadata.
     """
 
     model: Box
     state_dict: dict[str, Tensor]
-    reference: nn.Module
-    reference_state: dict[str, Tensor]
-    original_top1: float
-    reference_top1: float
-    top1: float
-    keyed_top1: float
-    seconds: dict[str, float]
+    measured: Mapping[str, float]
 
     @property
     def cost(self) -> float:
-        """Top-1 points that the box costs against N_ft."""
-        return self.reference_top1 - self.top1
+        """Top-1 points that the box costs against the reference."""
+        return self.measured["reference_top1"] - self.measured["boxed_top1"]
 
 
 def find_preprocess(
@@ -143,9 +135,7 @@ def find_preprocess(
     return found[max(tried, key=lambda name: tried[name])], tried
 
 
-def check_above_chance(
-    net: nn.Module, images: ImageSet, preprocess: Preprocess, engine: Engine, classes: int
-) -> float:
+def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess, engine: Engine, classes: int) -> float:
     """Measure the original, and refuse one that knows nothing of this data.
 
     Returns:
@@ -176,75 +166,104 @@ def estimate(
     return {"reference": plain, "box": plain * (3 * trainable + frozen) / 3}
 
 
-def box(
-    original: Loaded,
-    key: Key,
-    data: Splits,
-    preprocess: Preprocess,
-    classes: tuple[str, ...],
-    config: BoxConfig,
-    engine: Engine,
-    *,
-    data_name: str = "",
-    progress: Progress | None = None,
-    reference: nn.Module | None = None,
-    resume_from: Path | None = None,
-) -> Boxed:
-    """Fine-tune a box from an original.
+@dataclass(frozen=True)
+class Task:
+    """The owner's data and how the model wants it.
 
-    First the original is fine-tuned with plain cross-entropy on the same data (N_ft, the reference), so that
-    adaptation to the data is counted neither as protection nor as gain. The box starts from it.
+    Attributes:
+        name: Name of the data set.
+        classes: Class names.
+        data: Splits; ``owner`` is trained on, ``validation`` watched, ``test`` measured once at the end.
+        preprocess: The original's normalisation.
+        engine: Where to compute.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    data: Splits
+    preprocess: Preprocess
+    engine: Engine
+
+    def top1(self, model: nn.Module, images: ImageSet) -> float:
+        """Accuracy of a model in percent."""
+        return metrics.top1(predict(model, images, self.preprocess, self.engine), images.labels)
+
+
+def fine_tune(
+    original: Loaded,
+    task: Task,
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    resume_from: Path | None = None,
+) -> nn.Module:
+    """Fine-tune the original with plain cross-entropy on the owner's data: the reference N_ft.
+
+    The box starts from it and is compared with it, so that adaptation to the data is counted neither as
+    protection nor as gain.
 
     Args:
         original: The checkpoint.
-        key: The secret key.
-        data: Splits; ``owner`` is trained on, ``validation`` watched, ``test`` measured once at the end.
-        preprocess: The original's normalisation.
-        classes: Class names.
-        config: How to box.
-        engine: Where to compute.
-        data_name: Name of the data set, for the metadata.
+        task: The owner's data.
+        recipe: The box's own recipe.
         progress: Where progress goes.
-        reference: N_ft, if it exists already.
         resume_from: Path of the state that survives an interrupted run.
 
     Raises:
         UsageError: Data and checkpoint differ in their number of classes.
     """
-    if original.classes != len(classes):
+    if original.classes != len(task.classes):
         raise UsageError(
-            f"the checkpoint has {original.classes} classes, the data {len(classes)}",
+            f"the checkpoint has {original.classes} classes, the data {len(task.classes)}",
             "use the data it was trained on",
         )
-    progress = progress or Silent()
-    seconds = {}
-    begin = time.perf_counter()
-    if reference is None:
-        reference = copy.deepcopy(original.net)
-        state = resume_from.with_suffix(".reference" + resume_from.suffix) if resume_from else None
-        fit(
-            reference,
-            plain_step(),
-            data.owner,
-            preprocess,
-            config.recipe,
-            engine,
-            name="reference",
-            progress=progress,
-            resume_from=state,
-        )
-        seconds["reference"] = time.perf_counter() - begin
-    begin = time.perf_counter()
+    net = copy.deepcopy(original.net)
+    fit(
+        net,
+        plain_step(),
+        task.data.owner,
+        task.preprocess,
+        recipe,
+        task.engine,
+        name="reference",
+        progress=progress,
+        resume_from=resume_from,
+    )
+    return net
+
+
+def box(
+    original: Loaded,
+    reference: nn.Module,
+    key: Key,
+    task: Task,
+    config: BoxConfig,
+    *,
+    progress: Progress | None = None,
+    resume_from: Path | None = None,
+) -> Boxed:
+    """Turn a fine-tuned original into a box.
+
+    Args:
+        original: The checkpoint.
+        reference: N_ft, from :func:`fine_tune`.
+        key: The secret key.
+        task: The owner's data.
+        config: How to box.
+        progress: Where progress goes.
+        resume_from: Path of the state that survives an interrupted run.
+    """
+    begin, data, engine = time.perf_counter(), task.data, task.engine
     meta = Metadata(
         kind="box",
         architecture=original.architecture,
-        classes=classes,
-        preprocess=preprocess,
+        classes=task.classes,
+        preprocess=task.preprocess,
         strength=config.strength,
         key_id=key.id,
         objective=config.objective,
         parameters=config.describe(),
-        data={"name": data_name, **data.describe()},
+        data={"name": task.name, **data.describe()},
         original_sha256=original.sha256,
         versions=boxfile.versions(),
     )
@@ -253,20 +272,19 @@ def box(
     unlocked = made.unlock(key).to(engine.device)
     some = data.validation.take(range(min(SHOWN_IMAGES, len(data.validation))))
 
-    def watch(epoch: int) -> Mapping[str, float]:
-        public = predict(net, some, preprocess, engine)
-        keyed = predict(unlocked, some, preprocess, engine)
+    def watch(_: int) -> Mapping[str, float]:
+        public = predict(net, some, task.preprocess, engine)
         return {
             "clean": metrics.top1(public, some.labels),
-            "keyed": metrics.top1(keyed, some.labels),
+            "keyed": task.top1(unlocked, some),
             "residual": metrics.residual(public),
         }
 
     fit(
         net,
-        box_step(reference, key, preprocess, config, engine),
+        box_step(reference, key, task, config),
         data.owner,
-        preprocess,
+        task.preprocess,
         config.recipe,
         engine,
         name="box",
@@ -274,37 +292,21 @@ def box(
         resume_from=resume_from,
         after_epoch=watch,
     )
-    seconds["box"] = time.perf_counter() - begin
-
-    def test(model: nn.Module) -> Tensor:
-        return predict(model, data.test, preprocess, engine)
-
-    public, keyed = test(net), test(unlocked)
-    accuracies = {
-        "original": metrics.top1(test(original.net.to(engine.device)), data.test.labels),
-        "reference": metrics.top1(test(reference), data.test.labels),
-        "boxed": metrics.top1(public, data.test.labels),
-        "keyed": metrics.top1(keyed, data.test.labels),
+    seconds = time.perf_counter() - begin
+    public = predict(net, data.test, task.preprocess, engine)
+    keyed = predict(unlocked, data.test, task.preprocess, engine)
+    measured = {
+        "n": len(data.test),
+        "original_top1": round(task.top1(original.net.to(engine.device), data.test), 3),
+        "reference_top1": round(task.top1(reference, data.test), 3),
+        "boxed_top1": round(metrics.top1(public, data.test.labels), 3),
+        "keyed_top1": round(metrics.top1(keyed, data.test.labels), 3),
+        "residual": metrics.residual(public),
+        "keyed_residual": metrics.residual(keyed),
+        "seconds": round(seconds, 1),
     }
-    made.meta = boxfile.with_measured(
-        meta,
-        n=len(data.test),
-        **{f"{name}_top1": round(value, 3) for name, value in accuracies.items()},
-        residual=metrics.residual(public),
-        keyed_residual=metrics.residual(keyed),
-        seconds={name: round(value, 1) for name, value in seconds.items()},
-    )
-    return Boxed(
-        made,
-        original.file_state(net),
-        reference,
-        original.file_state(reference),
-        accuracies["original"],
-        accuracies["reference"],
-        accuracies["boxed"],
-        accuracies["keyed"],
-        seconds,
-    )
+    made.meta = replace(meta, measured=measured)
+    return Boxed(made, original.file_state(net), measured)
 
 
 def plain_step() -> Step:
@@ -316,16 +318,16 @@ def plain_step() -> Step:
     return step
 
 
-def box_step(
-    reference: nn.Module, key: Key, preprocess: Preprocess, config: BoxConfig, engine: Engine
-) -> Step:
+def box_step(reference: nn.Module, key: Key, task: Task, config: BoxConfig) -> Step:
     """The step that trains a box: public and keyed branch in one forward pass, the reference frozen."""
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
+    engine, preprocess = task.engine, task.preprocess
     frozen = _frozen(reference, engine)
     secret = key.pattern(preprocess.size).to(engine.device)
     pattern = preprocess(secret[None])[0]
     random = _random_twin(reference, config.recipe.seed, engine) if objective.needs_random else None
     strength = config.strength
+    flip = "flip" in (config.recipe.augment or default_augment(task.name, preprocess.size))
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         x, wrong = batch.x, round(config.wrong_share * len(batch.x))
@@ -333,18 +335,32 @@ def box_step(
         with torch.no_grad(), engine.autocast():
             original = frozen(x).float()
             other = random(keyed).float() if random else None
-        public = (
-            torch.cat([embed(x[:wrong], _wrong_key(secret, preprocess), strength), x[wrong:]]) if wrong else x
-        )
+            seen = [original, *(frozen(shifted(x, flip)).float() for _ in range(config.views))]
+        teach = torch.stack(seen).mean(0)
+        public = torch.cat([embed(x[:wrong], _wrong_key(secret, preprocess), strength), x[wrong:]]) if wrong else x
         outputs = model(torch.cat([public, keyed])).float()
         clean, unlocked = outputs.chunk(2)
         predicted = original.argmax(1)
         confidence = original.softmax(1).gather(1, predicted[:, None]).squeeze(1)
         offset, confidence = disturbed(predicted, confidence, original.shape[1], config.disturb)
-        views = Views(clean, unlocked, original, original, other, batch.y, offset, confidence, wrong)
+        views = Views(clean, unlocked, original, teach, other, batch.y, offset, confidence, wrong)
         return objective.terms(views, parameters)
 
     return step
+
+
+def shifted(x: Tensor, flip: bool) -> Tensor:
+    """One random view of a batch: all images moved alike by up to a sixteenth, edges repeated, perhaps mirrored.
+
+    Args:
+        x: Images [B, C, H, W].
+        flip: Whether mirrored images mean the same.
+    """
+    h, w = x.shape[2:]
+    reach = max(1, h // 16)
+    down, right = (int(torch.randint(0, 2 * reach + 1, ())) for _ in range(2))
+    moved = torch.nn.functional.pad(x, (reach,) * 4, mode="replicate")[:, :, down : down + h, right : right + w]
+    return moved.flip(3) if flip and bool(torch.rand(()) < 0.5) else moved
 
 
 def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: float) -> tuple[Tensor, Tensor]:
@@ -376,8 +392,7 @@ def _wrong_key(secret: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:
-    copied = copy.deepcopy(model).to(engine.device, memory_format=torch.channels_last).eval()
-    return copied.requires_grad_(False)
+    return place(copy.deepcopy(model), engine.device).eval().requires_grad_(False)
 
 
 def _random_twin(model: nn.Module, seed: int, engine: Engine) -> nn.Module:
@@ -389,6 +404,3 @@ def _random_twin(model: nn.Module, seed: int, engine: Engine) -> nn.Module:
             if reset is not None:
                 reset()
     return _frozen(twin, engine)
-
-
-__all__ = ["BoxConfig", "Boxed", "box", "box_step", "estimate", "find_preprocess", "models"]

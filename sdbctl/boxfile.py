@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdbctl import files, models
 from sdbctl.data import Preprocess
-from sdbctl.errors import BadInput, ParityMismatch, UsageError
+from sdbctl.errors import BadInput, ParityMismatch
 from sdbctl.key import Key, embed
 
 if TYPE_CHECKING:
@@ -285,14 +285,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            if (
-                Path(name).name != name
-                or not (path.parent / name).is_file()
-                or (path.parent / name).is_symlink()
-            ):
-                raise BadInput(
-                    f"{path} keeps weights in {name!r}", "put that file beside it, as a plain file"
-                )
+            if Path(name).name != name or not (path.parent / name).is_file() or (path.parent / name).is_symlink():
+                raise BadInput(f"{path} keeps weights in {name!r}", "put that file beside it, as a plain file")
     try:
         load_external_data_for_model(model, str(path.parent))
     except Exception:
@@ -401,25 +395,8 @@ def _difference(content: bytes, net: nn.Module, example: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def with_measured(meta: Metadata, **values: Any) -> Metadata:
-    """Metadata with more measurements."""
-    return replace(meta, measured={**meta.measured, **values})
-
-
 def versions() -> dict[str, str]:
     """Versions of sdbctl and torch."""
     from importlib.metadata import version
 
     return {"sdbctl": version("sdbctl"), "torch": torch.__version__}
-
-
-def require_same_shape(meta: Metadata, shape: tuple[int, int, int]) -> None:
-    """Refuse images that the model cannot take.
-
-    Raises:
-        UsageError: Their shape differs from the model's input.
-    """
-    if tuple(shape) != tuple(meta.preprocess.size):
-        raise UsageError(
-            f"the images are {shape}, the model takes {meta.preprocess.size}", "use --image-size"
-        )

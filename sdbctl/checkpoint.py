@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from sdbctl import files
 from sdbctl.errors import BadInput
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher", "params", "weights", "ema", "module")
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "teacher",
+    "params",
+    "weights",
+    "ema",
+    "module",
+)
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "_forward_module.")
 _MODULE_PACKAGES = ("torch.nn.", "torchvision.models.", "torchvision.ops.")
 _HARMLESS = {
@@ -109,21 +120,18 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
     except Exception:
         wanted = []
-    allowed = []
-    refused = []
-    for name in wanted:
-        found = _allowed(name)
-        (refused if found is None else allowed).append(name if found is None else (found, name))
+    known = {name: _allowed(name) for name in wanted}
+    refused = [name for name, found in known.items() if found is None]
     if refused and not trust:
         raise BadInput(
-            f"{path} would run {', '.join(map(str, refused[:3]))}{' …' if len(refused) > 3 else ''} to be loaded",
+            f"{path} would run {', '.join(refused[:3])}{' …' if len(refused) > 3 else ''} to be loaded",
             "save its state_dict instead, or use --trust if you made it",
         )
     if refused:
         return _trusted(content, path, "a pickle")
     stream.seek(0)
     try:
-        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals([(found, name) for name, found in known.items() if found is not None]):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception:
         raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None

@@ -6,13 +6,14 @@ distillation from the original (``examples/results/demo-choice.md``), and frozen
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sdbctl import boxfile, data, evaluate, files
-from sdbctl.box import BoxConfig, box, plain_step
+from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
 from sdbctl.boxfile import Loaded, Metadata
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
@@ -23,7 +24,7 @@ from sdbctl.training import Engine, Progress, Recipe, Silent, fit
 
 TEACHER = "cnn"
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
-BOX = BoxConfig(recipe=Recipe(epochs=40, batch_size=64, lr=0.05))
+BOX = BoxConfig(recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
 DISTURB = 0.8
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
@@ -79,21 +80,10 @@ def demo(folder: Path, *, seeds: int = 5, jobs: int = 2, progress: Progress | No
     if not key_path.exists():
         Key.generate().save(key_path)
     key = Key.load(key_path)
-    made = box(
-        original, key, splits, preprocess, dataset.classes, BOX, engine, data_name="digits", progress=progress
-    )
-    disturbing = box(
-        original,
-        key,
-        splits,
-        preprocess,
-        dataset.classes,
-        replace(BOX, disturb=DISTURB),
-        engine,
-        data_name="digits",
-        progress=progress,
-        reference=made.reference,
-    )
+    task = Task("digits", dataset.classes, splits, preprocess, engine)
+    reference = fine_tune(original, task, BOX.recipe, progress=progress)
+    made = box(original, reference, key, task, BOX, progress=progress)
+    disturbing = box(original, reference, key, task, replace(BOX, disturb=DISTURB), progress=progress)
     box_path, onnx_path = folder / "boxed.safetensors", folder / "boxed.onnx"
     meta = made.model.meta
     boxfile.save(box_path, made.state_dict, meta, force=True)
@@ -104,7 +94,7 @@ def demo(folder: Path, *, seeds: int = 5, jobs: int = 2, progress: Progress | No
     other = wrong(secret, torch.Generator().manual_seed(1))
     sources = {
         "original": Source(net=original.net, sha256=original.sha256),
-        "reference": Source(net=made.reference, sha256="reference"),
+        "reference": Source(net=reference, sha256="reference"),
         "boxed": boxed,
         "keyed": boxed.keyed(preprocess(secret[None])[0], meta.strength, meta.key_id),
         "wrong": boxed.keyed(preprocess(other[None])[0], meta.strength, "wrong key 1"),
@@ -121,16 +111,6 @@ def demo(folder: Path, *, seeds: int = 5, jobs: int = 2, progress: Progress | No
         classes,
         dataset.fingerprint,
     )
-    report = evaluate.evaluate(
-        bench, title="sdbctl demo: digits", box=evaluate_fields(meta), progress=progress
-    )
+    report = evaluate.evaluate(bench, title="sdbctl demo: digits", box=json.loads(meta.to_json()), progress=progress)
     torch.set_num_threads(threads)
     return Demo(report, (key_path, teacher_path, box_path, onnx_path))
-
-
-def evaluate_fields(meta: Metadata) -> dict[str, object]:
-    """A box's metadata as plain JSON values."""
-    import json
-
-    fields: dict[str, object] = json.loads(meta.to_json())
-    return fields

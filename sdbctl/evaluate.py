@@ -234,9 +234,7 @@ class Bench:
         return Outcome(accuracy(self.validation), test, seconds, queries)
 
 
-def run_cells(
-    bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress
-) -> dict[Cell_, Outcome]:
+def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[Cell_, Outcome]:
     """Train the students of ``cells``, each once, and keep each outcome as a file.
 
     Args:
@@ -358,23 +356,13 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
         trials = []
     progress.start("students", len(trials) + len(rows) * config.seeds)
     chosen = choose(bench, run_cells(bench, trials, folder, progress))
-    finals = [
-        Cell(row.name, *chosen[row.name][:2], seed, final=True)
-        for seed in range(config.seeds)
-        for row in rows
-    ]
+    finals = [Cell(row.name, *chosen[row.name][:2], seed, final=True) for seed in range(config.seeds) for row in rows]
     outcomes = run_cells(bench, finals, folder, progress)
-    by_row = {
-        row.name: [outcomes[_hashable(cell)] for cell in finals if cell.row == row.name] for row in rows
-    }
-    validation = {
-        name: float(np.mean([outcome.validation for outcome in runs])) for name, runs in by_row.items()
-    }
+    by_row = {row.name: [outcomes[_hashable(cell)] for cell in finals if cell.row == row.name] for row in rows}
+    validation = {name: float(np.mean([outcome.validation for outcome in runs])) for name, runs in by_row.items()}
 
     def best(names: Iterable[str]) -> str:
-        return max(
-            names, key=lambda name: chosen[name][2] if chosen[name][2] is not None else validation[name]
-        )
+        return max(names, key=lambda name: (chosen[name][2] or 0.0, validation[name]))
 
     floor = best(row.name for row in rows if row.role == "floor")
     unlabelled = best(name for name in UNLABELLED_FLOOR if name in by_row)
@@ -403,9 +391,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             validation=validation[row.name],
             note="not tuned" if row.name in FIXED else "",
         )
-    students["control"] = replace(
-        students[floor], name="control", label=f"best of the floor: {students[floor].label}"
-    )
+    students["control"] = replace(students[floor], name="control", label=f"best of the floor: {students[floor].label}")
     students["control_unlabelled"] = replace(
         students[unlabelled],
         name="control_unlabelled",
@@ -530,9 +516,7 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     best = max(attacks, key=lambda s: s.validation or 0.0).name if attacks else "unauthorized"
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(
-            api=Advantage(
-                difference(best, "control"), difference("unauthorized_unlabelled", "control_unlabelled")
-            )
+            api=Advantage(difference(best, "control"), difference("unauthorized_unlabelled", "control_unlabelled"))
         ),
         "authorized_gain": difference("authorized", "kd_original"),
         "protectable": difference("kd_original", "control"),
@@ -570,11 +554,7 @@ def verdict(report: Report) -> str:
         )
     worth = f"the original gives {protectable.mean:+.1f}"
     gain = report.authorized_gain
-    key = (
-        f"; the key is worth {gain.mean:+.1f} points against distilling the original"
-        if gain.mean is not None
-        else ""
-    )
+    key = f"; the key is worth {gain.mean:+.1f} points against distilling the original" if gain.mean is not None else ""
     return f"{finding}; {worth}{key}. Attackers who hold the file were not tried."
 
 
@@ -593,9 +573,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
 
 
 def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict[str, object]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1 if os.uname().sysname == "Darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if os.uname().sysname == "Darwin" else 1024)
     trained = [student for student in students.values() if student.seconds]
     images = len(bench.transfer) * bench.config.recipe.epochs
     rate = images / float(np.mean([student.seconds for student in trained])) if trained else None

@@ -44,10 +44,8 @@ class Teacher(Protocol):
 class TorchTeacher:
     """A torch module as a teacher."""
 
-    def __init__(
-        self, model: nn.Module, classes: int, engine_autocast: Callable[[], Any], device: torch.device
-    ):
-        self.model = model.to(device, memory_format=torch.channels_last).eval()
+    def __init__(self, model: nn.Module, classes: int, engine_autocast: Callable[[], Any], device: torch.device):
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.classes = classes
         self.where = f"torch on {device}"
         self._autocast = engine_autocast
@@ -111,9 +109,7 @@ class OnnxTeacher:
         binding = self._session.io_binding()
         index = x.device.index or 0
         binding.bind_input(self._input, x.device.type, index, np.float32, tuple(x.shape), x.data_ptr())
-        binding.bind_output(
-            self._output, x.device.type, index, np.float32, tuple(output.shape), output.data_ptr()
-        )
+        binding.bind_output(self._output, x.device.type, index, np.float32, tuple(output.shape), output.data_ptr())
         self._session.run_with_iobinding(binding)
         return output
 
@@ -177,15 +173,11 @@ def _signature(session: Any, path: Path) -> tuple[tuple[int, int, int], int, str
             "a float32 input [batch, C, H, W] with fixed C, H, W is needed",
         )
     if isinstance(shape[0], int):
-        raise BadInput(
-            f"{path} has a fixed batch size of {shape[0]}", "export it again with a dynamic batch dimension"
-        )
+        raise BadInput(f"{path} has a fixed batch size of {shape[0]}", "export it again with a dynamic batch dimension")
     names = [output.name for output in outputs]
     output = outputs[names.index("logits") if "logits" in names else 0]
     if output.type != "tensor(float)" or len(output.shape) != 2 or not isinstance(output.shape[1], int):
         raise BadInput(f"{path} returns {output.type} {output.shape}", "an output [batch, classes] is needed")
     if output.shape[1] < 2:
-        raise BadInput(
-            f"{path} has {output.shape[1]} output classes", "a classifier of two or more is needed"
-        )
+        raise BadInput(f"{path} has {output.shape[1]} output classes", "a classifier of two or more is needed")
     return (shape[1], shape[2], shape[3]), output.shape[1], inputs[0].name, output.name

@@ -137,7 +137,7 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
         return Engine(where, precision), f"{where}, {precision} (as asked)"
     seconds = {}
     for name in ("fp32", "bf16"):
-        engine = Engine(where, name)  # type: ignore[arg-type]
+        engine = Engine(where, name)
         try:
             seconds[name] = step_seconds(model, example.to(where), engine)
         except RuntimeError:
@@ -151,7 +151,7 @@ def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: 
     """Seconds of one plain forward and backward pass, the best of ``repeats``; weights are not changed."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     training = model.training
-    model.to(engine.device, memory_format=torch.channels_last).train()
+    place(model, engine.device).train()
     example = example.to(engine.device, memory_format=torch.channels_last)
     best = math.inf
     for _ in range(repeats + 1):
@@ -166,6 +166,11 @@ def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: 
     model.load_state_dict(state)
     model.train(training)
     return best
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device, convolutions in the channels-last layout."""
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def synchronise(device: torch.device) -> None:
@@ -239,7 +244,7 @@ def fit(
         precision=_FABRIC_PRECISION[engine.precision],
     )
     generator = torch.Generator(engine.device).manual_seed(recipe.seed)
-    model.to(engine.device, memory_format=torch.channels_last)
+    place(model, engine.device)
     optimiser = torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=recipe.lr,

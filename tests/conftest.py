@@ -63,7 +63,7 @@ def work(tmp_path_factory, digits, splits):
     from dataclasses import replace
 
     from sdbctl import boxfile, files
-    from sdbctl.box import BoxConfig, box, plain_step
+    from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
     from sdbctl.boxfile import Metadata
     from sdbctl.data import Preprocess
     from sdbctl.distill import build_student
@@ -85,9 +85,11 @@ def work(tmp_path_factory, digits, splits):
     original = boxfile.load(folder / "teacher.safetensors")
     config = BoxConfig(recipe=replace(recipe, lr=0.05))
     key = Key.load(folder / "k.bin")
-    made = box(original, key, splits, preprocess, digits.classes, config, engine, data_name="digits")
-    reference = replace(made.model.meta, kind="reference", strength=0.0, key_id="")
-    path = boxfile.save(folder / "boxed.reference.safetensors", made.reference_state, reference)
+    task = Task("digits", digits.classes, splits, preprocess, engine)
+    reference = fine_tune(original, task, config.recipe)
+    made = box(original, reference, key, task, config)
+    reference_meta = replace(made.model.meta, kind="reference", strength=0.0, key_id="")
+    path = boxfile.save(folder / "boxed.reference.safetensors", original.file_state(reference), reference_meta)
     meta = replace(made.model.meta, reference_sha256=files.sha256(path.read_bytes()))
     boxfile.save(folder / "boxed.safetensors", made.state_dict, meta)
     boxfile.export_onnx(folder / "boxed.onnx", made.model.net, meta)

@@ -1,6 +1,6 @@
 """Writes are atomic and never replace silently."""
 
-import os
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +8,14 @@ from sdbctl import files
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
 
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 def test_write_and_read(tmp_path):
     path = files.write(tmp_path / "a", "text")
     assert files.read(path, "file") == b"text"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 def test_existing_output_is_kept(tmp_path):
@@ -35,7 +39,7 @@ def test_a_failing_writer_leaves_nothing_and_keeps_the_old(tmp_path):
     with pytest.raises(EnvironmentFailure, match="No space left"):
         files.write(path, full)
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 def test_interrupted_writer_leaves_nothing(tmp_path):
@@ -45,18 +49,18 @@ def test_interrupted_writer_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         files.write(tmp_path / "a", stopped)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_really_full_disk(tmp_path):
     def full(part):
-        with open("/dev/full", "wb", buffering=0) as file:
+        with Path("/dev/full").open("wb", buffering=0) as file:
             file.write(b"x")
 
     with pytest.raises(EnvironmentFailure, match="No space left"):
         files.write(tmp_path / "a", full)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_claim_refuses_what_cannot_be_written(tmp_path):

@@ -44,16 +44,10 @@ EVIL = "<script>alert(1)</script> | [x](http://evil.example) $a$ \x1b[31m‮ \"'
 
 
 def student(name, label, role, mean, difference=None, n=5, **more) -> Student:
-    values = (
-        tuple(round(mean + shift, 2) for shift in (-0.31, 0.18, 0.02, 0.27, -0.16)[:n]) if n > 1 else (mean,)
-    )
+    values = tuple(round(mean + shift, 2) for shift in (-0.31, 0.18, 0.02, 0.27, -0.16)[:n]) if n > 1 else (mean,)
     gap = Interval()
     if difference is not None:
-        gap = (
-            Interval(difference, difference - 0.3, difference + 0.3, n)
-            if n > 1
-            else Interval(difference, n=1)
-        )
+        gap = Interval(difference, difference - 0.3, difference + 0.3, n) if n > 1 else Interval(difference, n=1)
     soft = {} if role == "floor" else {"teacher": "boxed", "temperature": 4, "alpha": 0.9}
     config = {**soft, "epochs": 20}
     return Student(
@@ -103,12 +97,8 @@ def sample() -> Report:
     ]  # fmt: skip
     budgets = (1_000, 5_000, 10_000, 40_000)
     series = {
-        "Original": tuple(
-            Point(x, y, y - 0.4, y + 0.4) for x, y in zip(budgets, (71, 80.2, 85, 88.4), strict=True)
-        ),
-        "Boxed": tuple(
-            Point(x, y, y - 0.4, y + 0.4) for x, y in zip(budgets, (66, 77.1, 82.2, 86.3), strict=True)
-        ),
+        "Original": tuple(Point(x, y, y - 0.4, y + 0.4) for x, y in zip(budgets, (71, 80.2, 85, 88.4), strict=True)),
+        "Boxed": tuple(Point(x, y, y - 0.4, y + 0.4) for x, y in zip(budgets, (66, 77.1, 82.2, 86.3), strict=True)),
         "Floor": tuple(Point(x, y) for x, y in zip(budgets, (66.2, 77.3, 82.3, 86.2), strict=True)),
     }
     return Report(
@@ -262,9 +252,7 @@ def test_read_names_the_file(tmp_path, report):
 
 
 def test_what_is_not_finite_is_null(report):
-    odd = student(
-        "odd", "Odd", "attack", math.nan, config={"a": math.inf, "b": np.float32(2), "c": np.int64(3)}
-    )
+    odd = student("odd", "Odd", "attack", math.nan, config={"a": math.inf, "b": np.float32(2), "c": np.int64(3)})
     text = dataclasses.replace(report, students={"odd": odd}).to_json()
     assert "NaN" not in text and "Infinity" not in text
     content = json.loads(text)["students"]["odd"]
@@ -407,9 +395,7 @@ def test_nothing_to_protect_is_no_success(report):
 
 def test_without_bounds_no_claim(report):
     cards = view(dataclasses.replace(report, authorized_gain=Interval(3.0, n=1))).cards
-    assert [(card.status, card.n) for card in cards if card.title == "Authorized gain"] == [
-        ("neutral", "1 seed")
-    ]
+    assert [(card.status, card.n) for card in cards if card.title == "Authorized gain"] == [("neutral", "1 seed")]
 
 
 def test_students_start_with_the_control_and_end_with_attacks(report):

@@ -47,9 +47,7 @@ _CONSTANTS = tuple(
     for temperature, confidence in ((4.0, 0.4), (20.0, 0.2), (4.0, 0.8))
 )
 
-CROSS_ENTROPY = Attack(
-    "cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), label_smoothing
-)
+CROSS_ENTROPY = Attack("cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), label_smoothing)
 LABEL_SMOOTHING = Attack(
     "cross-entropy on smoothed labels",
     "Szegedy et al., CVPR 2016",

@@ -18,7 +18,7 @@ def soft_labels(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Conf
 
 
 def _grid(alphas: tuple[float, ...]) -> tuple[Config, ...]:
-    return tuple({"temperature": tau, "alpha": alpha} for alpha in alphas for tau in (1.0, 4.0, 20.0))
+    return tuple({"temperature": tau, "alpha": alpha} for alpha in alphas for tau in (4.0, 1.0, 20.0))
 
 
 KD = Attack(

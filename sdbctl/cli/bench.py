@@ -32,9 +32,7 @@ def bench(
     shape = (3, image_size, image_size)
     engine = pick(device, precision, models.build(arch, classes, 3), shape, batch_size)
     timings = library.measure(arch, student, shape, classes, batch_size, engine, rounds)
-    table = Table(
-        title=f"{arch}, student {student}, {image_size}x{image_size}, batch {batch_size}, {engine.precision}"
-    )
+    table = Table(title=f"{arch}, student {student}, {image_size}x{image_size}, batch {batch_size}, {engine.precision}")
     for name in ("step", "images/s", "ratio", "to"):
         table.add_column(name, justify="left" if name in ("step", "to") else "right")
     for item in timings:

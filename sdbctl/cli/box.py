@@ -78,24 +78,23 @@ def box(
     """
     output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
-        raise UsageError(
-            f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX"
-        )
+        raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
     from sdbctl import files
 
     reference_path = output.with_suffix(".reference.safetensors")
-    state = output.with_name(f".{output.stem}.resume")
+    state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
     files.claim(output, force=force)
     if not resume:
         files.claim(reference_path, force=force)
 
     key = read_key(key_file, insecure_key_file)
 
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from sdbctl import boxfile
-    from sdbctl.box import BoxConfig, check_above_chance, estimate
+    from sdbctl.box import BoxConfig, Task, check_above_chance, estimate, fine_tune
     from sdbctl.box import box as make_box
+    from sdbctl.boxfile import Metadata
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.training import scaled
 
@@ -143,9 +142,7 @@ def box(
     if resume and reference_path.exists():
         found = boxfile.load(reference_path)
         if found.meta is None or found.meta.original_sha256 != original.sha256:
-            raise UsageError(
-                f"{reference_path} was made from another checkpoint", "leave --resume out, use --force"
-            )
+            raise UsageError(f"{reference_path} was made from another checkpoint", "leave --resume out, use --force")
         reference = found.net
         say("the reference was finished before")
     expected = estimate(config, original.net, preprocess, len(splits.owner), engine)
@@ -153,50 +150,41 @@ def box(
         expected.pop("reference")
     announce(expected)
     if not resume:
-        for old in (state, state.with_suffix(".reference" + state.suffix)):
+        for old in (state, reference_state):
             old.unlink(missing_ok=True)
 
+    task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
     with Live() as progress:
-        made = make_box(
-            original,
-            key,
-            splits,
-            preprocess,
-            dataset.classes,
-            config,
-            engine,
-            data_name=dataset.name,
-            progress=progress,
-            reference=reference,
-            resume_from=state,
-        )
-    meta = made.model.meta
-    reference_meta = replace(
-        meta, kind="reference", strength=0.0, key_id="", objective="cross_entropy", measured={}
-    )
-    boxfile.save(reference_path, made.reference_state, reference_meta, force=True)
-    reference_hash = files.sha256(reference_path.read_bytes())
-    boxfile.save(output, made.state_dict, replace(meta, reference_sha256=reference_hash), force=force)
-    cost = made.cost
-    result = {
-        "box": str(output),
-        "reference": str(reference_path),
-        "key_id": meta.key_id,
-        "cost_top1": round(cost, 3),
-        **meta.measured,
-    }
+        if reference is None:
+            reference = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
+            reference_meta = Metadata(
+                kind="reference",
+                architecture=original.architecture,
+                classes=dataset.classes,
+                preprocess=preprocess,
+                objective="cross_entropy",
+                parameters={"recipe": asdict(config.recipe)},
+                data={"name": dataset.name, **splits.describe()},
+                original_sha256=original.sha256,
+                versions=boxfile.versions(),
+            )
+            boxfile.save(reference_path, original.file_state(reference), reference_meta, force=True)
+        made = make_box(original, reference, key, task, config, progress=progress, resume_from=state)
+    meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
+    boxfile.save(output, made.state_dict, meta, force=force)
+    cost, measured = made.cost, made.measured
     emit(
-        result,
+        {"box": str(output), "reference": str(reference_path), "key_id": meta.key_id, "cost_top1": cost, **measured},
         json_,
         pairs(
             "",
             {
-                "original": f"{made.original_top1:.2f} % top-1 on {len(splits.test):,} test images",
-                "reference (N_ft)": f"{made.reference_top1:.2f} %",
-                "box": f"{made.top1:.2f} %  (cost {cost:+.2f} points)",
-                "box with the key": f"{made.keyed_top1:.2f} %",
-                "dark knowledge left": f"{meta.measured['residual']:.4f} nats (key holders see "
-                f"{meta.measured['keyed_residual']:.4f})",
+                "original": f"{measured['original_top1']:.2f} % top-1 on {len(splits.test):,} test images",
+                "reference (N_ft)": f"{measured['reference_top1']:.2f} %",
+                "box": f"{measured['boxed_top1']:.2f} %  (cost {cost:+.2f} points)",
+                "box with the key": f"{measured['keyed_top1']:.2f} %",
+                "dark knowledge left": f"{measured['residual']:.4f} nats (key holders see "
+                f"{measured['keyed_residual']:.4f})",
                 "written": f"{output}, {reference_path.name} (private)",
             },
         ),

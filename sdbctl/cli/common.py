@@ -45,9 +45,7 @@ def open_data(
         spec, root=root, size=size or (shape[1] if shape else None), channels=channels, download=download
     )
     c, h, w = dataset.train.shape
-    say(
-        f"data: {dataset.name}, {len(dataset.train):,} training images, {len(dataset.classes)} classes, {c}x{h}x{w}"
-    )
+    say(f"data: {dataset.name}, {len(dataset.train):,} training images, {len(dataset.classes)} classes, {c}x{h}x{w}")
     return dataset
 
 
@@ -76,9 +74,7 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
     return data.split(dataset, seed=seed if isinstance(seed, int) else 0, **chosen)
 
 
-def pick(
-    device: str, precision: str, model: nn.Module, shape: tuple[int, int, int], batch_size: int
-) -> Engine:
+def pick(device: str, precision: str, model: nn.Module, shape: tuple[int, int, int], batch_size: int) -> Engine:
     """Choose device and precision by a short measurement, and say so."""
     import torch
 

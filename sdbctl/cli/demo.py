@@ -14,9 +14,9 @@ from sdbctl.errors import EnvironmentFailure, UsageError
 
 
 def demo(
-    folder: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the files and the report.")
-    ] = Path("sdbctl-demo"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder of the files and the report.")] = Path(
+        "sdbctl-demo"
+    ),
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per row.")] = 5,
     force: o.Force = False,
     json_: o.Json = False,
@@ -27,9 +27,7 @@ def demo(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentFailure(
-            f"cannot make folder {folder}: {error.strerror}", "choose another --output"
-        ) from None
+        raise EnvironmentFailure(f"cannot make folder {folder}: {error.strerror}", "choose another --output") from None
     say("time estimate: 2 min")
     from sdbctl.demo import demo as run
 

@@ -40,9 +40,7 @@ def distill(
     normalize: o.Normalize = None,
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
     alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels.")] = 0.9,
-    labels: Annotated[
-        bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")
-    ] = True,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")] = True,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.LearningRate = None,
@@ -121,9 +119,7 @@ def distill(
     if key is not None and meta is not None:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
     say(f"teacher: {asked.where}, {'with' if key else 'without'} key")
-    accuracy = metrics.top1(
-        predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels
-    )
+    accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
     announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs})
@@ -242,9 +238,7 @@ def train(
             name=arch,
             progress=progress,
             resume_from=state,
-            after_epoch=lambda _: {
-                "validation": metrics.top1(predict(net, some, preprocess, engine), some.labels)
-            },
+            after_epoch=lambda _: {"validation": metrics.top1(predict(net, some, preprocess, engine), some.labels)},
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
     measured = {"top1": round(top1, 3), "n": len(splits.test), "seconds": round(seconds, 1)}

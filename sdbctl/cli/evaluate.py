@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
 
-Gates = Annotated[
-    Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")
-]
+Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")]
 
 
 def find_box() -> Path:
@@ -51,24 +49,14 @@ def find_box() -> Path:
 
 
 def evaluate(
-    box: Annotated[
-        Path | None, typer.Argument(metavar="BOX", help="Default: the only box in this folder.")
-    ] = None,
-    original: Annotated[
-        Path | None, typer.Option("--original", help="The checkpoint that was boxed.")
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option("--reference", help="N_ft, which box wrote beside the box.")
-    ] = None,
-    attack: Annotated[
-        bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")
-    ] = False,
+    box: Annotated[Path | None, typer.Argument(metavar="BOX", help="Default: the only box in this folder.")] = None,
+    original: Annotated[Path | None, typer.Option("--original", help="The checkpoint that was boxed.")] = None,
+    reference: Annotated[Path | None, typer.Option("--reference", help="N_ft, which box wrote beside the box.")] = None,
+    attack: Annotated[bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")] = False,
     key_file: o.KeyFile = None,
     student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
-    tune: Annotated[
-        int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")
-    ] = 6,
+    tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")] = 6,
     jobs: Annotated[
         int, typer.Option("--jobs", min=0, help="Students trained side by side; 0 means one per CPU core.")
     ] = 0,
@@ -160,11 +148,7 @@ def evaluate(
     check_classes(dataset, len(meta.classes), box.name)
     splits = split_like(dataset, meta.data, transfer=transfer_size, test=test_size)
     if jobs == 0:
-        jobs = (
-            (torch.get_num_threads() if pick_device(device).type == "cpu" else 1)
-            if splits.transfer.in_memory
-            else 1
-        )
+        jobs = (torch.get_num_threads() if pick_device(device).type == "cpu" else 1) if splits.transfer.in_memory else 1
     config = EvalConfig(
         student=student,
         recipe=scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr),
@@ -194,9 +178,7 @@ def evaluate(
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
         images = len(splits.transfer) * config.recipe.epochs
         say(f"{count} students of {images:,} images, {jobs} side by side")
-        announce(
-            {"students": 4 / 3 * count * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)}
-        )
+        announce({"students": 4 / 3 * count * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)})
     with Live() as progress:
         made = evaluate.evaluate(
             bench,

@@ -21,6 +21,4 @@ def keygen(
 
     key = Key.generate()
     key.save(path, force=force)
-    emit(
-        {"key_file": str(path), "key_id": key.id}, json_, f"{path}: key {key.id}; keep it secret, keep a copy"
-    )
+    emit({"key_file": str(path), "key_id": key.id}, json_, f"{path}: key {key.id}; keep it secret, keep a copy")

@@ -15,23 +15,17 @@ Data = Annotated[
         help="Data set: a torchvision name, folder:PATH, parquet:PATH, npz:PATH, digits.",
     ),
 ]
-DataRoot = Annotated[
-    Path, typer.Option("--data-root", envvar="SDBCTL_DATA", help="Folder of torchvision data sets.")
-]
+DataRoot = Annotated[Path, typer.Option("--data-root", envvar="SDBCTL_DATA", help="Folder of torchvision data sets.")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision download the data set.")]
 ImageSize = Annotated[int | None, typer.Option("--image-size", min=4, help="Resize images to this.")]
-TransferSize = Annotated[
-    int | None, typer.Option("--transfer-size", min=1, help="Images of the attacker's split.")
-]
+TransferSize = Annotated[int | None, typer.Option("--transfer-size", min=1, help="Images of the attacker's split.")]
 OwnerSize = Annotated[int | None, typer.Option("--owner-size", min=1, help="Images of the owner's split.")]
 TestSize = Annotated[int | None, typer.Option("--test-size", min=1, help="Test images to use.")]
 KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
 ]
-InsecureKey = Annotated[
-    bool, typer.Option("--insecure-key-file", help="Accept a key file that others can read.")
-]
+InsecureKey = Annotated[bool, typer.Option("--insecure-key-file", help="Accept a key file that others can read.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -46,11 +40,7 @@ Arch = Annotated[
 ]
 Normalize = Annotated[
     str | None,
-    typer.Option(
-        "--normalize", metavar="PRESET", help="Normalisation preset, if it is not to be found by trying."
-    ),
+    typer.Option("--normalize", metavar="PRESET", help="Normalisation preset, if it is not to be found by trying."),
 ]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Let the checkpoint run the code it contains. Dangerous.")
-]
+Trust = Annotated[bool, typer.Option("--trust", help="Let the checkpoint run the code it contains. Dangerous.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]

@@ -52,9 +52,7 @@ def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> No
 
 def pairs(title: str, rows: Mapping[str, Any]) -> Table:
     """A two-column table of names and values."""
-    table = Table(
-        title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():

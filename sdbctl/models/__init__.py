@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -23,7 +24,7 @@ def _entries() -> dict[str, tuple[Builder, str]]:
     for depth in (8, 14, 20, 32, 44, 56, 110):
         for option_a, suffix in ((True, ""), (False, "_b")):
             found[f"resnet{depth}{suffix}"] = (
-                lambda classes, channels, d=depth, a=option_a: nets.SmallResNet(d, classes, channels, a),
+                partial(nets.SmallResNet, depth, option_a=option_a),
                 f"CIFAR ResNet-{depth} of He et al., {'zero-padded' if option_a else 'projection'} shortcut",
             )
     for depth, block, counts in (
@@ -32,18 +33,18 @@ def _entries() -> dict[str, tuple[Builder, str]]:
         (50, nets.Bottleneck, (3, 4, 6, 3)),
     ):
         found[f"resnet{depth}_cifar"] = (
-            lambda classes, channels, b=block, n=counts: nets.StemResNet(b, n, classes, channels),
+            partial(nets.StemResNet, block, counts),
             f"ResNet-{depth} with a 3x3 stem",
         )
     for depth in nets.Vgg.COUNTS:
         found[f"vgg{depth}_cifar"] = (
-            lambda classes, channels, d=depth: nets.Vgg(d, classes, channels),
+            partial(nets.Vgg, depth),
             f"VGG-{depth} with BatchNorm and one linear layer",
         )
     found["mobilenetv2"] = (nets.MobileNetV2, "MobileNetV2 for 32x32 images")
     found["shufflenetv2"] = (nets.ShuffleNetV2, "ShuffleNetV2 1x for 32x32 images")
-    found["cnn"] = (lambda classes, channels: nets.Cnn((32, 64, 128), classes, channels), "a plain CNN of 3 layers")
-    found["cnn-tiny"] = (lambda classes, channels: nets.Cnn((8, 16), classes, channels), "a plain CNN of 2 layers")
+    found["cnn"] = (partial(nets.Cnn, (32, 64, 128)), "a plain CNN of 3 layers")
+    found["cnn-tiny"] = (partial(nets.Cnn, (8, 16)), "a plain CNN of 2 layers")
     return found
 
 

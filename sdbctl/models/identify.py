@@ -59,7 +59,8 @@ def identify(state: Mapping[str, Tensor]) -> Identified:
             return found
     first = ", ".join(list(shapes)[:3])
     raise BadInput(
-        f"unknown architecture: {len(shapes)} tensors, the first are {first}", "name it with --arch (sdbctl list students)"
+        f"unknown architecture: {len(shapes)} tensors, the first are {first}",
+        "name it with --arch (sdbctl list students)",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
@@ -106,7 +108,9 @@ class SmallResNet(nn.Module):
 class StemResNet(nn.Module):
     """ImageNet's ResNet with a 3x3 stem and no first pooling, as everyone uses it on CIFAR."""
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], counts: tuple[int, ...], classes: int, channels: int):
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], counts: tuple[int, ...], classes: int, channels: int
+    ):
         super().__init__()
         expansion = 4 if block is Bottleneck else 1
         self.conv1, self.bn1 = conv3(channels, 64), nn.BatchNorm2d(64)
@@ -186,13 +190,21 @@ class InvertedResidual(nn.Module):
         """[B, C, H, W] → [B, C', H', W']."""
         out = relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))))
         out = self.bn3(self.conv3(out))
-        return out if self.shortcut is None else out + self.shortcut(x)
+        return out if self.shortcut is None else out + self.shortcut(x)  # type: ignore[no-any-return]
 
 
 class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al., CVPR 2018) with the strides that people use on 32x32 images."""
 
-    SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    SETTINGS = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 1),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
 
     def __init__(self, classes: int, channels: int) -> None:
         super().__init__()
@@ -272,7 +284,12 @@ class ShuffleNetV2(nn.Module):
 class Vgg(nn.Module):
     """VGG with BatchNorm and one linear layer, as everyone uses it on CIFAR (Simonyan & Zisserman, ICLR 2015)."""
 
-    COUNTS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+    COUNTS: ClassVar[dict[int, tuple[int, ...]]] = {
+        11: (1, 1, 2, 2, 2),
+        13: (2, 2, 2, 2, 2),
+        16: (2, 2, 3, 3, 3),
+        19: (2, 2, 4, 4, 4),
+    }
 
     def __init__(self, depth: int, classes: int, channels: int) -> None:
         super().__init__()

@@ -19,10 +19,10 @@ class ConcealParameters:
         temperature: τ of the keyed branch; high, so that small non-target logits are learned as well.
     """
 
-    hide: float = 1.0
-    confidence: float = 1.0
-    teach: float = 1.0
-    temperature: float = 20.0
+    hide: float = 2.0
+    confidence: float = 8.0
+    teach: float = 4.0
+    temperature: float = 8.0
 
 
 def terms(v: Views, p: ConcealParameters) -> Terms:

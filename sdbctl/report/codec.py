@@ -76,9 +76,7 @@ def _decode(kind: Any, value: object, path: str) -> object:
             raise ValueError(f"{_join(path, name)} is missing")
         for name in content.keys() - fields.keys():
             raise ValueError(f"{_join(path, name[:60])} is unknown")
-        return kind(
-            **{name: _decode(inner, content[name], _join(path, name)) for name, inner in fields.items()}
-        )
+        return kind(**{name: _decode(inner, content[name], _join(path, name)) for name, inner in fields.items()})
     origin = get_origin(kind)
     if origin is Literal:
         if value not in get_args(kind):

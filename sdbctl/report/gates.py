@@ -91,9 +91,7 @@ def load_gates(path: Path) -> list[Gate]:
         raise BadInput(
             f"gate file {path} has no rules", 'write [gates] and rules = ["inference_cost.top1.high <= 0.5"]'
         )
-    others = [f"gates.{name}" for name in gates if name != "rules"] + [
-        name for name in table if name != "gates"
-    ]
+    others = [f"gates.{name}" for name in gates if name != "rules"] + [name for name in table if name != "gates"]
     if others:
         raise BadInput(f"gate file {path}: {others[0]!r} is unknown", "only gates.rules is read")
     return [parse_gate(rule) for rule in rules]
@@ -114,6 +112,4 @@ def _check(report: Report, gate: Gate) -> GateResult:
         return GateResult(str(gate), None, False, f"{gate.path} was not measured")
     passed = OPERATORS[gate.operator](value, gate.limit)
     words = "as required" if passed else "but must be"
-    return GateResult(
-        str(gate), value, passed, f"{gate.path} is {value:.6g}, {words} {gate.operator} {gate.limit:g}"
-    )
+    return GateResult(str(gate), value, passed, f"{gate.path} is {value:.6g}, {words} {gate.operator} {gate.limit:g}")

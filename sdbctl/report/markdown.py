@@ -44,6 +44,4 @@ def _table(table: Table) -> Iterator[str]:
 
 def _text(text: str) -> str:
     """Escape what Markdown or HTML would read as markup, and the start of a bare link."""
-    return (
-        _SPECIAL.sub(r"\\\1", escape(text, quote=False)).replace("://", ":&#47;/").replace("www.", "www&#46;")
-    )
+    return _SPECIAL.sub(r"\\\1", escape(text, quote=False)).replace("://", ":&#47;/").replace("www.", "www&#46;")

@@ -97,9 +97,7 @@ def students(report: Report, width: int) -> Plot | None:
             # a narrow page has words between the bars
             ends = [(place - 0.22, place + 0.28) for place in range(len(rows))]
             tops, bottoms = zip(*(ends if narrow else [(-0.5, len(rows) - 0.5)]), strict=True)
-            axes.vlines(
-                [floor] * len(tops), tops, bottoms, _PAINT["ink"], (0, (4, 3)), linewidth=1.3, zorder=4
-            )
+            axes.vlines([floor] * len(tops), tops, bottoms, _PAINT["ink"], (0, (4, 3)), linewidth=1.3, zorder=4)
 
     words = "; ".join(f"{clean(student.label)} {spread(student)}" for student in rows)
     return Plot("Students", _svg(draw, width, (46 if narrow else 32) * len(rows) + 56, words))
@@ -119,9 +117,7 @@ def _bar(axes: Axes, place: int, student: Student, base: float, lowest: float) -
     if mean < lowest:
         axes.plot([lowest], [place], "<", color=colour, markersize=8, zorder=5)
         return
-    axes.errorbar(
-        mean, place, xerr=student.sd, color=colour, capsize=4, linewidth=1.8, fmt="|", markersize=14
-    )
+    axes.errorbar(mean, place, xerr=student.sd, color=colour, capsize=4, linewidth=1.8, fmt="|", markersize=14)
     seeds = [value for value in student.values if value is not None]
     places = [place] * len(seeds)
     axes.plot(seeds, places, "o", color=colour, alpha=0.75, markeredgewidth=0, zorder=5)
@@ -162,9 +158,7 @@ def reliability(report: Report) -> Iterator[Plot]:
                 if item.confidence is not None and item.accuracy is not None
             ]
             x, y, area = zip(*bins, strict=True) if bins else ((), (), ())
-            axes.plot(
-                x, y, color=_PAINT[role], linewidth=1.5, marker=mark, markersize=3, label=_short(model.label)
-            )
+            axes.plot(x, y, color=_PAINT[role], linewidth=1.5, marker=mark, markersize=3, label=_short(model.label))
             axes.scatter(x, y, area, color=_PAINT[role], alpha=0.35, linewidth=0, marker=mark)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="Confidence", ylabel="Accuracy")
         axes.legend(loc="upper left")
@@ -186,9 +180,7 @@ def _curve(curve: Curve) -> Callable[[Axes], None]:
             colour = _PAINT[_SERIES[index % len(_SERIES)]]
             known = sorted(_known(points, log=curve.x_log))
             x, y, low, high = zip(*known, strict=True) if known else ((), (), (), ())
-            axes.plot(
-                x, y, color=colour, linewidth=1.8, marker="osD^v*"[index % 6], markersize=5, label=clean(name)
-            )
+            axes.plot(x, y, color=colour, linewidth=1.8, marker="osD^v*"[index % 6], markersize=5, label=clean(name))
             if low != high:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         if curve.x_log:
@@ -221,9 +213,7 @@ def _svg(draw: Callable[[Axes], None], width: int, height: int, description: str
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'<g id="[^"]*"', "<g", text
-    )  # ids of groups repeat from figure to figure; nothing uses them
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids of groups repeat from figure to figure; nothing uses them
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'="([\d.]+)pt"', r'="\1"', text, count=2)
     for name, colour in _PAINT.items():

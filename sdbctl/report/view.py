@@ -163,9 +163,7 @@ def headline(cards: Sequence[Card]) -> Table:
         Column("Over"),
         Column("Verdict", numeric=False),
     )
-    rows = tuple(
-        (card.title, card.value, card.bounds, card.n, f"{ICONS[card.status]} {card.words}") for card in cards
-    )
+    rows = tuple((card.title, card.value, card.bounds, card.n, f"{ICONS[card.status]} {card.words}") for card in cards)
     return Table("", columns, rows, marks=tuple(card.status for card in cards))
 
 
@@ -351,9 +349,7 @@ def _students(report: Report) -> Table:
         Column("Seconds", wide=True),
     )
     students = ordered(report.students)
-    note = (
-        "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
-    )
+    note = "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
     return Table("Students", columns, tuple(map(_student, students)), note, tuple(s.role for s in students))
 
 
