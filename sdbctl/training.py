@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -238,6 +239,7 @@ def fit(
     from lightning_fabric import Fabric
 
     progress = progress or Silent()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=engine.device.type,
         devices=1 if engine.device.index is None else [engine.device.index],

@@ -12,8 +12,8 @@ os.environ.setdefault("COLUMNS", "200")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,407 @@
+"""Train, box, export, distil and evaluate for real, on digits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sdbctl import boxfile, data, evaluate, metrics
+from sdbctl.attacks import ATTACKS
+from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
+from sdbctl.boxfile import Box, Metadata, load_box
+from sdbctl.distill import build_student, distill
+from sdbctl.errors import BadInput, ParityMismatch, SdbError
+from sdbctl.evaluate import Bench, Cell, EvalConfig, Source, run_cells
+from sdbctl.key import Key, embed
+from sdbctl.objectives import OBJECTIVES
+from sdbctl.report import Report
+from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
+from sdbctl.training import Engine, Recipe, Silent, fit, learning_rate, predict, seeded
+from tests.conftest import run_cli
+
+CPU = torch.device("cpu")
+ENGINE = Engine(CPU)
+
+
+@pytest.fixture
+def boxed(work):
+    return load_box(work / "boxed.safetensors")
+
+
+@pytest.fixture
+def images(splits, boxed):
+    return next(
+        data.batches(
+            splits.test, boxed.meta.preprocess, batch_size=64, device=CPU, generator=None, augment="none", shuffle=False
+        )
+    )
+
+
+def test_the_box_has_the_original_names_and_loads_into_its_class(work, boxed):
+    original, state = load_file(work / "teacher.safetensors"), load_file(work / "boxed.safetensors")
+    assert {k: v.shape for k, v in original.items()} == {k: v.shape for k, v in state.items()}
+    net = build_student("cnn", 10, 1, 0)
+    net.load_state_dict(state)
+    x = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), boxed(x))
+
+
+def test_prefixed_checkpoints_keep_their_names(work, splits, digits):
+    loaded = boxfile.load(work / "teacher.pt")
+    assert loaded.architecture == "cnn"
+    state = loaded.file_state(loaded.net)
+    assert set(state) == set(torch.load(work / "teacher.pt", weights_only=True)["state_dict"])
+
+
+def test_unlock_is_the_embedding_and_checks_the_key(work, boxed, images):
+    key = Key.load(work / "k.bin")
+    pattern = boxed.meta.preprocess(key.pattern(boxed.meta.preprocess.size)[None])[0]
+    with torch.no_grad():
+        expected = boxed(embed(images.x, pattern, boxed.meta.strength))
+        assert torch.allclose(boxed.unlock(key)(images.x), expected)
+        assert not torch.allclose(boxed(images.x), expected, atol=0.1)
+    with pytest.raises(BadInput, match="does not fit"):
+        boxed.unlock(Key.load(work / "other.bin"))
+
+
+def test_the_box_hides_and_the_key_shows(work, boxed, splits):
+    key = Key.load(work / "k.bin")
+    public = predict(boxed, splits.test, boxed.meta.preprocess, ENGINE)
+    keyed = predict(boxed.unlock(key), splits.test, boxed.meta.preprocess, ENGINE)
+    assert metrics.top1(public, splits.test.labels) > 90
+    assert metrics.top1(keyed, splits.test.labels) > 80
+    assert metrics.residual(public) < 0.5 * metrics.residual(keyed)
+
+
+def test_nothing_secret_and_no_path_in_the_files(work):
+    secret = (work / "k.bin").read_bytes()
+    for name in ("boxed.safetensors", "boxed.onnx", "boxed.reference.safetensors"):
+        content = (work / name).read_bytes()
+        assert secret not in content
+        assert secret.hex().encode() not in content
+        assert str(work).encode() not in content
+        assert b"site-packages" not in content
+        assert b"/sdbctl/" not in content
+    with safe_open(work / "boxed.safetensors", "pt") as file:
+        meta = json.loads(file.metadata()["sdbctl"])
+    assert meta["key_id"] == Key.load(work / "k.bin").id
+
+
+def test_onnx_signature_metadata_and_parity(work, boxed, images):
+    model = onnx.load(work / "boxed.onnx")
+    assert [i.name for i in model.graph.input] == ["input"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    assert all(not node.metadata_props and not node.doc_string for node in model.graph.node)
+    assert boxfile.read_metadata(work / "boxed.onnx") == boxed.meta
+    teacher = OnnxTeacher(work / "boxed.onnx", CPU)
+    with torch.no_grad():
+        for n in (1, 5, 64):
+            assert torch.allclose(teacher.logits(images.x[:n]), boxed(images.x[:n]), atol=1e-4)
+
+
+def test_export_refuses_what_does_not_match(tmp_path, boxed, monkeypatch):
+    monkeypatch.setattr(boxfile, "_difference", lambda *_: float("nan"))
+    with pytest.raises(ParityMismatch):
+        boxfile.export_onnx(tmp_path / "x.onnx", boxed.net, boxed.meta)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"classes": []},
+        {"strength": 1.5},
+        {"strength": "x"},
+        {"kind": "virus"},
+        {"key_id": ""},
+        {"preprocess": {"mean": [0.5], "std": [0.0], "size": [1, 8, 8]}},
+        {"unknown": 1},
+        {"data": []},
+    ],
+)
+def test_damaged_metadata_is_refused(boxed, change):
+    values = {**json.loads(boxed.meta.to_json()), **change}
+    with pytest.raises(BadInput):
+        Metadata.from_json(json.dumps(values), "x")
+
+
+def test_metadata_round_trip(boxed):
+    assert Metadata.from_json(boxed.meta.to_json(), "x") == boxed.meta
+    for text in ("", "[]", "{", "null", '{"format": 1}'):
+        with pytest.raises(BadInput):
+            Metadata.from_json(text, "x")
+
+
+def test_an_oracle_shows_its_level_and_counts(boxed, images):
+    teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
+    logits = teacher.logits(images.x)
+    labels, probabilities = Oracle(teacher, Access.LABELS), Oracle(teacher, Access.PROBABILITIES)
+    assert torch.equal(labels(images.x), logits.argmax(1))
+    assert torch.allclose(probabilities(images.x), logits.log_softmax(1))
+    probabilities(images.x[:3])
+    assert (labels.queries, probabilities.queries) == (64, 67)
+    assert not any("teacher" in name or "model" in name for name in vars(labels))
+    with pytest.raises(ValueError, match="no oracle"):
+        Oracle(teacher, Access.NONE)
+
+
+def test_labels_are_withheld_from_attacks_that_do_not_declare_them(boxed, splits):
+    seen = []
+
+    def spy(z, answer, y, config):
+        seen.append((answer, y))
+        return z.square().mean()
+
+    teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
+    student = build_student("cnn-tiny", 10, 1, 0)
+    for name, attack in ATTACKS.items():
+        seen.clear()
+        spied = replace(attack, loss=spy)
+        distill(spied, {}, teacher, student, splits.transfer, boxed.meta.preprocess, Recipe(epochs=1), ENGINE)
+        answer, y = seen[0]
+        assert (y is not None) == attack.labels, name
+        assert (answer is not None) == (attack.access > Access.NONE), name
+        if attack.access == Access.LABELS:
+            assert answer.dtype == torch.int64
+
+
+def test_keyed_onnx_and_torch_teachers_agree(work, boxed, images):
+    key = Key.load(work / "k.bin")
+    pattern = boxfile.pattern(boxed.meta, key)
+    served = KeyedTeacher(OnnxTeacher(work / "boxed.onnx", CPU), pattern, boxed.meta.strength)
+    with torch.no_grad():
+        assert torch.allclose(served.logits(images.x), boxed.unlock(key)(images.x), atol=1e-4)
+
+
+def train(splits, recipe, resume=None, stop_after=None):
+    net = build_student("cnn-tiny", 10, 1, 1)
+    preprocess = data.Preprocess((0.5,), (0.5,), (1, 8, 8))
+
+    def after(epoch):
+        if epoch + 1 == stop_after:
+            raise KeyboardInterrupt
+        return {}
+
+    fit(net, plain_step(), splits.owner, preprocess, recipe, ENGINE, resume_from=resume, after_epoch=after)
+    return net.state_dict()
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(splits, tmp_path):
+    recipe, state = Recipe(epochs=4, batch_size=64), tmp_path / "state"
+    whole = train(splits, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(splits, recipe, state, stop_after=3)
+    assert state.exists()
+    resumed = train(splits, recipe, state)
+    assert not state.exists()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_resume_file_is_refused(splits, tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(BadInput, match="damaged"):
+        train(splits, Recipe(epochs=2), path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(splits):
+    net = build_student("cnn-tiny", 10, 1, 1)
+    preprocess = data.Preprocess((0.5,), (0.5,), (1, 8, 8))
+    with pytest.raises(SdbError, match="no longer a number"):
+        fit(
+            net,
+            lambda model, batch: {"loss": model(batch.x).sum() * float("nan")},
+            splits.transfer,
+            preprocess,
+            Recipe(epochs=1),
+            ENGINE,
+        )
+
+
+def test_learning_rate_rises_and_falls_to_zero():
+    recipe = Recipe(lr=1.0, warmup=0.1)
+    rates = [learning_rate(recipe, step, 100) for step in range(100)]
+    assert rates.index(max(rates)) in (9, 10)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_seeded_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with seeded(9):
+        torch.rand(5)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_shifted_moves_by_a_sixteenth_at_most_and_keeps_the_shape():
+    x = torch.arange(64.0).view(1, 1, 8, 8)
+    torch.manual_seed(0)
+    views = {tuple(shifted(x, flip=False).flatten().tolist()) for _ in range(60)}
+    assert len(views) == 9
+    assert tuple(x.flatten().tolist()) in views
+    flipped = {tuple(shifted(x, flip=True).flatten().tolist()) for _ in range(120)}
+    assert len(flipped) == 18
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_a_box(objective, work, digits, splits):
+    original = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    config = BoxConfig(objective, recipe=Recipe(epochs=1, batch_size=128, lr=0.01))
+    made = box(original, fine_tune(original, task, config.recipe), Key.load(work / "k.bin"), task, config)
+    assert isinstance(made.model, Box)
+    assert made.model.meta.objective == objective
+    assert made.measured["boxed_top1"] > 50
+    assert made.cost == pytest.approx(made.measured["reference_top1"] - made.measured["boxed_top1"])
+
+
+def test_the_box_step_counts_its_forward_passes(work, digits, splits):
+    original = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    batch = next(
+        data.batches(
+            splits.owner, task.preprocess, batch_size=32, device=CPU, generator=None, augment="none", shuffle=False
+        )
+    )
+    for objective in OBJECTIVES:
+        config = BoxConfig(objective, views=2)
+        count = {"images": 0}
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: count.__setitem__(
+                "images", count["images"] + (len(args[0]) if type(module).__name__ == "Cnn" else 0)
+            )
+        )
+        step = box_step(original.net, Key.load(work / "k.bin"), task, config)
+        step(original.net, batch)
+        hook.remove()
+        assert count["images"] == 32 * sum(config.trainable_and_frozen())
+
+
+def bench(work, splits, **config):
+    box_, key = load_box(work / "boxed.safetensors"), Key.load(work / "k.bin")
+    boxed = Source(net=box_.net, sha256="b")
+    sources = {
+        "original": Source(net=boxfile.load(work / "teacher.safetensors").net, sha256="o"),
+        "boxed": boxed,
+        "keyed": boxed.keyed(boxfile.pattern(box_.meta, key), box_.meta.strength, key.id),
+    }
+    settings = EvalConfig("cnn-tiny", Recipe(epochs=2, batch_size=64), **{"seeds": 2, "tune": 2, **config})
+    return Bench(
+        sources, splits.transfer, splits.validation, splits.test, box_.meta.preprocess, settings, ENGINE, 10, "f"
+    )
+
+
+def test_evaluation_end_to_end_resumes_and_names_what_gates_rely_on(work, splits, tmp_path):
+    b = bench(work, splits)
+    first = evaluate.evaluate(b, title="t", box={}, folder=tmp_path)
+    cells = list(tmp_path.iterdir())
+    assert len(cells) > 20
+    again = evaluate.evaluate(b, title="t", box={}, folder=tmp_path)
+    assert {n: s.values for n, s in first.students.items()} == {n: s.values for n, s in again.students.items()}
+    for name in ("control", "cross_entropy", "hard_label", "kd_original", "unauthorized", "authorized"):
+        assert first.students[name].n == 2
+    assert first.get("unauthorized_advantage.api.labelled.high") is not None
+    assert first.get("unauthorized_advantage.file.labelled.high") is None
+    assert first.get("inference_cost.top1") is not None
+    assert Report.from_json(first.to_json()) == first
+    gain = np.array(first.students["authorized"].values) - np.array(first.students["kd_original"].values)
+    assert first.authorized_gain.mean == pytest.approx(gain.mean())
+
+
+def test_selection_never_looks_at_the_test_split(work, splits):
+    b = bench(work, splits)
+    cell = Cell("cross_entropy", "", {}, 5, final=False)
+    assert b.run(cell).test is None
+    assert b.run(replace(cell, final=True)).test is not None
+
+
+def test_the_same_cell_gives_the_same_student(work, splits):
+    b = bench(work, splits)
+    cell = Cell("unauthorized", "boxed", {"temperature": 4.0, "alpha": 0.9}, 0, final=True)
+    one, two = b.run(cell), b.run(cell)
+    assert (one.validation, one.test, one.queries) == (two.validation, two.test, two.queries)
+    assert one.queries == 2 * len(splits.transfer)
+
+
+@pytest.mark.slow
+def test_side_by_side_equals_one_by_one(work, splits):
+    cells = [Cell("cross_entropy", "", {}, seed, final=True) for seed in range(3)]
+    alone = run_cells(bench(work, splits), cells, None, Silent())
+    both = run_cells(bench(work, splits, jobs=2), cells, None, Silent())
+    assert {k: v.test for k, v in alone.items()} == {k: v.test for k, v in both.items()}
+
+
+def test_cells_differ_by_everything_that_matters(work, splits):
+    b = bench(work, splits)
+    cell = Cell("unauthorized", "boxed", {"temperature": 4.0, "alpha": 0.9}, 0, final=True)
+    others = [
+        replace(cell, seed=1),
+        replace(cell, final=False),
+        replace(cell, config={"temperature": 1.0, "alpha": 0.9}),
+        Cell("authorized", "keyed", cell.config, 0, final=True),
+    ]
+    keys = {b.key(c) for c in (cell, *others)}
+    keys.add(replace(b, fingerprint="g").key(cell))
+    keys.add(replace(b, config=replace(b.config, student="cnn")).key(cell))
+    assert len(keys) == 7
+
+
+def test_command_line_session(work, tmp_path):
+    """keygen, inspect, export, distill with and without key, eval, report."""
+    result = run_cli("inspect", work / "boxed.onnx", "--key-file", work / "k.bin", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["key_fits"] is True
+    assert shown["metadata"]["objective"] == "conceal"
+    result = run_cli("inspect", work / "boxed.safetensors", "--key-file", work / "other.bin")
+    assert b"does not fit" in result.stdout
+    out = tmp_path / "out.onnx"
+    assert json.loads(run_cli("export", work / "boxed.safetensors", "-o", out, "--json").stdout)["parity"] < 1e-3
+    common = ["--student", "cnn-tiny", "--epochs", "2", "--precision", "fp32", "--json"]
+    for extra, name in (([], "a"), (["--key-file", work / "k.bin"], "b"), (["--no-labels"], "c")):
+        student = tmp_path / f"{name}.safetensors"
+        result = run_cli("distill", out, *common, *extra, "-o", student)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["queries"] == 2 * 128
+        assert boxfile.load(student).meta.kind == "student"
+    report = tmp_path / "report"
+    args = ["eval", out, "--original", work / "teacher.safetensors", "--key-file", work / "k.bin", "--report", report]
+    args += ["--reference", work / "boxed.reference.safetensors"]
+    result = run_cli(*args, "--json")
+    assert result.returncode == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert made["models"]["boxed"]["top1"] > 90
+    assert made["unauthorized_advantage"]["api"]["labelled"]["mean"] is None
+    assert (report / "report.html").read_text().startswith("<!doctype html>")
+    assert run_cli(*args).returncode == 2
+    gate = tmp_path / "gate.toml"
+    gate.write_text(
+        '[gates]\nrules = ["inference_cost.top1 <= 50", "unauthorized_advantage.api.labelled.high <= 99"]\n'
+    )
+    result = run_cli("report", report / "report.json", "--gate", gate)
+    assert result.returncode == 3
+    assert b"unauthorized_advantage.api.labelled.high" in result.stderr
+    assert run_cli("report", report / "report.json").returncode == 0
+
+
+def test_eval_finds_the_only_box(work, tmp_path):
+    result = run_cli("eval", cwd=tmp_path)
+    assert result.returncode == 2
+    assert b"which box" in result.stderr
+
+
+def test_lists_walk_the_registries():
+    shown = json.loads(run_cli("list", "--json").stdout)
+    assert set(shown["objectives"]) == set(OBJECTIVES)
+    assert set(shown["attacks"]) == set(ATTACKS)
+    assert set(shown["data"]) == set(data.SOURCES)
+    assert "wrn16" in shown["students"]
