@@ -44,8 +44,8 @@ class BoxConfig:
     objective: str = "conceal"
     parameters: Mapping[str, float] = field(default_factory=dict)
     strength: float = 0.7
-    wrong_share: float = 0.25
-    views: int = 1
+    wrong_share: float = 0.4
+    views: int = 2
     disturb: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.05))
 

@@ -106,7 +106,7 @@ def demo(folder: Path, *, seeds: int = 5, jobs: int = 2, progress: Progress | No
         splits.validation,
         splits.test,
         preprocess,
-        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, jobs=jobs),
+        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, trials=2, jobs=jobs),
         engine,
         classes,
         dataset.fingerprint,

@@ -125,6 +125,7 @@ class EvalConfig:
         recipe: Their training.
         seeds: Students per reported row.
         tune: Configurations to try per attack and teacher, in the attack's order; 1 tunes nothing.
+        trials: Students per configuration that is tried; more make the choice less of a lottery.
         jobs: Students trained side by side, each in its own process.
         attack: Whether to train students at all.
     """
@@ -133,6 +134,7 @@ class EvalConfig:
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.1))
     seeds: int = 5
     tune: int = 6
+    trials: int = 1
     jobs: int = 1
     attack: bool = True
 
@@ -318,11 +320,12 @@ def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
 def selection_cells(bench: Bench) -> list[Cell]:
     """Students that choose settings: one per row, teacher and configuration."""
     return [
-        Cell(row.name, teacher, config, SELECTION_SEED, final=False)
+        Cell(row.name, teacher, config, SELECTION_SEED + trial, final=False)
         for row in bench.rows()
         if row.name not in FIXED
         for teacher in row.teachers or ("",)
         for config in ATTACKS[row.attack].grid[: bench.config.tune]
+        for trial in range(bench.config.trials)
     ]
 
 
@@ -331,14 +334,17 @@ def choose(bench: Bench, outcomes: Mapping[Cell_, Outcome]) -> dict[str, tuple[s
     chosen: dict[str, tuple[str, Config, float | None]] = {}
     cells = selection_cells(bench)
     for row in bench.rows():
-        tried = [
-            (outcomes[_hashable(cell)].validation, cell)
-            for cell in cells
-            if cell.row == row.name and _hashable(cell) in outcomes
-        ]
-        if tried:
-            best, cell = max(tried, key=lambda item: item[0])
-            chosen[row.name] = (cell.teacher, cell.config, best)
+        tried: dict[str, list[float]] = {}
+        settings: dict[str, tuple[str, Config]] = {}
+        for cell in cells:
+            if cell.row == row.name and _hashable(cell) in outcomes:
+                setting = f"{cell.teacher} {dict(cell.config)}"
+                settings[setting] = (cell.teacher, cell.config)
+                tried.setdefault(setting, []).append(outcomes[_hashable(cell)].validation)
+        means = {setting: float(np.mean(values)) for setting, values in tried.items()}
+        if means:
+            best = max(means, key=lambda setting: means[setting])
+            chosen[row.name] = (*settings[best], means[best])
         else:
             chosen[row.name] = (row.teachers[0] if row.teachers else "", ATTACKS[row.attack].grid[0], None)
     return chosen
@@ -352,7 +358,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     """
     rows, config = bench.rows(), bench.config
     trials = selection_cells(bench)
-    if len(trials) == len({cell.row for cell in trials}):
+    if config.tune == 1 and all(len(row.teachers) < 2 for row in rows):
         trials = []
     progress.start("students", len(trials) + len(rows) * config.seeds)
     chosen = choose(bench, run_cells(bench, trials, folder, progress))

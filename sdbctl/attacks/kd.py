@@ -17,8 +17,8 @@ def soft_labels(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Conf
     return loss if y is None or alpha == 1.0 else alpha * loss + (1 - alpha) * cross_entropy(z, y)
 
 
-def _grid(alphas: tuple[float, ...]) -> tuple[Config, ...]:
-    return tuple({"temperature": tau, "alpha": alpha} for alpha in alphas for tau in (4.0, 1.0, 20.0))
+def _grid(*pairs: tuple[float, float]) -> tuple[Config, ...]:
+    return tuple({"temperature": temperature, "alpha": alpha} for temperature, alpha in pairs)
 
 
 KD = Attack(
@@ -27,7 +27,7 @@ KD = Attack(
     "attack",
     Access.PROBABILITIES,
     True,
-    _grid((0.9, 0.5)),
+    _grid((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5)),
     soft_labels,
 )
 KD_UNLABELLED = Attack(
@@ -36,6 +36,6 @@ KD_UNLABELLED = Attack(
     "attack",
     Access.PROBABILITIES,
     False,
-    _grid((1.0,)),
+    _grid((4, 1), (8, 1), (20, 1), (1, 1)),
     soft_labels,
 )

@@ -174,7 +174,7 @@ def evaluate(
     if attack:
         cells.mkdir(parents=True, exist_ok=True)
         trials = evaluate.selection_cells(bench)
-        count = (0 if tune == 1 else len(trials)) + seeds * len(bench.rows())
+        count = len(trials) + seeds * len(bench.rows())
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
         images = len(splits.transfer) * config.recipe.epochs
         say(f"{count} students of {images:,} images, {jobs} side by side")
