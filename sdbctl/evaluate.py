@@ -318,15 +318,15 @@ def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
 
 
 def selection_cells(bench: Bench) -> list[Cell]:
-    """Students that choose settings: one per row, teacher and configuration."""
-    return [
-        Cell(row.name, teacher, config, SELECTION_SEED + trial, final=False)
-        for row in bench.rows()
-        if row.name not in FIXED
-        for teacher in row.teachers or ("",)
-        for config in ATTACKS[row.attack].grid[: bench.config.tune]
-        for trial in range(bench.config.trials)
-    ]
+    """Students that choose settings, for every row that has a choice of teacher or configuration."""
+    cells = []
+    for row in bench.rows():
+        grid = ATTACKS[row.attack].grid[: 1 if row.name in FIXED else bench.config.tune]
+        options = [(teacher, config) for teacher in row.teachers or ("",) for config in grid]
+        if len(options) > 1:
+            seeds = range(SELECTION_SEED, SELECTION_SEED + bench.config.trials)
+            cells += [Cell(row.name, *option, seed, final=False) for option in options for seed in seeds]
+    return cells
 
 
 def choose(bench: Bench, outcomes: Mapping[Cell_, Outcome]) -> dict[str, tuple[str, Config, float | None]]:
@@ -358,8 +358,6 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     """
     rows, config = bench.rows(), bench.config
     trials = selection_cells(bench)
-    if config.tune == 1 and all(len(row.teachers) < 2 for row in rows):
-        trials = []
     progress.start("students", len(trials) + len(rows) * config.seeds)
     chosen = choose(bench, run_cells(bench, trials, folder, progress))
     finals = [Cell(row.name, *chosen[row.name][:2], seed, final=True) for seed in range(config.seeds) for row in rows]
@@ -486,7 +484,7 @@ def evaluate(
     report = Report(
         title=title,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        tool=f"sdbctl {boxfile.versions()['sdbctl']}",
+        tool=boxfile.versions()["sdbctl"],
         verdict="",
         notes=(*notes, *_caveats(bench, students)),
         inference_cost=cost,

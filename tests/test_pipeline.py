@@ -273,18 +273,20 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
             splits.owner, task.preprocess, batch_size=32, device=CPU, generator=None, augment="none", shuffle=False
         )
     )
+    seen = []
+
+    def hook(module, args, output):
+        if type(module).__name__ == "Cnn":
+            seen.append(len(args[0]))
+
     for objective in OBJECTIVES:
+        seen.clear()
         config = BoxConfig(objective, views=2)
-        count = {"images": 0}
-        hook = torch.nn.modules.module.register_module_forward_hook(
-            lambda module, args, output: count.__setitem__(
-                "images", count["images"] + (len(args[0]) if type(module).__name__ == "Cnn" else 0)
-            )
-        )
         step = box_step(original.net, Key.load(work / "k.bin"), task, config)
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
         step(original.net, batch)
-        hook.remove()
-        assert count["images"] == 32 * sum(config.trainable_and_frozen())
+        handle.remove()
+        assert sum(seen) == 32 * sum(config.trainable_and_frozen())
 
 
 def bench(work, splits, **config):
