@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,6 +123,9 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         wanted = []
     known = {name: _allowed(name) for name in wanted}
     refused = [name for name, found in known.items() if found is None]
+    allowed: list[Any] = [(found, name) for name, found in known.items() if found is not None]
+    if any(name.startswith("numpy") for name in known):
+        allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     if refused and not trust:
         raise BadInput(
             f"{path} would run {', '.join(refused[:3])}{' …' if len(refused) > 3 else ''} to be loaded",
@@ -131,7 +135,7 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         return _trusted(content, path, "a pickle")
     stream.seek(0)
     try:
-        with torch.serialization.safe_globals([(found, name) for name, found in known.items() if found is not None]):
+        with torch.serialization.safe_globals(allowed):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception:
         raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None

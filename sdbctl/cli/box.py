@@ -98,17 +98,23 @@ def box(
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.training import scaled
 
-    config = BoxConfig(objective)
+    usual = BoxConfig(objective)
     presets = OBJECTIVES[objective].presets
     if preset is not None and preset not in presets:
         raise UsageError(f"objective {objective} has no preset {preset}", f"use one of: {', '.join(presets)}")
-    values = {**presets[preset or "default"], **parse_parameters(set_)}
+    base = presets[preset or "default"]
     config = BoxConfig(
         objective,
-        values,
-        strength=config.strength if strength is None else strength,
+        {**base.parameters, **parse_parameters(set_)},
+        strength=next(value for value in (strength, base.strength, usual.strength) if value is not None),
         disturb=disturb,
-        recipe=scaled(config.recipe, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed),
+        recipe=scaled(
+            scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+        ),
     )
     original = boxfile.load(checkpoint, arch=arch, trust=trust)
     say(f"checkpoint: {original.architecture}, {original.classes} classes")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,23 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Preset:
+    """Settings that belong together.
+
+    Attributes:
+        parameters: Parameters of the objective that differ from their defaults.
+        strength: λ of the key embedding, or None for the usual one.
+        epochs: Or None.
+        lr: Peak learning rate, or None.
+    """
+
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    strength: float | None = None
+    epochs: int | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
 class Objective:
     """A registry entry.
 
@@ -50,14 +67,14 @@ class Objective:
         parameters: The frozen dataclass of its parameters; field names are option names.
         terms: The loss: a pure function of the views and the parameters.
         needs_random: Whether it looks at a randomly initialised network.
-        presets: Named parameter sets, each a mapping of field names to values.
+        presets: Named settings; every objective has ``default``.
     """
 
     summary: str
     parameters: type
     terms: Callable[[Views, Any], Terms]
     needs_random: bool
-    presets: dict[str, dict[str, float]]
+    presets: Mapping[str, Preset]
 
 
 def decoy_offset(predicted: Tensor, classes: int, share: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdbctl.losses import binary_kl, conceal_spread, cross_entropy, kd
-from sdbctl.objectives.base import Objective, Terms, Views
+from sdbctl.objectives.base import Objective, Preset, Terms, Views
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ CONCEAL = Objective(
     ConcealParameters,
     terms,
     needs_random=False,
-    presets={"default": {}},
+    presets={"default": Preset()},
 )

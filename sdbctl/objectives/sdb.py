@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd, saturate, squared_distance
-from sdbctl.objectives.base import Objective, Terms, Views
+from sdbctl.objectives.base import Objective, Preset, Terms, Views
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ SDB = Objective(
     terms,
     needs_random=True,
     presets={
-        "default": {},
-        "paper": {"omega": 1.0, "eta": 0.001, "away": 1.0},
-        "release": {"omega": 1.0, "away": -1.0},
+        "default": Preset(),
+        "paper": Preset({"omega": 1.0}, strength=0.5, epochs=200, lr=0.1),
+        "release": Preset({"omega": 1.0, "away": -1.0}, strength=0.9, epochs=200, lr=0.1),
     },
 )

@@ -1,0 +1,111 @@
+"""Networks are built by name and recognised by their weights, whoever named them."""
+
+import pytest
+import torch
+
+from sdbctl import models
+from sdbctl.errors import BadInput, UsageError
+
+OWN = [*models.OWN, "wrn-16-1", "wrn-16-2", "wrn-28-10"]
+
+
+def meta(name, classes=10, channels=3):
+    with torch.device("meta"):
+        return models.build(name, classes, channels)
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(("classes", "channels"), [(7, 1), (100, 3)])
+def test_own_networks_are_recognised(name, classes, channels):
+    state = meta(name, classes, channels).state_dict()
+    found = models.identify(state)
+    assert found.name == name or {found.name, name} == {"resnet18_cifar", name}
+    assert (found.classes, found.channels) == (classes, channels)
+    assert found.keys == {key: key for key in state}
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet8_b", "wrn-10-1", "resnet18_cifar", "mobilenetv2", "shufflenetv2", "vgg11_cifar", "cnn"]
+)
+@pytest.mark.parametrize("size", [8, 32])
+def test_own_networks_run_on_small_images(name, size):
+    net = models.build(name, 5, 1).eval()
+    with torch.no_grad():
+        out = net(torch.zeros(2, 1, size, size))
+    assert out.shape == (2, 5)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "vit_b_16", "squeezenet1_0"])
+def test_torchvision_networks_are_recognised(name):
+    found = models.identify(meta(name, 37).state_dict())
+    assert (found.name, found.classes) == (name, 37)
+
+
+RENAMED = {
+    "resnet20_b": lambda key: key.replace("shortcut", "downsample").replace("linear", "fc"),
+    "resnet18_cifar": lambda key: key.replace("shortcut", "downsample").replace("linear", "fc"),
+    "wrn-16-2": lambda key: (
+        key.replace("block1.", "block1.layer.").replace("block2.", "block2.layer.").replace("shortcut", "convShortcut")
+    ),
+    "vgg16_cifar": lambda key: key.replace("classifier", "linear"),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_other_peoples_names(name):
+    state = meta(name).state_dict()
+    renamed = {RENAMED[name](key): tensor for key, tensor in state.items()}
+    assert set(renamed) != set(state)
+    found = models.identify(dict(sorted(renamed.items())))
+    assert found.name == name
+    assert found.keys == {key: RENAMED[name](key) for key in state}
+
+
+def test_unheard_of_names_are_paired_by_place():
+    state = meta("resnet20").state_dict()
+    renamed = {f"layers.{n}.{key.rsplit('.', 1)[-1]}": tensor for n, (key, tensor) in enumerate(state.items())}
+    found = models.identify(renamed)
+    assert found.name == "resnet20"
+    assert list(found.keys.values())[:2] == list(renamed)[:2]
+
+
+def test_counters_may_be_missing():
+    state = {k: v for k, v in meta("resnet20").state_dict().items() if "num_batches" not in k}
+    assert models.identify(state).name == "resnet20"
+
+
+def test_unknown_architectures_and_names():
+    with pytest.raises(BadInput, match="--arch"):
+        models.identify({"a.weight": torch.zeros(3, 4)})
+    with pytest.raises(BadInput, match="resnet20"):
+        models.match("resnet20", meta("resnet32").state_dict())
+    with pytest.raises(UsageError, match="did you mean"):
+        models.build("resnet2", 10)
+    with pytest.raises(UsageError, match="6n"):
+        models.build("wrn-17-2", 10)
+    with pytest.raises(UsageError, match="3 channels"):
+        models.build("resnet18", 10, 1)
+
+
+def test_match_says_which_weight_differs():
+    state = dict(meta("resnet20").state_dict())
+    state["layer1.0.conv1.weight"] = torch.zeros(16, 8, 3, 3, device="meta")
+    with pytest.raises(BadInput, match=r"layer1\.0\.conv1\.weight"):
+        models.match("resnet20", state)
+
+
+def test_wrn16_is_wrn_16_2():
+    assert sum(p.numel() for p in models.build("wrn16", 10).parameters()) == sum(
+        p.numel() for p in models.build("wrn-16-2", 10).parameters()
+    )
+
+
+def test_parameter_counts_of_the_papers():
+    def millions(name, classes=10):
+        return sum(p.numel() for p in meta(name, classes).parameters()) / 1e6
+
+    assert millions("resnet20") == pytest.approx(0.27, abs=0.01)
+    assert millions("resnet110") == pytest.approx(1.7, abs=0.05)
+    assert millions("wrn-40-4") == pytest.approx(8.9, abs=0.1)
+    assert millions("wrn-28-10") == pytest.approx(36.5, abs=0.1)
