@@ -200,6 +200,8 @@ class Bench:
         source = self.sources[cell.teacher].sha256 if cell.teacher else ""
         recipe = asdict(scaled(self.config.recipe, seed=cell.seed))
         parts = [
+            boxfile.versions(),
+            self.engine.precision,
             row.attack,
             source,
             dict(cell.config),
