@@ -108,6 +108,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(work, tmp_path):
     assert not (tmp_path / MARK).exists()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torchscript_and_pt2_are_refused(work, tmp_path):
     from sdbctl import models
 
