@@ -55,6 +55,12 @@ def box(
         float,
         typer.Option("--disturb", help="Lead plain distillation astray, 0 to 1, at a price in calibration."),
     ] = 0.0,
+    wrong_share: Annotated[
+        float | None, typer.Option("--wrong-share", help="Share of the public batch mixed with wrong keys.")
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option("--views", help="Extra views that the keyed branch's targets are averaged over.")
+    ] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.LearningRate = None,
@@ -107,6 +113,8 @@ def box(
         objective,
         {**base.parameters, **parse_parameters(set_)},
         strength=next(value for value in (strength, base.strength, usual.strength) if value is not None),
+        wrong_share=usual.wrong_share if wrong_share is None else wrong_share,
+        views=usual.views if views is None else views,
         disturb=disturb,
         recipe=scaled(
             scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
