@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing
-from sdbctl.cli.output import fail, guarded, say
+from sdbctl.cli.output import guarded, say
 from sdbctl.cli.settings import SETTINGS_FILE, read_settings
 from sdbctl.errors import SdbError
 
@@ -64,6 +64,3 @@ def main() -> Any:
         say(f"error: {error}")
         raise SystemExit(error.exit_code) from None
     return app(default_map=defaults)
-
-
-__all__ = ["app", "fail", "main"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdbctl.cli.output import Live, duration, say
+from sdbctl.cli.output import duration, say
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -125,16 +125,3 @@ def box_fields(meta: Metadata) -> dict[str, Any]:
     """A file's metadata as JSON, for reports."""
     fields: dict[str, Any] = json.loads(meta.to_json())
     return fields
-
-
-__all__ = [
-    "Live",
-    "announce",
-    "box_fields",
-    "check_classes",
-    "open_data",
-    "pick",
-    "preprocess_of",
-    "read_key",
-    "split_like",
-]

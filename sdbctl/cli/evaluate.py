@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +18,7 @@ from sdbctl.cli.common import (
     read_key,
     split_like,
 )
-from sdbctl.cli.output import Live, duration, emit, out, say
+from sdbctl.cli.output import Live, duration, emit, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -205,9 +204,7 @@ def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: 
     seconds = made.cost.get("seconds")
     if isinstance(seconds, float):
         say(f"took {duration(seconds)}")
-    broken = [result.rule for result in results if not result.passed]
-    if broken:
-        raise GateFailed(f"gate broken: {'; '.join(broken)}", "see the report")
+    enforce(results)
 
 
 def rerender(
@@ -227,13 +224,15 @@ def rerender(
     gates = load_gates(gate) if gate else []
     made = Report.read(path)
     if folder is not None:
-        finish(replace(made), folder, gates, force, json_)
+        finish(made, folder, gates, force, json_)
         return
     results = check(made, gates)
     emit(json.loads(made.to_json()), json_, *tables(made, results))
+    enforce(results)
+
+
+def enforce(results: list[GateResult]) -> None:
+    """Leave with exit code 3 if a gate is broken."""
     broken = [result.rule for result in results if not result.passed]
     if broken:
         raise GateFailed(f"gate broken: {'; '.join(broken)}", "see the report")
-
-
-__all__ = ["evaluate", "out", "rerender"]
