@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,8 @@ from rich.table import Table
 
 from sdbctl.errors import EnvironmentFailure, Interrupted, SdbError
 
-out = Console(soft_wrap=False, highlight=False)
+# a pipe or a CI log has no width of its own, and 80 columns break the names in the tables
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
