@@ -19,7 +19,7 @@ class ConcealParameters:
         temperature: τ of the keyed branch; high, so that small non-target logits are learned as well.
     """
 
-    hide: float = 2.0
+    hide: float = 8.0
     confidence: float = 8.0
     teach: float = 4.0
     temperature: float = 8.0
