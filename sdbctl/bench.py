@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, models
 from sdbctl.attacks import ATTACKS
+from sdbctl.attacks.kd import soft_labels
 from sdbctl.box import BoxConfig, Task, box_step, plain_step
 from sdbctl.boxfile import Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits
@@ -158,4 +159,4 @@ def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callab
 def _kd_step(teacher: Teacher) -> Step:
     attack = ATTACKS["kd"]
     oracle = Oracle(teacher, attack.access)
-    return lambda model, batch: {"loss": attack.loss(model(batch.x), oracle(batch.x), batch.y, attack.grid[0])}
+    return lambda model, batch: {"loss": soft_labels(model(batch.x), oracle(batch.x), batch.y, attack.grid[0])}

@@ -24,6 +24,8 @@ from sdbctl.errors import BadInput, EnvironmentFailure, SdbError, UsageError
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of uint8 pixels up to which a set is decoded once and kept in memory."""
+VIEW_CHUNK = 2048
+"""Images that are augmented at a time when a whole set is."""
 Shape = tuple[int, int, int]
 
 
@@ -135,6 +137,16 @@ class ImageSet:
         """A view of the images at ``indices``."""
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return replace(self, labels=self.labels[chosen], positions=self.positions[chosen])
+
+    def digest(self) -> str:
+        """Hash of the pixels of a set in memory, in order."""
+        assert isinstance(self.source, Memory)
+        pixels = self.source.pixels[self.positions].contiguous()
+        return hashlib.sha256(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
+
+    def unlabelled(self) -> ImageSet:
+        """The same images with −1 for every label."""
+        return replace(self, labels=torch.full_like(self.labels, -1))
 
 
 @dataclass(frozen=True)
@@ -833,6 +845,22 @@ def default_augment(name: str, shape: Shape) -> str:
     if name in ("digits", "mnist", "svhn") or shape[0] == 1 or min(shape[1:]) < 16:
         return "shift"
     return "crop-flip" if min(shape[1:]) < 64 else "resized-crop-flip"
+
+
+def view(images: ImageSet, number: int, augment: str | None = None) -> ImageSet:
+    """One fixed augmented copy of a set in memory: the same arguments give the same pixels.
+
+    Args:
+        images: The set.
+        number: Which copy; it seeds the augmentation.
+        augment: Name in :data:`AUGMENT`, or None for the usual one.
+    """
+    assert isinstance(images.source, Memory)
+    change = AUGMENT[default_augment(images.name, images.shape) if augment is None else augment]
+    generator = torch.Generator().manual_seed(number)
+    pixels = images.source.pixels[images.positions]
+    moved = [change(pixels[start : start + VIEW_CHUNK], generator) for start in range(0, len(pixels), VIEW_CHUNK)]
+    return ImageSet.of(torch.cat([chunk.clamp(0, 255).to(torch.uint8) for chunk in moved]), images.labels, images.name)
 
 
 def batches(

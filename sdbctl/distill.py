@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import functools
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdbctl import models
-from sdbctl.attacks import Attack, Config
-from sdbctl.data import Batch, ImageSet, Preprocess
-from sdbctl.teacher import Access, Oracle, Teacher
-from sdbctl.training import Engine, Progress, Recipe, fit, seeded
+from sdbctl.attacks import Attack, Attacker, Config
+from sdbctl.data import ImageSet, Preprocess
+from sdbctl.teacher import Access, Oracle, Record, Teacher
+from sdbctl.training import Engine, Progress, Recipe, seeded
 
 
 def build_student(name: str, classes: int, channels: int, seed: int) -> nn.Module:
@@ -25,55 +25,65 @@ def distill(
     attack: Attack,
     config: Config,
     teacher: Teacher | None,
-    student: nn.Module,
+    student: str,
+    classes: int,
     images: ImageSet,
     preprocess: Preprocess,
     recipe: Recipe,
     engine: Engine,
     *,
+    weights: nn.Module | None = None,
+    surrogate: ImageSet | None = None,
+    views: int | None = None,
+    record: Record | None = None,
     progress: Progress | None = None,
-    name: str = "student",
     resume_from: Path | None = None,
-) -> tuple[float, int]:
-    """Train ``student`` in place.
+) -> tuple[nn.Module, float, int]:
+    """Train a student.
 
     The teacher is asked about the very images that the student sees, augmentation included, through an
-    oracle of the attack's access level. Labels are withheld from an attack that does not declare them.
+    oracle of the attack's access level. Labels and weights are withheld from an attack that does not declare
+    them.
 
     Args:
         attack: How to train.
         config: One configuration of the attack.
         teacher: Whom to ask; None for an attack that asks nobody.
-        student: The network.
+        student: Its architecture; ``recipe.seed`` initialises it.
+        classes: Number of classes.
         images: The transfer set.
         preprocess: The teacher's normalisation, which the student shares.
         recipe: Optimisation.
         engine: Where to compute.
+        weights: The teacher's network, of which an attack on the file gets a copy.
+        surrogate: Unlabelled images of another kind.
+        views: Augmented copies of the transfer set to ask about; None for one per epoch.
+        record: Where answers are kept for other students.
         progress: Where progress goes.
-        name: What the progress display calls it.
         resume_from: File of the state after each epoch.
 
     Returns:
-        Seconds of training, and the number of queries sent.
+        The student, seconds of training, and the number of queries sent.
     """
-    oracle = Oracle(teacher, attack.access) if teacher is not None and attack.access > Access.NONE else None
-
-    def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        answer = None
-        if oracle is not None:
-            with torch.no_grad():
-                answer = oracle(batch.x)
-        return {"loss": attack.loss(model(batch.x), answer, batch.y if attack.labels else None, config)}
-
-    seconds = fit(
-        student,
-        step,
+    oracle = None
+    if teacher is not None and attack.access > Access.NONE:
+        oracle = Oracle(teacher, min(attack.access, Access.LOGITS), record)
+    build = functools.partial(build_student, student, classes, preprocess.size[0])
+    attacker = Attacker(
+        build(recipe.seed),
+        build,
         images,
         preprocess,
         recipe,
         engine,
-        name=name,
+        oracle=oracle,
+        labels=attack.labels,
+        weights=copy.deepcopy(weights) if attack.access == Access.WEIGHTS else None,
+        surrogate=surrogate.unlabelled() if surrogate is not None else None,
+        views=views,
         progress=progress,
+        name=student,
         resume_from=resume_from,
     )
-    return seconds, oracle.queries if oracle else 0
+    attack.train(attacker, config)
+    return attacker.student, attacker.seconds, oracle.queries if oracle else 0

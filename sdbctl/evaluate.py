@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sdbctl import boxfile, files, metrics
 from sdbctl.attacks import ATTACKS, Config
 from sdbctl.data import ImageSet, Preprocess
-from sdbctl.distill import build_student, distill
+from sdbctl.distill import distill
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
     PROTECTABLE_LIMIT,
@@ -39,7 +39,7 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
-from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Teacher, TorchTeacher
+from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, Silent, environment, predict, scaled
 
 SELECTION_SEED = 10_000
@@ -174,6 +174,7 @@ class Bench:
         engine: Where to compute.
         classes: Number of classes.
         fingerprint: Identity of the data.
+        answers: Folder in which the teachers' answers are kept, so that students share one set of queries.
     """
 
     sources: Mapping[str, Source]
@@ -185,6 +186,7 @@ class Bench:
     engine: Engine
     classes: int
     fingerprint: str
+    answers: Path | None = None
 
     def rows(self) -> list[Row]:
         """The rows whose teachers are there."""
@@ -213,21 +215,29 @@ class Bench:
         text = json.dumps([*parts, len(self.transfer), len(self.validation), len(self.test)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    def record(self, teacher: str) -> Record | None:
+        """Where this teacher's answers are kept."""
+        if self.answers is None or not teacher:
+            return None
+        parts = [self.sources[teacher].sha256, self.engine.precision, self.preprocess.to_dict(), boxfile.versions()]
+        return Record(self.answers, json.dumps(parts, sort_keys=True))
+
     def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:
         """Train and measure one student."""
         row = next(row for row in ROWS if row.name == cell.row)
         config = self.config
         teacher = self.sources[cell.teacher].open(self.engine, self.classes) if cell.teacher else None
-        student = build_student(config.student, self.classes, self.preprocess.size[0], cell.seed)
-        seconds, queries = distill(
+        student, seconds, queries = distill(
             ATTACKS[row.attack],
             cell.config,
             teacher,
-            student,
+            config.student,
+            self.classes,
             self.transfer,
             self.preprocess,
             scaled(config.recipe, seed=cell.seed),
             self.engine,
+            record=self.record(cell.teacher),
             progress=progress,
         )
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile
+from sdbctl import boxfile, files
+from sdbctl.data import ImageSet, Preprocess
 from sdbctl.errors import BadInput, EnvironmentFailure
 from sdbctl.key import embed
+from sdbctl.training import Engine, predict
 
 
 class Access(IntEnum):
@@ -126,15 +131,56 @@ class KeyedTeacher:
         return self.teacher.logits(embed(x, self.pattern.to(x.device), self.strength))
 
 
+@dataclass(frozen=True)
+class Record:
+    """Where answers to whole sets are kept, so that many students share one set of queries.
+
+    Attributes:
+        folder: Of one file per teacher and set, named by the hash of both.
+        identity: What tells teachers, their precision and versions apart; not secret.
+    """
+
+    folder: Path
+    identity: str
+
+    def recall(self, digest: str, ask: Callable[[], Tensor]) -> Tensor:
+        """The logits of the set with this digest: read if they are there, else asked for and kept."""
+        name = hashlib.sha256(f"{self.identity} {digest}".encode()).hexdigest()[:32]
+        path = self.folder / f"{name}.answers"
+        try:
+            known: Tensor = safetensors.torch.load(path.read_bytes())["logits"]
+            return known
+        except (OSError, KeyError, safetensors.SafetensorError):
+            logits = ask()
+            files.write(path, safetensors.torch.save({"logits": logits.contiguous()}))
+            return logits
+
+
 class Oracle:
     """A teacher behind an interface of limited access, which counts queries.
 
     Nothing but answers can be reached through it: the teacher lives in a closure.
+
+    Args:
+        teacher: Who answers.
+        access: How much of the answer is shown.
+        record: Where answers to whole sets are kept, or None.
     """
 
-    def __init__(self, teacher: Teacher, access: Access) -> None:
+    def __init__(self, teacher: Teacher, access: Access, record: Record | None = None) -> None:
         self.access, self.classes, self.queries = access, teacher.classes, 0
-        self._answer = _answer(teacher, access)
+        show = _shown(access)
+
+        def answer(x: Tensor) -> Tensor:
+            return show(teacher.logits(x))
+
+        def answers(images: ImageSet, preprocess: Preprocess, engine: Engine) -> Tensor:
+            def ask() -> Tensor:
+                return predict(teacher.logits, images, preprocess, engine)
+
+            return show(record.recall(images.digest(), ask) if record else ask())
+
+        self._answer, self._answers = answer, answers
 
     def __call__(self, x: Tensor) -> Tensor:
         """Answer a batch of queries.
@@ -148,15 +194,26 @@ class Oracle:
         self.queries += len(x)
         return self._answer(x)
 
+    def answers(self, images: ImageSet, preprocess: Preprocess, engine: Engine) -> Tensor:
+        """Answer one query for each image of a set, in order, without augmentation.
 
-def _answer(teacher: Teacher, access: Access) -> Callable[[Tensor], Tensor]:
+        Recorded answers count as queries too, so that a budget does not depend on what was asked before.
+
+        Returns:
+            As from a batch, on the CPU.
+        """
+        self.queries += len(images)
+        return self._answers(images, preprocess, engine)
+
+
+def _shown(access: Access) -> Callable[[Tensor], Tensor]:
     if access == Access.NONE:
         raise ValueError("this attack asks for nothing, so it gets no oracle")
     if access == Access.LABELS:
-        return lambda x: teacher.logits(x).argmax(1)
+        return lambda logits: logits.argmax(1)
     if access == Access.PROBABILITIES:
-        return lambda x: teacher.logits(x).log_softmax(1)
-    return teacher.logits
+        return lambda logits: logits.log_softmax(1)
+    return lambda logits: logits
 
 
 def _signature(session: Any, path: Path) -> tuple[tuple[int, int, int], int, str, str]:

@@ -204,7 +204,7 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 def fit(
     model: nn.Module,
     step: Step,
-    images: ImageSet,
+    images: ImageSet | Callable[[int], ImageSet],
     preprocess: Preprocess,
     recipe: Recipe,
     engine: Engine,
@@ -219,7 +219,7 @@ def fit(
     Args:
         model: The network; left in evaluation mode on the engine's device.
         step: Computes the loss terms of a batch.
-        images: The training set.
+        images: The training set, or a function that makes the set of each epoch, all of one size.
         preprocess: Normalisation of what the step sees.
         recipe: Optimisation.
         engine: Device and precision.
@@ -255,9 +255,11 @@ def fit(
         nesterov=recipe.momentum > 0,
     )
     wrapped, optimiser = fabric.setup(model, optimiser)
-    per_epoch = steps_per_epoch(len(images), recipe.batch_size)
+    set_of = images if callable(images) else lambda _: images
+    size = len(set_of(0))
+    per_epoch = steps_per_epoch(size, recipe.batch_size)
     total = recipe.epochs * per_epoch
-    identity = {"recipe": asdict(recipe), "images": len(images), "name": name, "precision": engine.precision}
+    identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
     begin_epoch = 0
     seconds = 0.0
     extra: Mapping[str, float] = {}
@@ -271,7 +273,7 @@ def fit(
             begin = time.perf_counter()
             meter = _Meter(progress, per_epoch, extra, f"{name}, epoch {epoch + 1}")
             stream = batches(
-                images,
+                set_of(epoch),
                 preprocess,
                 batch_size=recipe.batch_size,
                 device=engine.device,

@@ -199,7 +199,7 @@ def test_attack_losses_run_on_what_they_declare(name):
     }
     label = torch.tensor([1, 2, 3, 4]) if attack.labels else None
     for config in attack.grid:
-        loss = attack.loss(z, answers[attack.access], label, config)
+        loss = attack.train.loss(z, answers[attack.access], label, config)
         assert loss.ndim == 0
         assert torch.isfinite(loss)
         (gradient,) = torch.autograd.grad(loss, z)
@@ -211,8 +211,8 @@ def test_class_constant_against_numpy():
     teacher[np.arange(7), Y] = 0.8
     expected = 16 * (teacher * (np.log(teacher) - log_softmax(Z / 4, 1))).sum(1).mean()
     config = {"confidence": 0.8, "temperature": 4.0}
-    assert ATTACKS["class_constant"].loss(tensor(Z), None, tensor(Y), config).item() == pytest.approx(expected)
-    assert ATTACKS["hard_constant"].loss(tensor(Z), tensor(Y), None, config).item() == pytest.approx(expected)
+    assert ATTACKS["class_constant"].train.loss(tensor(Z), None, tensor(Y), config).item() == pytest.approx(expected)
+    assert ATTACKS["hard_constant"].train.loss(tensor(Z), tensor(Y), None, config).item() == pytest.approx(expected)
 
 
 @settings(max_examples=30)

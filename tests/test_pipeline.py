@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from sdbctl import boxfile, data, evaluate, metrics
 from sdbctl.attacks import ATTACKS
+from sdbctl.attacks.base import PerBatch
 from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
 from sdbctl.boxfile import Box, Metadata, load_box
 from sdbctl.distill import build_student, distill
@@ -160,11 +161,10 @@ def test_labels_are_withheld_from_attacks_that_do_not_declare_them(boxed, splits
         return z.square().mean()
 
     teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
-    student = build_student("cnn-tiny", 10, 1, 0)
     for name, attack in ATTACKS.items():
         seen.clear()
-        spied = replace(attack, loss=spy)
-        distill(spied, {}, teacher, student, splits.transfer, boxed.meta.preprocess, Recipe(epochs=1), ENGINE)
+        spied = replace(attack, train=PerBatch(spy))
+        distill(spied, {}, teacher, "cnn-tiny", 10, splits.transfer, boxed.meta.preprocess, Recipe(epochs=1), ENGINE)
         answer, y = seen[0]
         assert (y is not None) == attack.labels, name
         assert (answer is not None) == (attack.access > Access.NONE), name

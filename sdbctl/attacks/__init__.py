@@ -1,6 +1,6 @@
 """Ways to train a student: one file per family, one line here."""
 
-from sdbctl.attacks.base import Attack, Config
+from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.floor import CLASS_CONSTANT, CROSS_ENTROPY, HARD_CONSTANT, HARD_LABEL, LABEL_SMOOTHING
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
 
@@ -14,4 +14,4 @@ ATTACKS: dict[str, Attack] = {
     "kd_unlabelled": KD_UNLABELLED,
 }
 
-__all__ = ["ATTACKS", "Attack", "Config"]
+__all__ = ["ATTACKS", "Attack", "Attacker", "Config"]

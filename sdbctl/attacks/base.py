@@ -1,18 +1,173 @@
-"""What an attack is: a loss, the access it needs, and the configurations it may tune."""
+"""What an attack is, and all that an attacker has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sdbctl.teacher import Access
+from sdbctl.data import Batch, ImageSet, Preprocess, view
+from sdbctl.teacher import Access, Oracle
+from sdbctl.training import Engine, Progress, Recipe, fit, scaled
 
 Config = Mapping[str, float]
 Loss = Callable[[Tensor, Tensor | None, Tensor | None, Config], Tensor]
 """(student logits [B, C], the oracle's answer or None, labels [B] or None, configuration) → scalar loss."""
+
+
+class Attacker:
+    """Everything an attacker has; nothing else can be reached from it.
+
+    Args:
+        student: The network to train.
+        build: Makes another one of its kind from a seed.
+        images: The transfer set.
+        preprocess: The teacher's normalisation, which the student shares.
+        recipe: Optimisation of one student.
+        engine: Where to compute.
+        oracle: Whom to ask, or None.
+        labels: Whether the labels of the transfer set are known.
+        weights: A copy of the teacher's network, for an attacker who holds the file.
+        surrogate: Unlabelled images of another kind, if there are any.
+        views: Augmented copies of the transfer set to ask about; None for one per epoch.
+        progress: Where progress goes.
+        name: What the progress display calls the student.
+        resume_from: File of the state after each epoch.
+
+    Attributes:
+        seconds: Time spent training.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        build: Callable[[int], nn.Module],
+        images: ImageSet,
+        preprocess: Preprocess,
+        recipe: Recipe,
+        engine: Engine,
+        *,
+        oracle: Oracle | None = None,
+        labels: bool = False,
+        weights: nn.Module | None = None,
+        surrogate: ImageSet | None = None,
+        views: int | None = None,
+        progress: Progress | None = None,
+        name: str = "student",
+        resume_from: Path | None = None,
+    ) -> None:
+        self.student, self.build, self.preprocess, self.recipe, self.engine = student, build, preprocess, recipe, engine
+        self.oracle, self.labels, self.weights, self.surrogate = oracle, labels, weights, surrogate
+        self.images = images if labels else images.unlabelled()
+        self.views = views or recipe.epochs
+        self.seconds = 0.0
+        self._progress, self._name, self._resume_from = progress, name, resume_from
+        self._asked: dict[str, Tensor] = {}
+
+    def view(self, epoch: int) -> ImageSet:
+        """The augmented copy of the transfer set that an epoch trains on; the copies recur after ``views``."""
+        return view(self.images, epoch % self.views, self.recipe.augment)
+
+    def ask(self, images: ImageSet) -> Tensor:
+        """The oracle's answer to each image, in order: [N, C], or [N] from one that shows only classes.
+
+        An attacker remembers what it was told: asking again costs no query.
+        """
+        assert self.oracle is not None
+        digest = images.digest()
+        if digest not in self._asked:
+            self._asked[digest] = self.oracle.answers(images, self.preprocess, self.engine)
+        return self._asked[digest]
+
+    def fit(
+        self,
+        net: nn.Module,
+        step: Callable[[nn.Module, Batch], Tensor],
+        images: ImageSet | Callable[[int], ImageSet],
+        *,
+        recipe: Recipe | None = None,
+    ) -> None:
+        """Train a network with the one training loop; ``step`` returns the loss."""
+        self.seconds += fit(
+            net,
+            lambda model, batch: {"loss": step(model, batch)},
+            images,
+            self.preprocess,
+            recipe or self.recipe,
+            self.engine,
+            name=self._name,
+            progress=self._progress,
+            resume_from=self._resume_from if net is self.student else None,
+        )
+
+    def learn(
+        self,
+        loss: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+        *,
+        net: nn.Module | None = None,
+        sets: Callable[[int], ImageSet] | None = None,
+        targets: Callable[[ImageSet], Tensor] | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        """Train a network on images and what the oracle says of them.
+
+        Args:
+            loss: (logits [B, C], answer or None, labels [B] or None) → scalar.
+            net: The network; None for the student.
+            sets: The images of each epoch; None for :meth:`view`.
+            targets: Answers to a set, in order; None for :meth:`ask`.
+            recipe: Optimisation; None for the attacker's.
+        """
+        net, recipe = net or self.student, recipe or self.recipe
+        if not self.images.in_memory and sets is None:
+            self.fit(net, lambda model, batch: loss(model(batch.x), self._live(batch), self._known(batch)), self.images)
+            return
+        targets = targets or (self.ask if self.oracle is not None else None)
+        choose, current = sets or self.view, -1
+        images, answers = self.images, torch.empty(0)
+
+        def of_epoch(epoch: int) -> ImageSet:
+            nonlocal current, images, answers
+            if current != epoch:
+                current, images = epoch, choose(epoch)
+                if targets is not None:
+                    answers = targets(images).to(self.engine.device)
+            return images
+
+        def step(model: nn.Module, batch: Batch) -> Tensor:
+            answer = answers[batch.index] if targets is not None else None
+            return loss(model(batch.x), answer, self._known(batch))
+
+        self.fit(net, step, of_epoch, recipe=scaled(recipe, augment="none"))
+
+    def _live(self, batch: Batch) -> Tensor | None:
+        return self.oracle(batch.x) if self.oracle is not None else None
+
+    def _known(self, batch: Batch) -> Tensor | None:
+        return batch.y if self.labels else None
+
+
+Train = Callable[[Attacker, Config], None]
+"""Trains the attacker's student."""
+
+
+@dataclass(frozen=True)
+class PerBatch:
+    """The plainest attack: one loss of each batch, its answers and its labels.
+
+    Attributes:
+        loss: A pure function.
+    """
+
+    loss: Loss
+
+    def __call__(self, attacker: Attacker, config: Config) -> None:
+        """Train the student."""
+        attacker.learn(lambda z, answer, y: self.loss(z, answer, y, config))
 
 
 @dataclass(frozen=True)
@@ -26,7 +181,7 @@ class Attack:
         access: The most it may see of the teacher; it is given an oracle of this level and nothing else.
         labels: Whether it needs the labels of the transfer set; they are withheld otherwise.
         grid: Configurations to choose from on validation data.
-        loss: A pure function of student logits, answer, labels and configuration.
+        train: What it does.
     """
 
     summary: str
@@ -35,4 +190,4 @@ class Attack:
     access: Access
     labels: bool
     grid: tuple[Config, ...]
-    loss: Loss
+    train: Train

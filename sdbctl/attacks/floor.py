@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sdbctl.attacks.base import Attack, Config
+from sdbctl.attacks.base import Attack, Config, PerBatch
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
 
@@ -47,7 +47,9 @@ _CONSTANTS = tuple(
     for temperature, confidence in ((4.0, 0.4), (20.0, 0.2), (4.0, 0.8))
 )
 
-CROSS_ENTROPY = Attack("cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), label_smoothing)
+CROSS_ENTROPY = Attack(
+    "cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), PerBatch(label_smoothing)
+)
 LABEL_SMOOTHING = Attack(
     "cross-entropy on smoothed labels",
     "Szegedy et al., CVPR 2016",
@@ -55,7 +57,7 @@ LABEL_SMOOTHING = Attack(
     Access.NONE,
     True,
     ({"smoothing": 0.1}, {"smoothing": 0.3}),
-    label_smoothing,
+    PerBatch(label_smoothing),
 )
 CLASS_CONSTANT = Attack(
     "distillation from constant logits of the label",
@@ -64,7 +66,7 @@ CLASS_CONSTANT = Attack(
     Access.NONE,
     True,
     _CONSTANTS,
-    class_constant,
+    PerBatch(class_constant),
 )
 HARD_LABEL = Attack(
     "the teacher's top-1 answers as labels",
@@ -73,7 +75,7 @@ HARD_LABEL = Attack(
     Access.LABELS,
     False,
     ({}, {"smoothing": 0.1}),
-    hard_label,
+    PerBatch(hard_label),
 )
 HARD_CONSTANT = Attack(
     "distillation from constant logits of the teacher's top-1 answers",
@@ -82,5 +84,5 @@ HARD_CONSTANT = Attack(
     Access.LABELS,
     False,
     _CONSTANTS,
-    hard_constant,
+    PerBatch(hard_constant),
 )

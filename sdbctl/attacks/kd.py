@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdbctl.attacks.base import Attack, Config
+from sdbctl.attacks.base import Attack, Config, PerBatch
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
 
@@ -28,7 +28,7 @@ KD = Attack(
     Access.PROBABILITIES,
     True,
     _grid((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5)),
-    soft_labels,
+    PerBatch(soft_labels),
 )
 KD_UNLABELLED = Attack(
     "distillation from soft labels alone",
@@ -37,5 +37,5 @@ KD_UNLABELLED = Attack(
     Access.PROBABILITIES,
     False,
     _grid((4, 1), (8, 1), (20, 1), (1, 1)),
-    soft_labels,
+    PerBatch(soft_labels),
 )

@@ -129,16 +129,16 @@ def distill(
     if not resume:
         state.unlink(missing_ok=True)
     with Live() as progress:
-        seconds, queries = train_student(
+        net, seconds, queries = train_student(
             attack,
             config,
             asked,
-            net,
+            student,
+            classes,
             splits.transfer,
             preprocess,
             recipe,
             engine,
-            name=student,
             progress=progress,
             resume_from=state,
         )

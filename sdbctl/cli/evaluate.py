@@ -168,10 +168,12 @@ def evaluate(
         engine,
         len(dataset.classes),
         dataset.fingerprint,
+        answers=report / "answers" if attack else None,
     )
     cells = report / "cells"
     if attack:
-        cells.mkdir(parents=True, exist_ok=True)
+        for folder in (cells, report / "answers"):
+            folder.mkdir(parents=True, exist_ok=True)
         trials = evaluate.selection_cells(bench)
         count = len(trials) + seeds * len(bench.rows())
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
