@@ -138,11 +138,21 @@ class ImageSet:
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return replace(self, labels=self.labels[chosen], positions=self.positions[chosen])
 
+    @property
+    def pixels(self) -> Tensor:
+        """All images of a set in memory, uint8 [N, C, H, W].
+
+        Raises:
+            UsageError: The set is decoded on demand.
+        """
+        if not isinstance(self.source, Memory):
+            raise UsageError(f"{self.name or 'the set'} is too large to be held in memory", "use --transfer-size")
+        return self.source.pixels[self.positions]
+
     def digest(self) -> str:
         """Hash of the pixels of a set in memory, in order."""
-        assert isinstance(self.source, Memory)
-        pixels = self.source.pixels[self.positions].contiguous()
-        return hashlib.sha256(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes()).hexdigest()
+        content = self.pixels.contiguous()
+        return hashlib.sha256(f"{tuple(content.shape)}".encode() + content.numpy().tobytes()).hexdigest()
 
     def unlabelled(self) -> ImageSet:
         """The same images with −1 for every label."""
@@ -855,12 +865,18 @@ def view(images: ImageSet, number: int, augment: str | None = None) -> ImageSet:
         number: Which copy; it seeds the augmentation.
         augment: Name in :data:`AUGMENT`, or None for the usual one.
     """
-    assert isinstance(images.source, Memory)
     change = AUGMENT[default_augment(images.name, images.shape) if augment is None else augment]
     generator = torch.Generator().manual_seed(number)
-    pixels = images.source.pixels[images.positions]
+    pixels = images.pixels
     moved = [change(pixels[start : start + VIEW_CHUNK], generator) for start in range(0, len(pixels), VIEW_CHUNK)]
-    return ImageSet.of(torch.cat([chunk.clamp(0, 255).to(torch.uint8) for chunk in moved]), images.labels, images.name)
+    return like(images, torch.cat(moved))
+
+
+def like(images: ImageSet, pixels: Tensor) -> ImageSet:
+    """A set with the labels of another: pixels [N, C, H, W] of any type in [0, 255] are rounded to uint8."""
+    if pixels.dtype != torch.uint8:
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    return ImageSet.of(pixels, images.labels, images.name)
 
 
 def batches(

@@ -33,6 +33,7 @@ class Attacker:
         labels: Whether the labels of the transfer set are known.
         weights: A copy of the teacher's network, for an attacker who holds the file.
         surrogate: Unlabelled images of another kind, if there are any.
+        strength: λ of the box's key embedding, which is public; 0 if the teacher is no box.
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         progress: Where progress goes.
         name: What the progress display calls the student.
@@ -40,6 +41,7 @@ class Attacker:
 
     Attributes:
         seconds: Time spent training.
+        guess: The pattern [C, H, W] in [0, 1] that an attack on the key ended with.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Attacker:
         labels: bool = False,
         weights: nn.Module | None = None,
         surrogate: ImageSet | None = None,
+        strength: float = 0.0,
         views: int | None = None,
         progress: Progress | None = None,
         name: str = "student",
@@ -62,15 +65,21 @@ class Attacker:
     ) -> None:
         self.student, self.build, self.preprocess, self.recipe, self.engine = student, build, preprocess, recipe, engine
         self.oracle, self.labels, self.weights, self.surrogate = oracle, labels, weights, surrogate
+        self.strength = strength
         self.images = images if labels else images.unlabelled()
         self.views = views or recipe.epochs
         self.seconds = 0.0
+        self.guess: Tensor | None = None
         self._progress, self._name, self._resume_from = progress, name, resume_from
         self._asked: dict[str, Tensor] = {}
 
     def view(self, epoch: int) -> ImageSet:
         """The augmented copy of the transfer set that an epoch trains on; the copies recur after ``views``."""
-        return view(self.images, epoch % self.views, self.recipe.augment)
+        return self.augmented(self.images, epoch)
+
+    def augmented(self, images: ImageSet, epoch: int) -> ImageSet:
+        """The copy of a set that an epoch trains on."""
+        return view(images, epoch % self.views, self.recipe.augment)
 
     def ask(self, images: ImageSet) -> Tensor:
         """The oracle's answer to each image, in order: [N, C], or [N] from one that shows only classes.

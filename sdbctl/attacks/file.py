@@ -1,0 +1,233 @@
+"""Attacks of somebody who holds the file: weights are changed until they teach, or features are copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, normalize
+
+from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.staged import outputs
+from sdbctl.data import Batch, ImageSet, batches
+from sdbctl.errors import UsageError
+from sdbctl.models.stages import Stages
+from sdbctl.teacher import Access
+from sdbctl.training import place, scaled, seeded
+
+TUNE_EPOCHS = 10
+TUNE_RATE = 0.01
+"""Of whatever an attacker trains of the box itself."""
+
+
+def held(attacker: Attacker) -> nn.Module:
+    """The network in the file, of which every attack gets its own copy."""
+    if attacker.weights is None:
+        raise UsageError("attacks on the file need the weights", "give the safetensors file, not the ONNX")
+    return place(attacker.weights, attacker.engine.device)
+
+
+def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
+    """Distil the student from the mean log-probabilities of changed boxes."""
+
+    def mean(images: ImageSet) -> Tensor:
+        return torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
+
+    attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), targets=mean)
+
+
+def _train_box(attacker: Attacker, net: nn.Module, images: ImageSet) -> None:
+    recipe = scaled(attacker.recipe, epochs=TUNE_EPOCHS, lr=TUNE_RATE, batch_size=min(64, len(images)))
+    attacker.fit(net, lambda model, batch: cross_entropy(model(batch.x), batch.y), images, recipe=recipe)
+
+
+def rehead(attacker: Attacker, config: Config) -> None:
+    """A new last layer on the box's features, trained on the labels, brings back what only the outputs hid."""
+    net = held(attacker)
+    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    net.requires_grad_(False)
+    with seeded(attacker.recipe.seed):
+        last.reset_parameters()
+    last.requires_grad_(True)
+    _train_box(attacker, net, attacker.images)
+    _from(attacker, [net], config)
+
+
+def fine_tuned(attacker: Attacker, config: Config) -> None:
+    """The box fine-tuned with cross-entropy on a share of the labels, then KD from it."""
+    net = held(attacker)
+    few = attacker.images.take(range(max(2, round(config["share"] * len(attacker.images)))))
+    _train_box(attacker, net, few)
+    _from(attacker, [net], config)
+
+
+def pruned(attacker: Attacker, config: Config) -> None:
+    """The smallest ``share`` of every convolution's weights set to zero, statistics re-estimated, then KD."""
+    net = held(attacker)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                size = module.weight.abs()
+                module.weight[size < size.flatten().float().quantile(config["share"])] = 0
+    _reestimate(attacker, net)
+    _from(attacker, [net], config)
+
+
+def noisy(attacker: Attacker, config: Config) -> None:
+    """KD from the mean of boxes whose weights got noise of ``sigma`` standard deviations."""
+    nets = []
+    with seeded(attacker.recipe.seed), torch.no_grad():
+        for _ in range(4):
+            net = copy.deepcopy(held(attacker))
+            for parameter in net.parameters():
+                if parameter.ndim > 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=config["sigma"] * float(parameter.std()))
+            nets.append(net)
+    _from(attacker, nets, config)
+
+
+def reestimated(attacker: Attacker, config: Config) -> None:
+    """BatchNorm statistics of the box taken anew on the transfer set, then KD."""
+    net = held(attacker)
+    _reestimate(attacker, net)
+    _from(attacker, [net], config)
+
+
+def _reestimate(attacker: Attacker, net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+    net.train()
+    with torch.no_grad(), attacker.engine.autocast():
+        for batch in batches(
+            attacker.view(0),
+            attacker.preprocess,
+            batch_size=256,
+            device=attacker.engine.device,
+            generator=None,
+            augment="none",
+            shuffle=False,
+        ):
+            net(batch.x)
+    net.eval()
+
+
+# --- features --------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A student, and projections of its feature maps to those of the box."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.net, self.mine, self._theirs = student, Stages(student), Stages(teacher)
+        self._teacher = [teacher.eval()]
+        with torch.no_grad():
+            student.eval()(example)
+            teacher(example)
+        self.sizes = [size for size in self.mine.maps if size in self._theirs.maps]
+        self.projections = nn.ModuleList(
+            nn.Conv2d(self.mine.maps[size].shape[1], self._theirs.maps[size].shape[1], 1) for size in self.sizes
+        )
+        own, other = self.mine.features, self._theirs.features
+        assert own is not None and other is not None
+        self.embed_own, self.embed_other = nn.Linear(own.shape[1], 64), nn.Linear(other.shape[1], 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images → the student's logits [B, C]; the maps of both stay in ``maps()``."""
+        with torch.no_grad():
+            self._teacher[0](x)
+        return self.net(x)  # type: ignore[no-any-return]
+
+    def maps(self) -> list[tuple[Tensor, Tensor, nn.Module]]:
+        """Feature maps of one size: the student's, the box's, and the projection."""
+        sizes = zip(self.sizes, self.projections, strict=True)
+        return [(self.mine.maps[size].float(), self._theirs.maps[size].float(), layer) for size, layer in sizes]
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Inputs of the last layers: the student's [B, D] and the box's [B, E]."""
+        assert self.mine.features is not None and self._theirs.features is not None
+        return self.mine.features.float(), self._theirs.features.float()
+
+    def close(self) -> None:
+        """Leave both networks as they were."""
+        self.mine.close()
+        self._theirs.close()
+
+
+def fitnet(pair: Pair) -> Tensor:
+    """Mean squared distance of projected feature maps (Romero et al., ICLR 2015)."""
+    return torch.stack([mse_loss(layer(own), other) for own, other, layer in pair.maps()]).mean()
+
+
+def attention(pair: Pair) -> Tensor:
+    """Distance of normalised attention maps, the mean of squares over channels (Zagoruyko & Komodakis, ICLR 2017)."""
+
+    def summary(maps: Tensor) -> Tensor:
+        return normalize(maps.square().mean(1).flatten(1))
+
+    return torch.stack([(summary(own) - summary(other)).square().mean() for own, other, _ in pair.maps()]).mean()
+
+
+def similarity(pair: Pair) -> Tensor:
+    """Distance of the images' similarity matrices (Tung & Mori, ICCV 2019)."""
+
+    def matrix(maps: Tensor) -> Tensor:
+        flat = maps.flatten(1)
+        return normalize(flat @ flat.T)
+
+    own, other, _ = pair.maps()[-1]
+    return (matrix(own) - matrix(other)).square().mean()
+
+
+def contrast(pair: Pair) -> Tensor:
+    """Contrast of images in embeddings of both networks' features (CRD, Tian et al., ICLR 2020), negatives in batch."""
+    own, other = pair.features()
+    a, b = normalize(pair.embed_own(own)), normalize(pair.embed_other(other))
+    return cross_entropy(a @ b.T / 0.1, torch.arange(len(a), device=a.device))
+
+
+def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config], None]:
+    def train(attacker: Attacker, config: Config) -> None:
+        with seeded(attacker.recipe.seed):
+            pair = Pair(attacker.student.cpu(), held(attacker).cpu(), torch.zeros(2, *attacker.preprocess.size))
+        place(pair._teacher[0], attacker.engine.device)
+
+        def step(model: nn.Module, batch: Batch) -> Tensor:
+            z = model(batch.x)
+            return cross_entropy(z, batch.y) + config["weight"] * distance(pair)
+
+        attacker.fit(pair, step, attacker.images)
+        pair.close()
+
+    return train
+
+
+_TAU4 = {"temperature": 4.0, "alpha": 0.9}
+
+
+def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
+    return Attack(summary, source, "attack", Access.WEIGHTS, True, grid or (_TAU4,), train)
+
+
+REHEAD = _attack("a new last layer on the box's features", "known as linear probing", rehead)
+FINE_TUNED = _attack(
+    "the box fine-tuned on few labels",
+    "known as fine-tuning attack",
+    fine_tuned,
+    {**_TAU4, "share": 0.01},
+    {**_TAU4, "share": 0.1},
+)
+PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, {**_TAU4, "share": 0.3})
+NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, {**_TAU4, "sigma": 0.1})
+REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated)
+FITNET = _attack("feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0})
+ATTENTION = _attack(
+    "attention maps copied", "Zagoruyko & Komodakis, ICLR 2017", _features(attention), {"weight": 1000.0}
+)
+SIMILARITY = _attack("similarities copied", "Tung & Mori, ICCV 2019", _features(similarity), {"weight": 3000.0})
+CONTRAST = _attack("features contrasted", "Tian et al., ICLR 2020", _features(contrast), {"weight": 0.8})

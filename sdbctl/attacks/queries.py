@@ -1,0 +1,213 @@
+"""Attacks that choose what to ask: averaged, mixed, foreign and made-up queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.floor import hard_label
+from sdbctl.attacks.kd import soft_labels
+from sdbctl.data import Batch, ImageSet, like
+from sdbctl.losses import cross_entropy, kd
+from sdbctl.teacher import Access
+from sdbctl.training import seeded
+
+AVERAGED = 4
+"""Answers that are averaged into one."""
+HANDFUL = 100
+"""Labelled images that a recalibration is fitted on."""
+
+
+def _kd(attacker: Attacker, config: Config, **options: object) -> None:
+    attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), **options)  # type: ignore[arg-type]
+
+
+def averaged_views(attacker: Attacker, config: Config) -> None:
+    """KD from the mean log-probabilities of an image over several augmented copies, which averages noise away."""
+    answers = torch.stack([attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))])
+    mean = answers.mean(0)
+    _kd(attacker, config, targets=lambda images: mean)
+
+
+def averaged_noise(attacker: Attacker, config: Config) -> None:
+    """KD from the mean log-probabilities under small pixel noise, which smooths a jagged defence.
+
+    The budget is that of the other attacks: fewer augmented copies, each asked about several times.
+    """
+    copies = max(1, attacker.views // AVERAGED)
+
+    def mean(images: ImageSet) -> Tensor:
+        answers = []
+        for number in range(AVERAGED):
+            generator = torch.Generator().manual_seed(number)
+            noise = config["noise"] * 255 * torch.randn(images.pixels.shape, generator=generator)
+            answers.append(attacker.ask(like(images, images.pixels + noise)))
+        return torch.stack(answers).mean(0)
+
+    _kd(attacker, config, sets=lambda epoch: attacker.view(epoch % copies), targets=mean)
+
+
+def recalibrated(attacker: Attacker, config: Config) -> None:
+    """KD from answers whose temperature and class biases are refitted on a handful of labelled images.
+
+    Scale and biases minimise the cross-entropy of the handful (vector scaling, Guo et al., ICML 2017).
+    """
+    few = attacker.images.take(range(min(HANDFUL, len(attacker.images))))
+    known, classes = attacker.ask(few), attacker.ask(few).shape[1]
+    scale, bias = torch.ones(1, requires_grad=True), torch.zeros(classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS([scale, bias], max_iter=50)
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = cross_entropy(known * scale + bias, few.labels) + 1e-2 * bias.square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    a, b = scale.detach(), bias.detach()
+    _kd(attacker, config, targets=lambda images: attacker.ask(images) * a + b)
+
+
+def mixup(attacker: Attacker, config: Config) -> None:
+    """KD on convex combinations of two images (Zhang et al., ICLR 2018): queries between the data points."""
+
+    def mixed(epoch: int) -> ImageSet:
+        images = attacker.view(epoch)
+        generator = torch.Generator().manual_seed(epoch % attacker.views)
+        share = torch.rand(len(images), 1, 1, 1, generator=generator)
+        other = images.pixels[torch.randperm(len(images), generator=generator)]
+        return like(images, share * images.pixels + (1 - share) * other)
+
+    _kd(attacker, config, sets=mixed)
+
+
+def cutmix(attacker: Attacker, config: Config) -> None:
+    """KD on images with a rectangle of another image (Yun et al., ICCV 2019)."""
+
+    def mixed(epoch: int) -> ImageSet:
+        images = attacker.view(epoch)
+        generator = torch.Generator().manual_seed(epoch % attacker.views)
+        n, _, h, w = images.pixels.shape
+        side = (1 - torch.rand(n, generator=generator)).sqrt()
+        top, left = (torch.rand(n, generator=generator) * (1 - side) for _ in range(2))
+        rows, columns = torch.arange(h)[None] / h, torch.arange(w)[None] / w
+        inside_rows = (rows >= top[:, None]) & (rows < (top + side)[:, None])
+        inside_columns = (columns >= left[:, None]) & (columns < (left + side)[:, None])
+        inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
+        other = images.pixels[torch.randperm(n, generator=generator)]
+        return like(images, torch.where(inside, other, images.pixels))
+
+    _kd(attacker, config, sets=mixed)
+
+
+def _pool(attacker: Attacker) -> ImageSet:
+    return attacker.surrogate if attacker.surrogate is not None else attacker.images
+
+
+def knockoff(attacker: Attacker, config: Config) -> None:
+    """Knockoff Nets with random selection: soft answers to images of another data set (Orekondy et al., CVPR 2019).
+
+    Without a surrogate data set the unlabelled transfer set is used.
+    """
+    pool = _pool(attacker)
+    _kd(attacker, config, sets=lambda epoch: attacker.augmented(pool, epoch))
+
+
+def copycat(attacker: Attacker, config: Config) -> None:
+    """Copycat CNN: top-1 answers to images of another data set (Correia-Silva et al., IJCNN 2018)."""
+    pool = _pool(attacker)
+    attacker.learn(
+        lambda z, answer, y: hard_label(z, answer, None, config), sets=lambda epoch: attacker.augmented(pool, epoch)
+    )
+
+
+class Generator(nn.Module):
+    """Noise [B, 64] → pixels [B, C, H, W] in [0, 1]."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.start = nn.Linear(64, 64 * (shape[1] // 4 + 1) * (shape[2] // 4 + 1))
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(64),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(64, 64, 3, 1, 1),
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(size=shape[1:]),
+            nn.Conv2d(64, 32, 3, 1, 1),
+            nn.BatchNorm2d(32),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(32, shape[0], 3, 1, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Draw images."""
+        start = self.start(noise).view(len(noise), 64, self.shape[1] // 4 + 1, self.shape[2] // 4 + 1)
+        return self.body(start)  # type: ignore[no-any-return]
+
+
+def data_free(attacker: Attacker, config: Config) -> None:
+    """No images at all: a generator makes queries of which the student is sure, evenly over the classes.
+
+    The generator learns from the student alone, since a black box gives no gradient (compare DFMS-HL, Sanyal et
+    al., CVPR 2022): it minimises the entropy of each prediction and maximises that of their mean.
+    """
+    assert attacker.oracle is not None
+    oracle, device = attacker.oracle, attacker.engine.device
+    with seeded(attacker.recipe.seed):
+        generator = Generator(attacker.preprocess.size).to(device)
+    optimiser = torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.clamp(min=1e-8).log()).sum(-1)
+
+    def step(model: nn.Module, batch: Batch) -> Tensor:
+        x = attacker.preprocess(generator(torch.randn(len(batch.x), 64, device=device)))
+        p = model(x).softmax(1)
+        loss = entropy(p).mean() - entropy(p.mean(0))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        model.zero_grad()
+        with torch.no_grad():
+            x = attacker.preprocess(generator(torch.randn(len(batch.x), 64, device=device)))
+            answer = oracle(x)
+        return kd(model(x), answer, config["temperature"])
+
+    attacker.fit(attacker.student, step, attacker.images)
+
+
+_TAU4 = {"temperature": 4.0, "alpha": 0.9}
+_ALONE = {"temperature": 4.0, "alpha": 1.0}
+
+
+def _attack(summary: str, source: str, train: Train, labels: bool, *grid: Config, access: int = 2) -> Attack:
+    return Attack(summary, source, "attack", Access(access), labels, grid, train)
+
+
+AVERAGED_VIEWS = _attack("answers averaged over augmented copies", "own", averaged_views, True, _TAU4)
+AVERAGED_NOISE = _attack(
+    "answers averaged over pixel noise", "own", averaged_noise, True, {**_TAU4, "noise": 0.02}, {**_TAU4, "noise": 0.06}
+)
+RECALIBRATED = _attack(
+    "answers recalibrated on 100 labels", "vector scaling, Guo et al., ICML 2017", recalibrated, True, _TAU4
+)
+MIXUP = _attack("queries between two images", "Zhang et al., ICLR 2018", mixup, False, _ALONE)
+CUTMIX = _attack("queries with a part of another image", "Yun et al., ICCV 2019", cutmix, False, _ALONE)
+KNOCKOFF = _attack(
+    "Knockoff Nets: soft answers on another data set",
+    "Orekondy et al., CVPR 2019",
+    knockoff,
+    False,
+    {"temperature": 1.0, "alpha": 1.0},
+    _ALONE,
+)
+COPYCAT = _attack(
+    "Copycat CNN: top-1 answers on another data set", "Correia-Silva et al., IJCNN 2018", copycat, False, {}, access=1
+)
+DATA_FREE = _attack(
+    "queries made by a generator", "compare Sanyal et al., CVPR 2022", data_free, False, {"temperature": 1.0}
+)

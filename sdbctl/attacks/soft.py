@@ -1,0 +1,136 @@
+"""Soft-output attacks that differ only in the loss of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, one_hot
+
+from sdbctl.attacks.base import Attack, Config, Loss, PerBatch
+from sdbctl.losses import cross_entropy, kd, split_target
+from sdbctl.teacher import Access
+
+
+def _centred(z: Tensor) -> Tensor:
+    return z - z.mean(1, keepdim=True)
+
+
+def logits_mse(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Mean squared distance of centred logits (Ba & Caruana, NeurIPS 2014); needs no temperature.
+
+    Log-probabilities are logits up to a constant, which centring takes away.
+    """
+    assert answer is not None
+    return (_centred(z) - _centred(answer)).square().mean()
+
+
+def dkd(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Decoupled distillation: CE + τ²·(KL_binary + β·KL of the non-target classes) (Zhao et al., CVPR 2022, eq. 7).
+
+    Without labels the teacher's own prediction is the target.
+    """
+    assert answer is not None
+    tau = config["temperature"]
+    target = answer.argmax(1) if y is None else y
+    (own_s, rest_s), (own_t, rest_t) = split_target(z / tau, target), split_target(answer / tau, target)
+    pair_s, pair_t = (torch.stack([own, rest.logsumexp(1)], 1) for own, rest in ((own_s, rest_s), (own_t, rest_t)))
+    soft = kd(pair_s, pair_t, 1.0) + config["beta"] * kd(rest_s, rest_t, 1.0)
+    return cross_entropy(z, target) + tau**2 * soft
+
+
+def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Correlation instead of equality: CE + β·(1 − ρ over classes) + γ·(1 − ρ over images).
+
+    Pearson's ρ between student's and teacher's probabilities; β = γ = ``weight`` (Huang et al., NeurIPS 2022).
+    """
+    assert answer is not None
+    tau = config["temperature"]
+    p, q = (z / tau).softmax(1), (answer / tau).softmax(1)
+
+    def apart(a: Tensor, b: Tensor, dim: int) -> Tensor:
+        a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+        return 1 - torch.nn.functional.cosine_similarity(a, b, dim=dim, eps=1e-8).mean()
+
+    target = answer.argmax(1) if y is None else y
+    return cross_entropy(z, target) + config["weight"] * tau**2 * (apart(p, q, 1) + apart(p, q, 0))
+
+
+def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """:func:`kd` from the ``top`` best classes; the others share the remaining probability evenly.
+
+    It keeps what a defence cannot spoil without changing rankings, and drops a poisoned tail.
+    """
+    assert answer is not None
+    top = min(int(config["top"]), answer.shape[1] - 1)
+    p = answer.softmax(1)
+    best = p.topk(top, 1)
+    rest = (1 - best.values.sum(1, keepdim=True)).clamp(min=1e-6) / (answer.shape[1] - top)
+    target = rest.expand_as(p).scatter(1, best.indices, best.values).log()
+    return _mixed(z, target, y, config)
+
+
+def repaired(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """:func:`kd` from outputs whose maximum is moved to the label where it is elsewhere."""
+    assert answer is not None and y is not None
+    best = answer.argmax(1, keepdim=True)
+    highest, own = answer.gather(1, best), answer.gather(1, y[:, None])
+    return _mixed(z, answer.scatter(1, best, own).scatter(1, y[:, None], highest), y, config)
+
+
+def composed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """High-temperature composition: KD from ½·onehot(ŷ) + ½·mean over τ ∈ {4, 20, 50} of softmax(log p / τ).
+
+    After the high-temperature attack on nasty teachers of Jandial et al. (ECCV 2022): false peaks melt at a
+    high temperature, while the prediction is put back by hand. The composition is ours.
+    """
+    assert answer is not None
+    target = answer.argmax(1) if y is None else y
+    soft = torch.stack([(answer / tau).softmax(1) for tau in (4.0, 20.0, 50.0)]).mean(0)
+    mixed = 0.5 * one_hot(target, answer.shape[1]).float() + 0.5 * soft
+    return -(mixed * log_softmax(z, 1)).sum(1).mean()
+
+
+def _mixed(z: Tensor, target: Tensor, y: Tensor | None, config: Config) -> Tensor:
+    loss = kd(z, target, config["temperature"])
+    alpha = config.get("alpha", 1.0)
+    return loss if y is None or alpha == 1.0 else alpha * loss + (1 - alpha) * cross_entropy(z, y)
+
+
+def _attack(summary: str, source: str, loss: Loss, *grid: Config, labels: bool = True) -> Attack:
+    return Attack(summary, source, "attack", Access.PROBABILITIES, labels, grid or ({},), PerBatch(loss))
+
+
+LOGITS_MSE = _attack("squared distance of centred logits", "Ba & Caruana, NeurIPS 2014", logits_mse, labels=False)
+DKD = _attack(
+    "decoupled distillation",
+    "Zhao et al., CVPR 2022",
+    dkd,
+    {"temperature": 4.0, "beta": 1.0},
+    {"temperature": 4.0, "beta": 8.0},
+)
+DIST = _attack(
+    "correlations of probabilities",
+    "Huang et al., NeurIPS 2022",
+    dist,
+    {"temperature": 1.0, "weight": 2.0},
+    {"temperature": 4.0, "weight": 1.0},
+)
+CLIPPED = _attack(
+    "distillation from the best few classes",
+    "known as top-k distillation",
+    clipped,
+    {"temperature": 4.0, "top": 3.0, "alpha": 0.9},
+    {"temperature": 4.0, "top": 2.0, "alpha": 0.9},
+    {"temperature": 1.0, "top": 3.0, "alpha": 0.9},
+)
+REPAIRED = _attack(
+    "distillation with the maximum moved to the label",
+    "own",
+    repaired,
+    {"temperature": 4.0, "alpha": 0.9},
+    {"temperature": 20.0, "alpha": 0.9},
+)
+COMPOSED = _attack("high-temperature composition", "after Jandial et al., ECCV 2022", composed)
+COMPOSED_UNLABELLED = _attack(
+    "high-temperature composition, no labels", "after Jandial et al., ECCV 2022", composed, labels=False
+)

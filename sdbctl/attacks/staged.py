@@ -1,0 +1,177 @@
+"""Attacks in several steps, or with something to learn beside the student."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.soft import composed
+from sdbctl.data import ImageSet
+from sdbctl.losses import cross_entropy, kd
+from sdbctl.models.stages import Stages
+from sdbctl.teacher import Access
+from sdbctl.training import predict, scaled, seeded
+
+
+def _target(answer: Tensor | None, y: Tensor | None) -> Tensor:
+    if y is not None:
+        return y
+    assert answer is not None
+    return answer.argmax(1)
+
+
+def two_stage(attacker: Attacker, config: Config) -> None:
+    """Hard labels for the first half of the epochs, soft ones for the second: what is poisoned comes late."""
+    half = max(1, attacker.recipe.epochs // 2)
+    attacker.learn(
+        lambda z, answer, y: cross_entropy(z, _target(answer, y)), recipe=scaled(attacker.recipe, epochs=half)
+    )
+    attacker.learn(
+        lambda z, answer, y: soft_labels(z, answer, y, config),
+        recipe=scaled(attacker.recipe, epochs=max(1, attacker.recipe.epochs - half), lr=attacker.recipe.lr / 2),
+    )
+
+
+def sequence(attacker: Attacker, config: Config) -> None:
+    """A first student learns from labels and high-temperature answers; the second from the first one's outputs.
+
+    After the sequence of students of Jandial et al. (ECCV 2022), which removes a nasty teacher's false peaks
+    step by step; our two steps leave their contrastive term out.
+    """
+    first = attacker.build(attacker.recipe.seed + 7919)
+    attacker.learn(lambda z, answer, y: composed(z, answer, y, config), net=first)
+    attacker.learn(
+        lambda z, answer, y: soft_labels(z, answer, y, config), targets=lambda s: outputs(attacker, first, s)
+    )
+
+
+def outputs(attacker: Attacker, net: nn.Module, images: ImageSet) -> Tensor:
+    """Log-probabilities [N, C] of a network of the attacker's own."""
+    return predict(net, images, attacker.preprocess, attacker.engine).log_softmax(1)
+
+
+class Shallow(nn.Module):
+    """A student with two more heads, on early feature maps: images → logits [B, 3, C], early, middle, final."""
+
+    def __init__(self, net: nn.Module, example: Tensor, classes: int) -> None:
+        super().__init__()
+        self.net, self.stages = net, Stages(net)
+        with torch.no_grad():
+            net.eval()(example)
+        sizes = list(self.stages.maps)
+        self.sizes = (sizes[max(0, len(sizes) - 2)], sizes[-1])
+        self.heads = nn.ModuleList(nn.Linear(self.stages.maps[size].shape[1], classes) for size in self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All three heads."""
+        final = self.net(x)
+        early = [head(self.stages.maps[size].mean((2, 3))) for head, size in zip(self.heads, self.sizes, strict=True)]
+        return torch.stack([*early, final], 1)
+
+
+def skeptical(attacker: Attacker, config: Config) -> None:
+    """Skeptical student (Kundu et al., NeurIPS 2021): the teacher is believed at an early head only.
+
+    α·τ²·KL(p_T^τ ‖ p_early^τ) + (1 − α)·CE(early) + 0.3·τ²·KL(p_middle^τ ‖ p_final^τ) + 0.7·CE(middle) + CE(final).
+    """
+    alpha, tau = config["alpha"], config["temperature"]
+    size = attacker.preprocess.size
+    assert attacker.oracle is not None
+    with seeded(attacker.recipe.seed):
+        net = Shallow(attacker.student, torch.zeros(2, *size), attacker.oracle.classes)
+
+    def loss(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
+        assert answer is not None
+        early, middle, final = z.unbind(1)
+        target = _target(answer, y)
+        believed = alpha * kd(early, answer, tau) + (1 - alpha) * cross_entropy(early, target)
+        own = 0.3 * kd(final, middle.detach(), tau) + 0.7 * cross_entropy(middle, target)
+        return believed + own + cross_entropy(final, target)
+
+    attacker.learn(loss, net=net)
+    net.stages.close()
+
+
+class Markov(nn.Module):
+    """A student and a row-stochastic matrix M [C, C], near the identity at first."""
+
+    def __init__(self, net: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.net, self.scores = net, nn.Parameter(6.0 * torch.eye(classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images → the student's logits [B, C]."""
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def markov(attacker: Attacker, config: Config) -> None:
+    """Markov distillation: τ²·KL(p_T^τ ‖ p_S^τ·M) + CE(p_S, y), the transition matrix M learned with the student.
+
+    After Yang & Ye (ECCV 2024): M explains what a nasty teacher does to the classes, so that the student need
+    not. Where the transform stands and how it is initialised is our choice.
+    """
+    assert attacker.oracle is not None
+    net, tau, alpha = Markov(attacker.student, attacker.oracle.classes), config["temperature"], config["alpha"]
+
+    def loss(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
+        assert answer is not None
+        seen = ((z / tau).softmax(1) @ net.scores.softmax(1)).clamp(min=1e-8).log()
+        soft = tau**2 * kl_div(seen, log_softmax(answer / tau, 1), log_target=True, reduction="batchmean")
+        return alpha * soft + (1 - alpha) * cross_entropy(z, _target(answer, y))
+
+    attacker.learn(loss, net=net)
+
+
+def restored(attacker: Attacker, config: Config) -> None:
+    """A learned inverse of the defence: box outputs → what an undefended network says, then KD from that.
+
+    After D-DAE (Chen et al., IEEE S&P 2023) and partial recovery (ModelGuard, USENIX Security 2024): the attacker's
+    own network, trained on the labels, stands for the undefended one, and a small network learns to predict
+    its log-probabilities from the box's.
+    """
+    prior = attacker.build(attacker.recipe.seed + 104729)
+    attacker.learn(lambda z, answer, y: cross_entropy(z, _target(answer, y)), net=prior)
+    copies = [attacker.view(number) for number in range(min(4, attacker.views))]
+    answers = torch.cat([attacker.ask(copy) for copy in copies])
+    wanted = torch.cat([outputs(attacker, prior, copy) for copy in copies])
+    classes = answers.shape[1]
+    with seeded(attacker.recipe.seed):
+        inverse = nn.Sequential(nn.Linear(classes, 128), nn.ReLU(), nn.Linear(128, classes))
+        optimiser = torch.optim.Adam(inverse.parameters(), lr=3e-3)
+        for _ in range(600):
+            some = torch.randint(0, len(answers), (512,))
+            loss = kd(inverse(answers[some]), wanted[some], 2.0)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    with torch.no_grad():
+        inverse.eval()
+
+        def targets(images: ImageSet) -> Tensor:
+            with torch.no_grad():
+                return inverse(attacker.ask(images)).log_softmax(1)  # type: ignore[no-any-return]
+
+    attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), targets=targets)
+
+
+_TAU4 = {"temperature": 4.0, "alpha": 0.9}
+
+
+def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
+    return Attack(summary, source, "attack", Access.PROBABILITIES, True, grid or (_TAU4,), train)
+
+
+TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
+SEQUENCE = _attack("a chain of two students", "after Jandial et al., ECCV 2022", sequence)
+SKEPTICAL = _attack("skeptical student", "Kundu et al., NeurIPS 2021", skeptical)
+MARKOV = _attack(
+    "a learned transition between teacher and student",
+    "after Yang & Ye, ECCV 2024",
+    markov,
+    {"temperature": 4.0, "alpha": 0.5},
+    {"temperature": 1.0, "alpha": 0.5},
+)
+RESTORED = _attack("a learned inverse of the defence", "after D-DAE, IEEE S&P 2023", restored)
