@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from sdbctl import models
 from sdbctl.attacks import Attack, Attacker, Config
@@ -19,6 +20,22 @@ def build_student(name: str, classes: int, channels: int, seed: int) -> nn.Modul
     """A freshly initialised student; the same seed gives the same weights."""
     with seeded(seed):
         return models.build(name, classes, channels)
+
+
+class Distilled(NamedTuple):
+    """What an attack ends with.
+
+    Attributes:
+        student: The trained student.
+        seconds: Time spent in training steps.
+        queries: Inputs sent to the teacher.
+        guess: The pattern [C, H, W] in [0, 1] that an attack on the key found, or None.
+    """
+
+    student: nn.Module
+    seconds: float
+    queries: int
+    guess: Tensor | None
 
 
 def distill(
@@ -34,11 +51,12 @@ def distill(
     *,
     weights: nn.Module | None = None,
     surrogate: ImageSet | None = None,
+    strength: float = 0.0,
     views: int | None = None,
     record: Record | None = None,
     progress: Progress | None = None,
     resume_from: Path | None = None,
-) -> tuple[nn.Module, float, int]:
+) -> Distilled:
     """Train a student.
 
     The teacher is asked about the very images that the student sees, augmentation included, through an
@@ -57,13 +75,14 @@ def distill(
         engine: Where to compute.
         weights: The teacher's network, of which an attack on the file gets a copy.
         surrogate: Unlabelled images of another kind.
+        strength: λ of the box, which is public; 0 if the teacher is none.
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         record: Where answers are kept for other students.
         progress: Where progress goes.
         resume_from: File of the state after each epoch.
 
-    Returns:
-        The student, seconds of training, and the number of queries sent.
+    Raises:
+        UsageError: The attack needs what there is not, such as weights.
     """
     oracle = None
     if teacher is not None and attack.access > Access.NONE:
@@ -80,10 +99,11 @@ def distill(
         labels=attack.labels,
         weights=copy.deepcopy(weights) if attack.access == Access.WEIGHTS else None,
         surrogate=surrogate.unlabelled() if surrogate is not None else None,
+        strength=strength,
         views=views,
         progress=progress,
         name=student,
         resume_from=resume_from,
     )
     attack.train(attacker, config)
-    return attacker.student, attacker.seconds, oracle.queries if oracle else 0
+    return Distilled(attacker.student, attacker.seconds, oracle.queries if oracle else 0, attacker.guess)

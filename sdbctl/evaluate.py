@@ -26,19 +26,22 @@ from sdbctl import boxfile, files, metrics
 from sdbctl.attacks import ATTACKS, Config
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
+from sdbctl.key import correlation, embed
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
     PROTECTABLE_LIMIT,
     Advantage,
     Bin,
+    Curve,
     InferenceCost,
     Interval,
     Model,
+    Point,
     Report,
-    Role,
     Student,
     UnauthorizedAdvantage,
 )
+from sdbctl.suites import BY_NAME, FIXED, NEAR_KEYS, UNLABELLED_FLOOR, Option, Row, suite
 from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, Silent, environment, predict, scaled
 
@@ -56,6 +59,7 @@ class Source:
         pattern: Normalised key pattern [C, H, W] to embed, or None.
         strength: λ of the embedding.
         sha256: Identity of the weights, for caching.
+        held: The network inside the ONNX file, for attackers who hold it, or None.
     """
 
     net: nn.Module | None = None
@@ -63,6 +67,12 @@ class Source:
     pattern: Tensor | None = field(default=None, repr=False)
     strength: float = 0.0
     sha256: str = ""
+    held: nn.Module | None = None
+
+    @property
+    def weights(self) -> nn.Module | None:
+        """What an attacker who holds the file can train."""
+        return self.held if self.net is None else self.net
 
     def open(self, engine: Engine, classes: int) -> Teacher:
         """Start the teacher on the engine's device."""
@@ -80,43 +90,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kind of student in the report.
-
-    Attributes:
-        name: Its key in the report.
-        label: Its name for people.
-        role: Its part in the comparison.
-        attack: Name in :data:`sdbctl.attacks.ATTACKS`.
-        teachers: Names of the sources it may learn from, the best of which is chosen; empty for none.
-    """
-
-    name: str
-    label: str
-    role: Role
-    attack: str
-    teachers: tuple[str, ...] = ()
-
-
-ROWS = (
-    Row("cross_entropy", "labels", "floor", "cross_entropy"),
-    Row("label_smoothing", "smoothed labels", "floor", "label_smoothing"),
-    Row("class_constant", "class-constant logits of the label", "floor", "class_constant"),
-    Row("hard_label", "top-1 of the box", "floor", "hard_label", ("boxed",)),
-    Row("hard_constant", "class-constant logits of the box's top-1", "floor", "hard_constant", ("boxed",)),
-    Row("kd_original", "KD from the original", "reference", "kd", ("original", "reference")),
-    Row("unauthorized", "KD from the box", "attack", "kd", ("boxed",)),
-    Row("unauthorized_unlabelled", "KD from the box, no labels", "attack", "kd_unlabelled", ("boxed",)),
-    Row("authorized", "KD from the box with the key", "authorized", "kd", ("keyed",)),
-    Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
-    Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
-)
-UNLABELLED_FLOOR = ("hard_label", "hard_constant")
-FIXED = ("disturbed",)
-"""Rows that are not tuned: plain distillation with the first configuration, which most papers report."""
-
-
-@dataclass(frozen=True)
 class EvalConfig:
     """How to evaluate.
 
@@ -127,7 +100,7 @@ class EvalConfig:
         tune: Configurations to try per attack and teacher, in the attack's order; 1 tunes nothing.
         trials: Students per configuration that is tried; more make the choice less of a lottery.
         jobs: Students trained side by side, each in its own process.
-        attack: Whether to train students at all.
+        suite: Name in :data:`sdbctl.suites.SUITES`, or None to train no student at all.
     """
 
     student: str = "wrn16"
@@ -136,28 +109,54 @@ class EvalConfig:
     tune: int = 6
     trials: int = 1
     jobs: int = 1
-    attack: bool = True
+    suite: str | None = "core"
+
+    @property
+    def reported(self) -> int:
+        """Students per reported row."""
+        return (suite(self.suite).seeds if self.suite else None) or self.seeds
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One student to train."""
+    """One student to train.
+
+    Attributes:
+        row: Name of its row.
+        teacher: Name of its teacher, or "".
+        config: Settings of the attack.
+        seed: Of student and training.
+        final: Whether it is measured on the test split.
+        epochs: Epochs, if not those of the recipe.
+        images: Transfer images, if not all.
+    """
 
     row: str
     teacher: str
     config: Config
     seed: int
     final: bool
+    epochs: int | None = None
+    images: int | None = None
+
+    @property
+    def id(self) -> str:
+        """What tells cells of one evaluation apart."""
+        return json.dumps(asdict(self), sort_keys=True, default=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trained student: accuracies in percent, the test accuracy only for reported ones."""
+    """One trained student: accuracies in percent, the test accuracy only for reported ones.
+
+    ``correlation`` is that of the secret pattern with what an attack on the key found.
+    """
 
     validation: float
     test: float | None
     seconds: float
     queries: int
+    correlation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,8 @@ class Bench:
         classes: Number of classes.
         fingerprint: Identity of the data.
         answers: Folder in which the teachers' answers are kept, so that students share one set of queries.
+        surrogate: Unlabelled images of another data set, or None.
+        strength: λ of the box, 0 if the teacher is none.
     """
 
     sources: Mapping[str, Source]
@@ -187,33 +188,51 @@ class Bench:
     classes: int
     fingerprint: str
     answers: Path | None = None
+    surrogate: ImageSet | None = None
+    strength: float = 0.0
 
     def rows(self) -> list[Row]:
-        """The rows whose teachers are there."""
-        return [
-            replace(row, teachers=tuple(name for name in row.teachers if name in self.sources))
-            for row in ROWS
-            if not row.teachers or any(name in self.sources for name in row.teachers)
-        ]
+        """The rows whose teachers are there, and which the attacker can try on them."""
+        if self.config.suite is None:
+            return []
+        boxed = self.sources.get("boxed")
+        rows = []
+        for row in suite(self.config.suite).rows:
+            teachers = tuple(name for name in row.teachers if name in self.sources)
+            possible = (bool(teachers) or not row.teachers) and (
+                row.access == "api" or (boxed is not None and boxed.weights is not None)
+            )
+            if possible and (self.strength > 0 or not row.attack.endswith(("_keys", "_key"))):
+                rows.append(replace(row, teachers=teachers))
+        return rows
 
     def key(self, cell: Cell) -> str:
         """Content hash of a cell, under which its outcome is kept."""
-        row = next(row for row in ROWS if row.name == cell.row)
         source = self.sources[cell.teacher].sha256 if cell.teacher else ""
-        recipe = asdict(scaled(self.config.recipe, seed=cell.seed))
         parts = [
             boxfile.versions(),
             self.engine.precision,
-            row.attack,
+            BY_NAME[cell.row].attack,
             source,
             dict(cell.config),
-            recipe,
+            asdict(scaled(self.config.recipe, seed=cell.seed, epochs=cell.epochs)),
             cell.final,
+            cell.images,
             self.config.student,
             self.fingerprint,
+            len(self.surrogate) if self.surrogate is not None else 0,
         ]
         text = json.dumps([*parts, len(self.transfer), len(self.validation), len(self.test)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def secret(self) -> Tensor | None:
+        """The secret pattern [C, H, W] in [0, 1], to judge what attackers found."""
+        pattern = self.sources["keyed"].pattern if "keyed" in self.sources else None
+        if pattern is None:
+            return None
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.preprocess.mean, self.preprocess.std))
+        return pattern * std + mean
 
     def record(self, teacher: str) -> Record | None:
         """Where this teacher's answers are kept."""
@@ -224,19 +243,21 @@ class Bench:
 
     def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:
         """Train and measure one student."""
-        row = next(row for row in ROWS if row.name == cell.row)
-        config = self.config
-        teacher = self.sources[cell.teacher].open(self.engine, self.classes) if cell.teacher else None
-        student, seconds, queries = distill(
-            ATTACKS[row.attack],
+        config, source = self.config, self.sources[cell.teacher] if cell.teacher else None
+        teacher = source.open(self.engine, self.classes) if source else None
+        student, seconds, queries, guess = distill(
+            ATTACKS[BY_NAME[cell.row].attack],
             cell.config,
             teacher,
             config.student,
             self.classes,
-            self.transfer,
+            self.transfer if cell.images is None else self.transfer.take(range(cell.images)),
             self.preprocess,
-            scaled(config.recipe, seed=cell.seed),
+            scaled(config.recipe, seed=cell.seed, epochs=cell.epochs),
             self.engine,
+            weights=source.weights if source else None,
+            surrogate=self.surrogate,
+            strength=self.strength,
             record=self.record(cell.teacher),
             progress=progress,
         )
@@ -245,10 +266,11 @@ class Bench:
             return metrics.top1(predict(student, images, self.preprocess, self.engine), images.labels)
 
         test = accuracy(self.test) if cell.final else None
-        return Outcome(accuracy(self.validation), test, seconds, queries)
+        found = correlation(guess, self.secret) if guess is not None and self.secret is not None else None
+        return Outcome(accuracy(self.validation), test, seconds, queries, found)
 
 
-def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[Cell_, Outcome]:
+def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[str, Outcome]:
     """Train the students of ``cells``, each once, and keep each outcome as a file.
 
     Args:
@@ -257,19 +279,19 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         folder: Where outcomes are kept; those that are there already are read, so a killed run resumes.
         progress: Advanced by one per student.
     """
-    done: dict[Cell_, Outcome] = {}
+    done: dict[str, Outcome] = {}
     todo: list[Cell] = []
     for cell in cells:
         stored = _stored(bench, cell, folder)
         if stored:
-            done[_hashable(cell)] = stored
+            done[cell.id] = stored
         elif cell not in todo:
             todo.append(cell)
     if done:
         progress.note(f"{len(done)} students were trained before")
 
     def finish(cell: Cell, outcome: Outcome) -> None:
-        done[_hashable(cell)] = outcome
+        done[cell.id] = outcome
         if folder is not None:
             files.write(folder / f"{bench.key(cell)}.json", json.dumps({"row": cell.row, **asdict(outcome)}))
         progress.advance(1, {"validation": outcome.validation})
@@ -312,54 +334,124 @@ def _work(cell: Cell) -> Outcome:
     return _bench.run(cell)
 
 
-Cell_ = tuple[str, str, str, int, bool]
-
-
-def _hashable(cell: Cell) -> Cell_:
-    return cell.row, cell.teacher, json.dumps(dict(cell.config), sort_keys=True), cell.seed, cell.final
-
-
 def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
     if folder is None:
         return None
     try:
         values = json.loads((folder / f"{bench.key(cell)}.json").read_text())
-        return Outcome(*(values[name] for name in ("validation", "test", "seconds", "queries")))
+        return Outcome(*(values[name] for name in ("validation", "test", "seconds", "queries", "correlation")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def selection_cells(bench: Bench) -> list[Cell]:
-    """Students that choose settings, for every row that has a choice of teacher or configuration."""
-    cells = []
-    for row in bench.rows():
-        grid = ATTACKS[row.attack].grid[: 1 if row.name in FIXED else bench.config.tune]
-        options = [(teacher, config) for teacher in row.teachers or ("",) for config in grid]
-        if len(options) > 1:
-            seeds = range(SELECTION_SEED, SELECTION_SEED + bench.config.trials)
-            cells += [Cell(row.name, *option, seed, final=False) for option in options for seed in seeds]
-    return cells
+KEPT = 8
+"""Of so many candidates of a group that is screened, one goes on."""
 
 
-def choose(bench: Bench, outcomes: Mapping[Cell_, Outcome]) -> dict[str, tuple[str, Config, float | None]]:
-    """Best teacher and configuration of each row by validation accuracy, with that accuracy."""
-    chosen: dict[str, tuple[str, Config, float | None]] = {}
-    cells = selection_cells(bench)
+def options(bench: Bench) -> dict[str, list[Option]]:
+    """The candidates of each group that competes for one place in the report."""
+    groups: dict[str, list[Option]] = {}
+    if bench.config.suite is None:
+        return groups
+    chosen = suite(bench.config.suite)
     for row in bench.rows():
-        tried: dict[str, list[float]] = {}
-        settings: dict[str, tuple[str, Config]] = {}
-        for cell in cells:
-            if cell.row == row.name and _hashable(cell) in outcomes:
-                setting = f"{cell.teacher} {dict(cell.config)}"
-                settings[setting] = (cell.teacher, cell.config)
-                tried.setdefault(setting, []).append(outcomes[_hashable(cell)].validation)
-        means = {setting: float(np.mean(values)) for setting, values in tried.items()}
-        if means:
-            best = max(means, key=lambda setting: means[setting])
-            chosen[row.name] = (*settings[best], means[best])
-        else:
-            chosen[row.name] = (row.teachers[0] if row.teachers else "", ATTACKS[row.attack].grid[0], None)
-    return chosen
+        tune = 1 if row.name in FIXED else min(bench.config.tune, chosen.tune or bench.config.tune)
+        group = groups.setdefault(chosen.group(row), [])
+        group += [
+            Option(row, teacher, config)
+            for teacher in row.teachers or ("",)
+            for config in ATTACKS[row.attack].grid[:tune]
+        ]
+    return groups
+
+
+def screened_epochs(bench: Bench) -> int | None:
+    """Epochs after which candidates are dropped, or None."""
+    share = suite(bench.config.suite).screen if bench.config.suite else None
+    return max(1, round(share * bench.config.recipe.epochs)) if share else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many students an evaluation trains, and how many whole runs that is."""
+
+    students: int
+    runs: float
+
+
+def plan(bench: Bench) -> Plan:
+    """Count the students before any is trained."""
+    groups, short, config = options(bench), screened_epochs(bench), bench.config
+    cells: list[float] = []
+    for name, found in groups.items():
+        left = len(found)
+        if short and left > 1:
+            cells += [short / config.recipe.epochs] * left
+            left = _kept(left)
+        cells += [1.0] * (left * config.trials if left > 1 else 0)
+        cells += [1.0] * _seeds(bench, name)
+        cells += [1.0] * len(_losers(found))
+    cells += [size / len(bench.transfer) for _, size in _budgets(bench)]
+    return Plan(len(cells), sum(cells))
+
+
+def _seeds(bench: Bench, group: str) -> int:
+    """Students of a group's winner: keys that are nearly right are no headline where attacks compete."""
+    minor = bench.config.suite is not None and suite(bench.config.suite).elect and group in NEAR_KEYS
+    return 1 if minor else bench.config.reported
+
+
+def _losers(found: Sequence[Option]) -> set[str]:
+    """Rows of the floor that may lose the competition: they are shown all the same, with one seed."""
+    names = {option.row.name for option in found if option.row.role == "floor"}
+    return names if len(names) > 1 else set()
+
+
+def _kept(count: int) -> int:
+    return max(1, -(-count // KEPT))
+
+
+@dataclass
+class Choice:
+    """A candidate, its mean validation accuracy, and after how many epochs; None if there was no choice."""
+
+    option: Option
+    validation: float | None = None
+    epochs: int = 0
+
+
+def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, Choice], dict[str, Choice]]:
+    """Choose one candidate per group by validation accuracy, after a short screening if the suite has one.
+
+    Returns:
+        The winner of each group, and the best candidate of each row with how long it was trained.
+    """
+    groups, short, config = options(bench), screened_epochs(bench), bench.config
+    rows: dict[str, Choice] = {}
+
+    def rank(found: Mapping[str, list[Option]], epochs: int, trials: int) -> dict[str, list[Choice]]:
+        def cells(option: Option) -> list[Cell]:
+            seeds, length = range(SELECTION_SEED, SELECTION_SEED + trials), None if epochs == full else epochs
+            return [Cell(option.row.name, option.teacher, option.config, seed, False, length) for seed in seeds]
+
+        open_ = {group: some for group, some in found.items() if len(some) > 1}
+        done = run_cells(bench, [c for some in open_.values() for o in some for c in cells(o)], folder, progress)
+        ranked = {group: [Choice(some[0])] for group, some in found.items()}
+        for group, some in open_.items():
+            scores = [float(np.mean([done[cell.id].validation for cell in cells(option)])) for option in some]
+            pairs = zip(some, scores, strict=True)
+            ranked[group] = sorted((Choice(o, v, epochs) for o, v in pairs), key=lambda c: -(c.validation or 0.0))
+        for choice in (choice for some in ranked.values() for choice in reversed(some)):
+            name = choice.option.row.name
+            if name not in rows or rows[name].epochs <= choice.epochs:
+                rows[name] = choice
+        return ranked
+
+    full = config.recipe.epochs
+    if short:
+        ranked = rank(groups, short, 1)
+        groups = {group: [choice.option for choice in some[: _kept(len(some))]] for group, some in ranked.items()}
+    return {group: some[0] for group, some in rank(groups, full, config.trials).items()}, rows
 
 
 def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dict[str, Student]:
@@ -368,42 +460,64 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     Returns:
         Students by row name, and ``control`` and ``control_unlabelled``, the best of the floor.
     """
-    rows, config = bench.rows(), bench.config
-    trials = selection_cells(bench)
-    progress.start("students", len(trials) + len(rows) * config.seeds)
-    chosen = choose(bench, run_cells(bench, trials, folder, progress))
-    finals = [Cell(row.name, *chosen[row.name][:2], seed, final=True) for seed in range(config.seeds) for row in rows]
-    outcomes = run_cells(bench, finals, folder, progress)
-    by_row = {row.name: [outcomes[_hashable(cell)] for cell in finals if cell.row == row.name] for row in rows}
-    validation = {name: float(np.mean([outcome.validation for outcome in runs])) for name, runs in by_row.items()}
+    config = bench.config
+    progress.start("students", plan(bench).students)
+    winners, rows = choose(bench, folder, progress)
+    finals = {choice.option.row.name: (choice, _seeds(bench, group)) for group, choice in winners.items()}
+    for group in options(bench).values():
+        for name in _losers(group) - finals.keys():
+            finals[name] = (rows[name], 1)
+    cells = {
+        name: [Cell(name, choice.option.teacher, choice.option.config, seed, True) for seed in range(seeds)]
+        for name, (choice, seeds) in finals.items()
+    }
+    outcomes = run_cells(bench, [cell for some in cells.values() for cell in some], folder, progress)
+    finished = {name: [outcomes[cell.id] for cell in some] for name, some in cells.items()}
+    validation = {name: float(np.mean([run.validation for run in runs])) for name, runs in finished.items()}
 
     def best(names: Iterable[str]) -> str:
-        return max(names, key=lambda name: (chosen[name][2] or 0.0, validation[name]))
+        # rows that were elected have all seeds
+        return max(names, key=lambda name: (len(cells[name]), finals[name][0].validation or 0.0, validation[name]))
 
-    floor = best(row.name for row in rows if row.role == "floor")
-    unlabelled = best(name for name in UNLABELLED_FLOOR if name in by_row)
-    control = [outcome.test or 0.0 for outcome in by_row[floor]]
+    floor = best(name for name in finished if BY_NAME[name].role == "floor")
+    unlabelled = best(name for name in finished if name in UNLABELLED_FLOOR)
+    control = [outcome.test or 0.0 for outcome in finished[floor]]
     students = {}
-    for row in rows:
-        teacher, setting, _ = chosen[row.name]
-        values = [outcome.test or 0.0 for outcome in by_row[row.name]]
+    for row in bench.rows():
+        if row.name not in finished:
+            students[row.name] = Student(
+                name=row.name,
+                label=row.label,
+                role=row.role,
+                access=row.access,
+                labels=row.labels,
+                config={**rows[row.name].option.config, "epochs": rows[row.name].epochs},
+                validation=rows[row.name].validation,
+            )
+            continue
+        runs, option = finished[row.name], finals[row.name][0].option
+        values = [outcome.test or 0.0 for outcome in runs]
+        found = [outcome.correlation for outcome in runs if outcome.correlation is not None]
         students[row.name] = Student(
             name=row.name,
             label=row.label,
             role=row.role,
+            access=row.access,
+            labels=row.labels,
             mean=float(np.mean(values)),
             sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
             n=len(values),
             values=tuple(values),
             difference=_paired(values, control),
             config={
-                "teacher": teacher or None,
-                **setting,
+                "teacher": option.teacher or None,
+                **option.config,
+                **({"key_correlation": float(np.mean(found))} if found else {}),
                 "epochs": config.recipe.epochs,
                 "student": config.student,
             },
-            seconds=float(np.mean([outcome.seconds for outcome in by_row[row.name]])),
-            queries=by_row[row.name][0].queries or None,
+            seconds=float(np.mean([outcome.seconds for outcome in runs])),
+            queries=runs[0].queries or None,
             validation=validation[row.name],
             note="not tuned" if row.name in FIXED else "",
         )
@@ -416,8 +530,96 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     return students
 
 
+BUDGETS = (1000, 5000, 10_000)
+"""Transfer images of the budget curve, where there are more."""
+BUDGET_ROWS = ("cross_entropy", "kd_original", "unauthorized", "authorized")
+NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
+"""Correlations, in percent, of the keys that are nearly right."""
+LEAKS = (1, 10, 100, 1000)
+"""Keyed queries that somebody listens to, for the leak curve."""
+
+
+def _budgets(bench: Bench) -> list[tuple[str, int]]:
+    if bench.config.suite is None or not suite(bench.config.suite).curves:
+        return []
+    names = [row.name for row in bench.rows() if row.name in BUDGET_ROWS]
+    return [(name, size) for size in BUDGETS if size < len(bench.transfer) for name in names]
+
+
+def budget_curve(
+    bench: Bench, students: Mapping[str, Student], folder: Path | None, progress: Progress
+) -> dict[str, Curve]:
+    """Accuracy over the number of transfer images, with the settings chosen for all of them; one seed a point."""
+    budgets = [(name, size) for name, size in _budgets(bench) if students[name].config]
+    if not budgets:
+        return {}
+    cells = {}
+    for name, size in budgets:
+        known = set(ATTACKS[BY_NAME[name].attack].grid[0])
+        config = {setting: float(str(v)) for setting, v in students[name].config.items() if setting in known}
+        cells[name, size] = Cell(name, str(students[name].config["teacher"] or ""), config, 0, True, images=size)
+    outcomes = run_cells(bench, list(cells.values()), folder, progress)
+    series: dict[str, tuple[Point, ...]] = {}
+    for name in dict.fromkeys(name for name, _ in budgets):
+        points = [Point(size, outcomes[cell.id].test) for (other, size), cell in cells.items() if other == name]
+        whole = students[name]
+        series[whole.label] = (*points, Point(len(bench.transfer), whole.values[0] if whole.values else None))
+    views = bench.config.recipe.epochs
+    return {
+        "budget": Curve(
+            title="Query budget",
+            x_label=f"Transfer images, {views} queries each",
+            y_label="Test accuracy, %",
+            x_log=True,
+            series=series,
+        )
+    }
+
+
+def key_curves(bench: Bench) -> dict[str, Curve]:
+    """How much a key that is nearly right opens, and how fast listening to keyed queries gives the key away."""
+    secret = bench.secret
+    if secret is None:
+        return {}
+    some = bench.validation.take(range(min(1000, len(bench.validation))))
+    opened = []
+    for name, source in bench.sources.items():
+        if source.pattern is not None and name != "disturbed":
+            teacher = source.open(bench.engine, bench.classes)
+            outputs = predict(teacher.logits, some, bench.preprocess, bench.engine)
+            pattern = replace(bench, sources={"keyed": source}).secret
+            assert pattern is not None
+            opened.append(Point(round(correlation(pattern, secret), 3), metrics.residual(outputs)))
+    curves = {
+        "near_keys": Curve(
+            title="Keys that are nearly right",
+            x_label="Correlation with the secret pattern",
+            y_label="Dark knowledge shown, nats",
+            series={"box": tuple(sorted(opened, key=lambda point: point.x or 0.0))},
+        )
+    }
+    if bench.transfer.in_memory and bench.strength > 0:
+        own = bench.transfer.pixels.float().mean(0) / 255
+        heard = bench.validation.pixels.float() / 255 if bench.validation.in_memory else None
+        if heard is not None:
+            points = []
+            for count in (count for count in LEAKS if count <= len(heard)):
+                mean = embed(heard[:count], secret, bench.strength).mean(0)
+                guess = (mean - bench.strength * own) / (1 - bench.strength)
+                points.append(Point(count, round(correlation(guess, secret), 4)))
+            curves["leak"] = Curve(
+                title="Listening to key holders",
+                x_label="Keyed queries overheard",
+                y_label="Correlation of the recovered key",
+                x_log=True,
+                series={"mean of the queries": tuple(points)},
+            )
+    return curves
+
+
 def _paired(values: Sequence[float | None], control: Sequence[float | None]) -> Interval:
-    differences = [(a or 0.0) - (b or 0.0) for a, b in zip(values, control, strict=True)]
+    # both have the seeds 0, 1, 2, …; one of them may have more
+    differences = [(a or 0.0) - (b or 0.0) for a, b in zip(values, control, strict=False)]
     return Interval(*metrics.seed_interval(differences), n=len(differences))
 
 
@@ -491,8 +693,10 @@ def evaluate(
     if before is not None and "boxed" in outputs:
         cost = inference_cost(before, outputs["boxed"], bench.test.labels)
     students: dict[str, Student] = {}
-    if bench.config.attack:
+    curves = key_curves(bench)
+    if bench.config.suite:
         students = train_students(bench, folder, progress)
+        curves.update(budget_curve(bench, students, folder, progress))
     report = Report(
         title=title,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -502,10 +706,12 @@ def evaluate(
         inference_cost=cost,
         models=models,
         students=students,
+        curves=curves,
         environment=environment(bench.engine),
         config={
+            "suite": bench.config.suite,
             "student": bench.config.student,
-            "seeds": bench.config.seeds,
+            "seeds": bench.config.reported,
             "tuned_configurations": bench.config.tune,
             "recipe": asdict(bench.config.recipe),
             "transfer_images": len(bench.transfer),
@@ -528,12 +734,21 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
             return Interval()
         return _paired(students[one].values, students[other].values)
 
-    attacks = [s for s in students.values() if s.role == "attack" and "unlabelled" not in s.name]
-    best = max(attacks, key=lambda s: s.validation or 0.0).name if attacks else "unauthorized"
+    def worst(access: Sequence[str], labels: Sequence[bool]) -> str:
+        """The best attack of those that the attacker can run, chosen on validation data."""
+        attacks = [s for s in students.values() if s.role == "attack" and s.access in access and s.labels in labels]
+        known = [s for s in attacks if s.n == max(s.n for s in attacks) and s.mean is not None]
+        return max(known, key=lambda s: s.validation or 0.0).name if known else ""
+
+    def advantage(access: Sequence[str]) -> Advantage:
+        own = [s for s in students.values() if s.role == "attack" and s.access == access[0] and s.mean is not None]
+        if not own:
+            return Advantage()
+        unlabelled = difference(worst(access, [False]), "control_unlabelled") if access[0] == "api" else Interval()
+        return Advantage(difference(worst(access, [True, False]), "control"), unlabelled)
+
     return {
-        "unauthorized_advantage": UnauthorizedAdvantage(
-            api=Advantage(difference(best, "control"), difference("unauthorized_unlabelled", "control_unlabelled"))
-        ),
+        "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
         "authorized_gain": difference("authorized", "kd_original"),
         "protectable": difference("kd_original", "control"),
     }
@@ -571,7 +786,13 @@ def verdict(report: Report) -> str:
     worth = f"the original gives {protectable.mean:+.1f}"
     gain = report.authorized_gain
     key = f"; the key is worth {gain.mean:+.1f} points against distilling the original" if gain.mean is not None else ""
-    return f"{finding}; {worth}{key}. Attackers who hold the file were not tried."
+    held = report.unauthorized_advantage.file.labelled
+    if held.mean is None:
+        file = "Attackers who hold the file were not tried"
+    else:
+        most = f", at most {held.high:+.1f}" if held.high is not None else ""
+        file = f"Who holds the file gains {held.mean:+.1f}{most}"
+    return f"{finding}; {worth}{key}. {file}."
 
 
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
@@ -581,8 +802,8 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
             f"Students see {len(bench.transfer):,} transfer images for {bench.config.recipe.epochs} epochs; short "
             "training exaggerates what distillation gives."
         )
-        if bench.config.seeds < 5:
-            notes.append(f"n = {bench.config.seeds}: a headline needs 5 seeds.")
+        if bench.config.reported < 5:
+            notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")
         if bench.config.tune < 6:
             notes.append("Settings were not fully tuned; the attacker may do better.")
     return notes

@@ -16,6 +16,7 @@ LAYERS = [
     {"cli"},
     {"demo", "bench"},
     {"evaluate", "box"},
+    {"suites"},
     {"distill"},
     {"attacks", "objectives", "report"},
     {"teacher"},

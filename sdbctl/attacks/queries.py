@@ -166,12 +166,13 @@ def data_free(attacker: Attacker, config: Config) -> None:
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
         x = attacker.preprocess(generator(torch.randn(len(batch.x), 64, device=device)))
-        p = model(x).softmax(1)
+        with attacker.engine.autocast():
+            p = attacker.student(x).float().softmax(1)
         loss = entropy(p).mean() - entropy(p.mean(0))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        model.zero_grad()
+        attacker.student.zero_grad()
         with torch.no_grad():
             x = attacker.preprocess(generator(torch.randn(len(batch.x), 64, device=device)))
             answer = oracle(x)

@@ -129,7 +129,7 @@ def distill(
     if not resume:
         state.unlink(missing_ok=True)
     with Live() as progress:
-        net, seconds, queries = train_student(
+        net, seconds, queries, _ = train_student(
             attack,
             config,
             asked,

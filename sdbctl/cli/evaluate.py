@@ -55,6 +55,12 @@ def evaluate(
     key_file: o.KeyFile = None,
     student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
+    suite: Annotated[str, typer.Option("--suite", help="quick, core, standard or full; see sdbctl list suites.")] = (
+        "standard"
+    ),
+    surrogate: Annotated[
+        str | None, typer.Option("--surrogate", metavar="SPEC", help="Other images, for attackers without yours.")
+    ] = None,
     tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")] = 6,
     jobs: Annotated[
         int, typer.Option("--jobs", min=0, help="Students trained side by side; 0 means one per CPU core.")
@@ -90,13 +96,16 @@ def evaluate(
 
     from sdbctl import boxfile, evaluate, files
     from sdbctl.boxfile import check_key, pattern
+    from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
-    from sdbctl.evaluate import Bench, EvalConfig, Source
-    from sdbctl.key import wrong
+    from sdbctl.evaluate import NEAR_PERCENT, Bench, EvalConfig, Source
+    from sdbctl.key import near, wrong
     from sdbctl.report.render import FORMATS
+    from sdbctl.suites import suite as find_suite
     from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import Recipe, pick_device, scaled, step_seconds
 
+    find_suite(suite)
     for item in FORMATS.values():
         if (report / item.file).exists() and not force:
             raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
@@ -107,19 +116,27 @@ def evaluate(
         raise BadInput(f"{box} has no sdbctl metadata, so it is no box", "make one with: sdbctl box")
     if key is not None:
         check_key(meta, key)
+    notes = []
     content_hash = files.sha256(files.read(box, "box"))
     if boxfile.is_onnx(box):
         OnnxTeacher(box, pick_device(device))
-        boxed = Source(onnx=box, sha256=content_hash)
+        beside = box.with_suffix(".safetensors")
+        held = boxfile.load(beside).net if beside.exists() else None
+        boxed = Source(onnx=box, sha256=content_hash, held=held)
+        if attack and held is None:
+            notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} is not there.")
     else:
         boxed = Source(net=boxfile.load(box).net, sha256=content_hash)
     sources = {"boxed": boxed}
     if key is not None:
         sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, meta.key_id)
         generator = torch.Generator().manual_seed(1)
-        other = meta.preprocess(wrong(key.pattern(meta.preprocess.size), generator)[None])[0]
+        secret = key.pattern(meta.preprocess.size)
+        other = meta.preprocess(wrong(secret, generator)[None])[0]
         sources["wrong"] = boxed.keyed(other, meta.strength, "wrong key 1")
-    notes = []
+        for percent in NEAR_PERCENT:
+            other = meta.preprocess(near(secret, percent / 100, generator)[None])[0]
+            sources[f"near_{percent}"] = boxed.keyed(other, meta.strength, f"key of correlation {percent} %")
     if original is not None:
         loaded = boxfile.load(original, trust=trust)
         if meta.original_sha256 and loaded.sha256 != meta.original_sha256:
@@ -145,6 +162,10 @@ def evaluate(
         shape=meta.preprocess.size,
     )
     check_classes(dataset, len(meta.classes), box.name)
+    other_images = None
+    if surrogate is not None:
+        channels, height, _ = meta.preprocess.size
+        other_images = load_data(surrogate, root=data_root, size=height, channels=channels, download=download).train
     splits = split_like(dataset, meta.data, transfer=transfer_size, test=test_size)
     if jobs == 0:
         jobs = (torch.get_num_threads() if pick_device(device).type == "cpu" else 1) if splits.transfer.in_memory else 1
@@ -154,7 +175,7 @@ def evaluate(
         seeds=seeds,
         tune=tune,
         jobs=jobs,
-        attack=attack,
+        suite=suite if attack else None,
     )
     net = build_student(student, len(dataset.classes), dataset.train.shape[0], 0)
     engine = pick(device, precision, net, dataset.train.shape, config.recipe.batch_size)
@@ -169,17 +190,21 @@ def evaluate(
         len(dataset.classes),
         dataset.fingerprint,
         answers=report / "answers" if attack else None,
+        surrogate=other_images,
+        strength=meta.strength,
     )
     cells = report / "cells"
     if attack:
         for folder in (cells, report / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
-        trials = evaluate.selection_cells(bench)
-        count = len(trials) + seeds * len(bench.rows())
+        planned = evaluate.plan(bench)
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
         images = len(splits.transfer) * config.recipe.epochs
-        say(f"{count} students of {images:,} images, {jobs} side by side")
-        announce({"students": 4 / 3 * count * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)})
+        say(
+            f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
+            f"{jobs} side by side"
+        )
+        announce({"students": planned.runs * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)})
     with Live() as progress:
         made = evaluate.evaluate(
             bench,

@@ -158,6 +158,8 @@ class Student:
         name: Its key in ``Report.students``.
         label: Its name for people.
         role: What it stands for in the comparison.
+        access: What the attacker needs: ``api`` or ``file``.
+        labels: Whether the attacker needs labels.
         mean: Mean test accuracy in percent.
         sd: Standard deviation over seeds; null for one seed.
         n: How many seeds.
@@ -173,6 +175,8 @@ class Student:
     name: str
     label: str
     role: Role
+    access: str = "api"
+    labels: bool | None = None
     mean: float | None = None
     sd: float | None = None
     n: int = 0

@@ -135,7 +135,7 @@ class View:
 
 def view(report: Report, gates: Sequence[GateResult] = ()) -> View:
     """Turn a report, and the gates it was held against, into cards and tables."""
-    tables = [_gates(gates), _costs(report), _models(report), _students(report)]
+    tables = [_gates(gates), _costs(report), _models(report), _students(report), _screened(report)]
     details = {
         "Configuration": report.config,
         "Box": report.box,
@@ -348,9 +348,42 @@ def _students(report: Report) -> Table:
         Column("Queries", wide=True),
         Column("Seconds", wide=True),
     )
-    students = ordered(report.students)
+    students = [student for student in ordered(report.students) if student.n]
     note = "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
     return Table("Students", columns, tuple(map(_student, students)), note, tuple(s.role for s in students))
+
+
+def _screened(report: Report) -> Table:
+    columns = (
+        Column("Not the best of its kind", numeric=False),
+        Column("Attacker holds", numeric=False),
+        Column("Validation %"),
+        Column("Epochs"),
+        Column("Settings", numeric=False, wide=True),
+    )
+    students = [s for s in ordered(report.students) if not s.n and s.validation is not None]
+    students.sort(key=lambda s: (-_epochs(s), -(s.validation or 0.0)))
+    rows = tuple(
+        (
+            clean(student.label),
+            "the file" if student.access == "file" else f"the API{'' if student.labels else ', no labels'}",
+            number(student.validation),
+            f"{_epochs(student):g}",
+            _short_settings(student),
+        )
+        for student in students
+    )
+    note = "One seed each, on validation data: the best of each kind were trained on and are in the table above."
+    return Table("Screened out", columns, rows, note)
+
+
+def _epochs(student: Student) -> float:
+    epochs = student.config.get("epochs")
+    return epochs if isinstance(epochs, int | float) else 0.0
+
+
+def _short_settings(student: Student) -> str:
+    return ", ".join(f"{_SHORT.get(name, name)}\u00a0{value}" for name, value in _settings(student.config))
 
 
 def _student(student: Student) -> tuple[str, ...]:
@@ -363,7 +396,7 @@ def _student(student: Student) -> tuple[str, ...]:
         str(student.n),
         number(student.difference.mean, sign=True) if known else "",
         bounds(student.difference),
-        ", ".join(f"{_SHORT.get(name, name)}\u00a0{value}" for name, value in _settings(student.config)),
+        _short_settings(student),
         NOT_MEASURED if student.queries is None else f"{student.queries:,}",
         number(student.seconds, 1),
     )

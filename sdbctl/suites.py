@@ -1,0 +1,153 @@
+"""Which students an evaluation trains: rows of the report, and suites of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sdbctl.attacks import ATTACKS, Config
+from sdbctl.errors import UsageError
+from sdbctl.report import Role
+from sdbctl.teacher import Access
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of student in the report.
+
+    Attributes:
+        name: Its key in the report.
+        label: Its name for people.
+        role: Its part in the comparison.
+        attack: Name in :data:`sdbctl.attacks.ATTACKS`.
+        teachers: Names of the sources it may learn from, the best of which is chosen; empty for none.
+    """
+
+    name: str
+    label: str
+    role: Role
+    attack: str
+    teachers: tuple[str, ...] = ()
+
+    @property
+    def access(self) -> Literal["api", "file"]:
+        """What the attacker needs to hold."""
+        return "file" if ATTACKS[self.attack].access == Access.WEIGHTS else "api"
+
+    @property
+    def labels(self) -> bool:
+        """Whether the attacker needs labels."""
+        return ATTACKS[self.attack].labels
+
+
+CORE = (
+    Row("cross_entropy", "labels", "floor", "cross_entropy"),
+    Row("label_smoothing", "smoothed labels", "floor", "label_smoothing"),
+    Row("class_constant", "class-constant logits of the label", "floor", "class_constant"),
+    Row("hard_label", "top-1 of the box", "floor", "hard_label", ("boxed",)),
+    Row("hard_constant", "class-constant logits of the box's top-1", "floor", "hard_constant", ("boxed",)),
+    Row("kd_original", "KD from the original", "reference", "kd", ("original", "reference")),
+    Row("unauthorized", "KD from the box", "attack", "kd", ("boxed",)),
+    Row("unauthorized_unlabelled", "KD from the box, no labels", "attack", "kd_unlabelled", ("boxed",)),
+    Row("authorized", "KD from the box with the key", "authorized", "kd", ("keyed",)),
+    Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
+    Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
+)
+NEAR = tuple(
+    Row(f"near_key_{percent}", f"KD from the box, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
+    for percent in (50, 90)
+)
+EXTRA = tuple(
+    Row(name, attack.summary, attack.role, name, ("boxed",))
+    for name, attack in ATTACKS.items()
+    if name not in {row.attack for row in CORE}
+)
+ALL = (*CORE, *NEAR, *EXTRA)
+BY_NAME = {row.name: row for row in ALL}
+NEAR_KEYS = {row.name for row in NEAR}
+UNLABELLED_FLOOR = ("hard_label", "hard_constant", "copycat")
+FIXED = ("disturbed",)
+"""Rows that are not tuned: plain distillation with the first configuration, which most papers report."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A fixed set of students.
+
+    Attributes:
+        summary: One line for people.
+        rows: Which rows.
+        tune: Configurations per row at most; None for all.
+        screen: Share of the epochs after which three quarters of the candidates are dropped; None for no
+            screening.
+        elect: Whether the attacks of one threat compete, so that only the best of each gets all seeds.
+        seeds: Students per reported row, or None for the user's choice.
+        curves: Whether query budgets are measured.
+    """
+
+    summary: str
+    rows: tuple[Row, ...]
+    tune: int | None = None
+    screen: float | None = None
+    elect: bool = False
+    seeds: int | None = None
+    curves: bool = False
+
+    def group(self, row: Row) -> str:
+        """Rows with the same name compete for one place in the report."""
+        if not self.elect or row.role not in ("attack", "floor") or row.name in ("unauthorized", "disturbed"):
+            return row.name
+        if row.role == "floor":
+            return "floor" if row.labels else "floor, unlabelled"
+        return f"{row.access}{'' if row.labels else ', unlabelled'}"
+
+
+def _named(*names: str) -> tuple[Row, ...]:
+    return tuple(BY_NAME[name] for name in names)
+
+
+SUITES: Mapping[str, Suite] = {
+    "quick": Suite(
+        "ten students, one seed, nothing tuned: a smoke test",
+        _named(
+            "cross_entropy",
+            "label_smoothing",
+            "class_constant",
+            "hard_label",
+            "kd_original",
+            "unauthorized",
+            "dist",
+            "fine_tuned",
+            "authorized",
+            "authorized_wrong_key",
+        ),
+        tune=1,
+        seeds=1,
+    ),
+    "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
+    "standard": Suite(
+        "every attack, the best of each threat with all seeds", ALL, screen=1 / 5, elect=True, curves=True
+    ),
+    "full": Suite("every attack, tuned, with all seeds", ALL, curves=True),
+}
+
+
+def suite(name: str) -> Suite:
+    """A suite by name.
+
+    Raises:
+        UsageError: There is none of this name.
+    """
+    if name not in SUITES:
+        raise UsageError(f"unknown suite {name}", f"use one of: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate: one way to train a row's student."""
+
+    row: Row
+    teacher: str
+    config: Config
