@@ -390,7 +390,7 @@ def plan(bench: Bench) -> Plan:
             left = _kept(left)
         cells += [1.0] * (left * config.trials if left > 1 else 0)
         cells += [1.0] * _seeds(bench, name)
-        cells += [1.0] * len(_losers(found))
+        cells += [1.0] * max(0, len(_losers(found)) - 1)
     cells += [size / len(bench.transfer) for _, size in _budgets(bench)]
     return Plan(len(cells), sum(cells))
 

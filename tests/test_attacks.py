@@ -1,0 +1,332 @@
+"""Every attack trains a student, sees what it declares and nothing else, and asks no more than it says."""
+
+from dataclasses import fields, is_dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from sdbctl import boxfile, evaluate
+from sdbctl.attacks import ATTACKS, keys, soft
+from sdbctl.data import like, view
+from sdbctl.distill import distill
+from sdbctl.errors import UsageError
+from sdbctl.evaluate import Bench, EvalConfig, Source
+from sdbctl.key import Key, correlation
+from sdbctl.report import Report
+from sdbctl.suites import ALL, SUITES
+from sdbctl.teacher import Access, KeyedTeacher, Record, TorchTeacher
+from sdbctl.training import Engine, Recipe, Silent
+
+ENGINE = Engine(torch.device("cpu"))
+RECIPE = Recipe(epochs=2, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def boxed(work):
+    return boxfile.load_box(work / "boxed.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pattern(work, boxed):
+    return boxfile.pattern(boxed.meta, Key.load(work / "k.bin"))
+
+
+@pytest.fixture(scope="module")
+def teacher(boxed):
+    return TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device)
+
+
+@pytest.fixture(scope="module")
+def transfer(splits):
+    return splits.transfer.take(range(64))
+
+
+def attack_with(name, teacher, boxed, transfer, config=None, **options):
+    attack = ATTACKS[name]
+    options = {"weights": boxed.net, "strength": boxed.meta.strength, **options}
+    config = attack.grid[0] if config is None else config
+    small = {key: min(value, 4.0) if key in ("tries", "rounds") else value for key, value in config.items()}
+    return distill(attack, small, teacher, "cnn-tiny", 10, transfer, boxed.meta.preprocess, RECIPE, ENGINE, **options)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_trains_a_student_and_leaves_the_teacher_alone(name, teacher, boxed, transfer, splits):
+    before = {key: value.clone() for key, value in boxed.net.state_dict().items()}
+    surrogate = splits.validation.take(range(48))
+    done = attack_with(name, teacher, boxed, transfer, surrogate=surrogate)
+    fresh = attack_with("cross_entropy", None, boxed, transfer).student
+    changed = [not torch.equal(a, b) for a, b in zip(done.student.parameters(), fresh.parameters(), strict=True)]
+    assert any(changed) or name == "cross_entropy"
+    assert all(torch.isfinite(p).all() for p in done.student.parameters())
+    assert not any(module._forward_hooks for module in done.student.modules())
+    after = boxed.net.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(module._forward_hooks for module in boxed.net.modules())
+    if ATTACKS[name].access == Access.NONE:
+        assert done.queries == 0
+    elif ATTACKS[name].access < Access.WEIGHTS:
+        assert done.queries > 0
+
+
+def reachable(value, seen):
+    """Everything that attributes, items and dataclass fields lead to; closures are out of reach."""
+    if id(value) in seen or isinstance(value, str | bytes | int | float | type | None | torch.device):
+        return
+    seen[id(value)] = value
+    if isinstance(value, dict):
+        children = list(value.values())
+    elif isinstance(value, list | tuple | set):
+        children = list(value)
+    elif is_dataclass(value):
+        children = [getattr(value, field.name) for field in fields(value)]
+    else:
+        children = list(getattr(value, "__dict__", {}).values())
+    for child in children:
+        reachable(child, seen)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_cannot_reach_what_it_does_not_declare(name, teacher, boxed, transfer, pattern):
+    caught = {}
+
+    def cheat(attacker, config):
+        reachable(attacker, caught)
+
+    keyed = KeyedTeacher(teacher, pattern, boxed.meta.strength)
+    attack = replace(ATTACKS[name], train=cheat)
+    arguments = ({}, keyed, "cnn-tiny", 10, transfer, boxed.meta.preprocess, RECIPE, ENGINE)
+    distill(attack, *arguments, weights=boxed.net, strength=boxed.meta.strength)
+    tensors = [value for value in caught.values() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert not any(value.shape == pattern.shape and torch.equal(value, pattern) for value in tensors)
+    secret = next(iter(boxed.net.parameters()))
+    holds = any(value.shape == secret.shape and torch.equal(value, secret) for value in tensors)
+    assert holds == (attack.access == Access.WEIGHTS)
+    assert not any(value is secret for value in tensors)
+    labels = any(value.shape == transfer.labels.shape and torch.equal(value, transfer.labels) for value in tensors)
+    assert labels == attack.labels
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["kd", "hard_label", "averaged_noise", "mixup"])
+def test_recorded_and_fresh_answers_agree_bit_for_bit(name, teacher, boxed, transfer, tmp_path):
+    record = Record(tmp_path, "teacher")
+    fresh = attack_with(name, teacher, boxed, transfer)
+    first = attack_with(name, teacher, boxed, transfer, record=record)
+    count = len(list(tmp_path.iterdir()))
+    again = attack_with(name, teacher, boxed, transfer, record=record)
+    assert same(fresh.student, first.student)
+    assert same(first.student, again.student)
+    assert fresh.queries == first.queries == again.queries
+    assert count == len(list(tmp_path.iterdir())) > 0
+
+
+def test_a_record_answers_without_the_teacher_and_tells_teachers_apart(teacher, boxed, transfer, tmp_path):
+    attack_with("kd", teacher, boxed, transfer, record=Record(tmp_path, "teacher"))
+
+    class Silent_:
+        classes, where = 10, "nowhere"
+
+        def logits(self, x):
+            raise AssertionError("asked again")
+
+    attack_with("kd", Silent_(), boxed, transfer, record=Record(tmp_path, "teacher"))
+    with pytest.raises(AssertionError, match="asked again"):
+        attack_with("kd", Silent_(), boxed, transfer, record=Record(tmp_path, "another"))
+
+
+def test_a_damaged_record_is_asked_for_again(teacher, boxed, transfer, tmp_path):
+    good = attack_with("kd", teacher, boxed, transfer, record=Record(tmp_path, "x"))
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert same(good.student, attack_with("kd", teacher, boxed, transfer, record=Record(tmp_path, "x")).student)
+
+
+def test_queries_are_one_per_image_and_view(teacher, boxed, transfer):
+    assert attack_with("kd", teacher, boxed, transfer).queries == 64 * RECIPE.epochs
+    assert attack_with("kd", teacher, boxed, transfer, views=1).queries == 64
+    assert attack_with("averaged_views", teacher, boxed, transfer).queries == 64 * 2
+    assert attack_with("hard_label", teacher, boxed, transfer, views=1).queries == 64
+
+
+def test_views_are_fixed_and_differ(transfer):
+    assert torch.equal(view(transfer, 3).pixels, view(transfer, 3).pixels)
+    assert not torch.equal(view(transfer, 3).pixels, view(transfer, 4).pixels)
+    assert torch.equal(view(transfer, 3, "none").pixels, transfer.pixels)
+    assert view(transfer, 3).digest() != view(transfer, 4).digest()
+    assert torch.equal(like(transfer, transfer.pixels + 300.0).pixels, torch.full_like(transfer.pixels, 255))
+
+
+def test_attacks_on_the_file_need_the_file(teacher, boxed, transfer):
+    with pytest.raises(UsageError, match="weights"):
+        attack_with("rehead", teacher, boxed, transfer, weights=None)
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+rng = np.random.default_rng(3)
+Z, T, Y = rng.normal(size=(6, 5)), rng.normal(size=(6, 5)), np.array([0, 4, 2, 2, 1, 3])
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def tensors():
+    return torch.tensor(Z), torch.log_softmax(torch.tensor(T), 1), torch.tensor(Y)
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum(1).mean()
+
+
+def test_logits_mse_against_numpy():
+    z, t, _ = tensors()
+    a, b = (x - x.mean(1, keepdims=True) for x in (Z, T))
+    assert soft.logits_mse(z, t, None, {}).item() == pytest.approx(((a - b) ** 2).mean())
+
+
+def test_dkd_against_numpy():
+    z, t, y = tensors()
+    config = {"temperature": 2.0, "beta": 3.0}
+    ps, pt = softmax(Z / 2), softmax(T / 2)
+    mask = np.eye(5, dtype=bool)[Y]
+    pair = [np.stack([p[mask], 1 - p[mask]], 1) for p in (ps, pt)]
+    rest = [p[~mask].reshape(6, 4) / (1 - p[mask])[:, None] for p in (ps, pt)]
+    total = 4 * (kl(pair[1], pair[0]) + 3 * kl(rest[1], rest[0])) - np.log(softmax(Z)[mask]).mean()
+    assert soft.dkd(z, t, y, config).item() == pytest.approx(total)
+
+
+def test_dist_against_numpy():
+    z, t, y = tensors()
+    p, q = softmax(Z), softmax(T)
+    inter = np.mean([1 - np.corrcoef(p[i], q[i])[0, 1] for i in range(6)])
+    intra = np.mean([1 - np.corrcoef(p[:, j], q[:, j])[0, 1] for j in range(5)])
+    expected = -np.log(softmax(Z)[np.arange(6), Y]).mean() + 2 * (inter + intra)
+    assert soft.dist(z, t, y, {"temperature": 1.0, "weight": 2.0}).item() == pytest.approx(expected)
+
+
+def test_clipped_keeps_the_best_and_evens_the_rest():
+    z, t, _ = tensors()
+    p = softmax(T)
+    expected = p.copy()
+    for row in expected:
+        low = np.argsort(row)[:-2]
+        row[low] = row[low].mean()
+    loss = soft.clipped(z, t, None, {"temperature": 1.0, "top": 2.0})
+    assert loss.item() == pytest.approx(kl(expected, softmax(Z)))
+
+
+def test_repaired_moves_the_maximum_to_the_label():
+    z, t, y = tensors()
+    p = softmax(T)
+    for row, label in zip(p, Y, strict=True):
+        best = row.argmax()
+        row[best], row[label] = row[label], row[best]
+    loss = soft.repaired(z, t, y, {"temperature": 1.0, "alpha": 1.0})
+    assert loss.item() == pytest.approx(kl(p, softmax(Z)))
+
+
+@pytest.mark.parametrize("loss", [soft.logits_mse, soft.dkd, soft.dist, soft.clipped, soft.repaired, soft.composed])
+def test_losses_do_not_depend_on_the_order_of_classes(loss):
+    z, t, y = tensors()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    config = {"temperature": 4.0, "beta": 2.0, "weight": 2.0, "top": 2.0, "alpha": 0.9}
+    moved = loss(z[:, order], t[:, order], order.argsort()[y], config)
+    assert moved.item() == pytest.approx(loss(z, t, y, config).item())
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+def test_keyed_images_are_those_of_a_key_holder(transfer):
+    pattern = torch.rand(1, 8, 8)
+    expected = 0.6 * transfer.pixels + 0.4 * 255 * pattern
+    assert (keys.keyed(transfer, pattern, 0.6).pixels.float() - expected).abs().max() <= 0.5
+
+
+def test_an_attack_on_the_key_is_judged_by_its_guess(work, boxed, pattern, teacher, transfer):
+    secret = Key.load(work / "k.bin").pattern(boxed.meta.preprocess.size)
+    done = attack_with("random_keys", teacher, boxed, transfer)
+    assert done.guess.shape == secret.shape
+    assert abs(correlation(done.guess, secret)) < 0.6
+    assert attack_with("kd", teacher, boxed, transfer).guess is None
+
+
+# --- suites ------------------------------------------------------------------------------------------------------
+
+
+def bench(work, splits, boxed, suite, pattern=None, **changes):
+    source = Source(net=boxed.net, sha256="box")
+    sources = {"boxed": source, "original": Source(net=boxfile.load(work / "teacher.safetensors").net, sha256="o")}
+    if pattern is not None:
+        sources["keyed"] = source.keyed(pattern, boxed.meta.strength, "k")
+        sources["wrong"] = source.keyed(torch.rand(pattern.shape), boxed.meta.strength, "w")
+    config = EvalConfig("cnn-tiny", Recipe(epochs=3, batch_size=32), seeds=2, tune=1, suite=suite)
+    values = {"strength": boxed.meta.strength, **changes}
+    transfer, validation = splits.transfer.take(range(40)), splits.validation.take(range(50))
+    test = splits.test.take(range(60))
+    arguments = (sources, transfer, validation, test, boxed.meta.preprocess, config, ENGINE, 10, "print")
+    return Bench(*arguments, **values)
+
+
+class Counting(Silent):
+    def __init__(self):
+        self.planned, self.done = 0, 0
+
+    def start(self, name, steps):
+        self.planned += steps
+
+    def advance(self, steps, metrics):
+        self.done += steps
+
+
+@pytest.mark.parametrize("suite", ["quick", "core", "standard"])
+def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
+    made, progress = bench(work, splits, boxed, suite, pattern), Counting()
+    report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
+    assert progress.done == progress.planned == evaluate.plan(made).students == len(list(tmp_path.iterdir()))
+    again = Counting()
+    resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
+    assert again.done == 0
+    assert resumed.students == report.students
+    assert Report.from_json(report.to_json()).students == report.students
+    for name in ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "control"):
+        assert report.get(f"students.{name}.mean") is not None, name
+    if suite == "standard":
+        assert set(report.students) >= {row.name for row in ALL} - {"disturbed", "near_key_50", "near_key_90"}
+        assert report.get("unauthorized_advantage.file.labelled.mean") is not None
+        assert report.get("unauthorized_advantage.api.unlabelled.mean") is not None
+        best = [s for s in report.students.values() if s.role == "attack" and s.n == 2]
+        assert {(s.access, s.labels) for s in best} == {("api", True), ("api", False), ("file", True)}
+
+
+def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(work, splits, boxed):
+    names = {row.name for row in bench(work, splits, boxed, "standard", strength=0.0).rows()}
+    assert not any("_key" in name for name in names)
+    held = bench(work, splits, boxed, "standard")
+    only = replace(held, sources={"boxed": replace(held.sources["boxed"], net=None, onnx=work / "boxed.onnx")})
+    assert {row.access for row in only.rows()} == {"api"}
+    assert {row.access for row in held.rows()} == {"api", "file"}
+
+
+def test_key_curves(work, splits, boxed, pattern):
+    made = bench(work, splits, boxed, "core", pattern)
+    curves = evaluate.key_curves(made)
+    near = {point.x: point.y for point in curves["near_keys"].series["box"]}
+    assert near[1.0] == max(near.values())
+    leak = [point.y for point in curves["leak"].series["mean of the queries"]]
+    assert leak == sorted(leak)
+    assert leak[-1] > 0.8
+    assert evaluate.key_curves(bench(work, splits, boxed, "core")) == {}
+
+
+def test_every_attack_is_in_the_suites():
+    assert {row.attack for row in ALL} == set(ATTACKS)
+    assert set(SUITES) == {"quick", "core", "standard", "full"}
+    assert len(SUITES["quick"].rows) == 10
