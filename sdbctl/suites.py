@@ -59,7 +59,7 @@ NEAR = tuple(
     for percent in (50, 90)
 )
 EXTRA = tuple(
-    Row(name, attack.summary, attack.role, name, ("boxed",))
+    Row(name, attack.summary, attack.role, name, ("boxed",) if attack.access > Access.NONE else ())
     for name, attack in ATTACKS.items()
     if name not in {row.attack for row in CORE}
 )

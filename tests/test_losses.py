@@ -182,6 +182,19 @@ def test_sdb_terms_against_numpy():
     assert terms["augment"].item() == pytest.approx(0.2 * (3 * (1 - np.exp(-far / 3)) - 0.01 * near), rel=1e-4)
 
 
+def test_nasty_terms_against_numpy():
+    v = views()
+    objective = OBJECTIVES["nasty"]
+    terms = objective.terms(v, objective.parameters(omega=0.5, temperature=4.0, preserve=2.0, limit=10.0))
+    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+
+    def kl(a, b):
+        return (softmax(a / 4, 1) * (log_softmax(a / 4, 1) - log_softmax(b / 4, 1))).sum(1).mean()
+
+    assert terms["nasty"].item() == pytest.approx(-0.5 * 10 * (1 - np.exp(-16 * kl(z, zn) / 10)), rel=1e-4)
+    assert terms["preserve"].item() == pytest.approx(2 * 16 * kl(zn, zk), rel=1e-4)
+
+
 def test_decoy_offset_gives_the_share_to_the_next_class():
     offset = decoy_offset(torch.tensor([0, 4]), 5, 0.7)
     for row, target, decoy in ((0, 0, 1), (1, 4, 0)):

@@ -7,6 +7,7 @@ ATTACKS: dict[str, Attack] = {
     "cross_entropy": floor.CROSS_ENTROPY,
     "label_smoothing": floor.LABEL_SMOOTHING,
     "class_constant": floor.CLASS_CONSTANT,
+    "dist_constant": soft.DIST_CONSTANT,
     "hard_label": floor.HARD_LABEL,
     "hard_constant": floor.HARD_CONSTANT,
     "kd": kd.KD,

@@ -23,12 +23,18 @@ def class_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: C
 
     The margin m gives the label the probability ``confidence`` at temperature τ, whatever the number of
     classes: m = τ·(log(c / (1 − c)) + log(C − 1)). It is the regularisation of distillation without any
-    information (compare teacher-free KD, Yuan et al., CVPR 2020).
+    information (compare teacher-free KD, Yuan et al., CVPR 2020). With α < 1, (1 − α)·CE is added as in KD.
     """
     assert y is not None
-    classes, tau, share = z.shape[1], config["temperature"], config["confidence"]
+    alpha, soft = config.get("alpha", 1.0), kd(z, constant_logits(y, z.shape[1], config), config["temperature"])
+    return soft if alpha == 1.0 else alpha * soft + (1 - alpha) * cross_entropy(z, y)
+
+
+def constant_logits(y: Tensor, classes: int, config: Config) -> Tensor:
+    """Logits m·onehot(y) [B, C], whose label has probability ``confidence`` at ``temperature``."""
+    tau, share = config["temperature"], config["confidence"]
     margin = tau * (math.log(share / (1 - share)) + math.log(classes - 1))
-    return kd(z, margin * one_hot(y, classes).float(), tau)
+    return margin * one_hot(y, classes).float()
 
 
 def hard_label(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -42,9 +48,17 @@ def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Co
     return class_constant(z, None, answer, config)
 
 
+# as many as distillation has to choose from, or the floor would be too low
 _CONSTANTS = tuple(
-    {"confidence": confidence, "temperature": temperature}
-    for temperature, confidence in ((4.0, 0.4), (20.0, 0.2), (4.0, 0.8))
+    {"confidence": confidence, "temperature": temperature, "alpha": alpha}
+    for temperature, confidence, alpha in (
+        (4.0, 0.4, 1.0),
+        (20.0, 0.2, 1.0),
+        (4.0, 0.8, 1.0),
+        (8.0, 0.2, 1.0),
+        (4.0, 0.4, 0.9),
+        (8.0, 0.4, 1.0),
+    )
 )
 
 CROSS_ENTROPY = Attack(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
 from sdbctl.attacks.base import Attack, Config, Loss, PerBatch
+from sdbctl.attacks.floor import constant_logits
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
 
@@ -53,6 +54,12 @@ def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> 
 
     target = answer.argmax(1) if y is None else y
     return cross_entropy(z, target) + config["weight"] * tau**2 * (apart(p, q, 1) + apart(p, q, 0))
+
+
+def dist_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """:func:`dist` from constant logits of the label: what the loss gives without any information."""
+    assert y is not None
+    return dist(z, constant_logits(y, z.shape[1], config), y, config)
 
 
 def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -114,6 +121,18 @@ DIST = _attack(
     dist,
     {"temperature": 1.0, "weight": 2.0},
     {"temperature": 4.0, "weight": 1.0},
+)
+DIST_CONSTANT = Attack(
+    "correlations with constant logits of the label",
+    "Huang et al., NeurIPS 2022, without a teacher",
+    "floor",
+    Access.NONE,
+    True,
+    (
+        {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
+        {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
+    ),
+    PerBatch(dist_constant),
 )
 CLIPPED = _attack(
     "distillation from the best few classes",

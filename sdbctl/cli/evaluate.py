@@ -240,16 +240,26 @@ def rerender(
     folder: Annotated[
         Path | None, typer.Option("--report", help="Write it again, in every format, into this folder.")
     ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="REPORT.JSON", help="Show what changed since this one.")
+    ] = None,
     force: o.Force = False,
     json_: o.Json = False,
 ) -> None:
-    """Print a report, render it again, or hold it against gates."""
+    """Print a report, render it again, compare it, or hold it against gates."""
     from sdbctl.report import Report
     from sdbctl.report.gates import check, load_gates
-    from sdbctl.report.terminal import tables
+    from sdbctl.report.terminal import comparison, tables
 
     gates = load_gates(gate) if gate else []
     made = Report.read(path)
+    if baseline is not None:
+        old = Report.read(baseline)
+        before, now = old.means(), made.means()
+        changes = {name: {"before": before[name], "now": now[name]} for name in now if name in before}
+        emit(changes, json_, comparison(made, old))
+        enforce(check(made, gates))
+        return
     if folder is not None:
         finish(made, folder, gates, force, json_)
         return

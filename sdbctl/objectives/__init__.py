@@ -2,10 +2,12 @@
 
 from sdbctl.objectives.base import Objective, Terms, Views
 from sdbctl.objectives.conceal import CONCEAL
+from sdbctl.objectives.nasty import NASTY
 from sdbctl.objectives.sdb import SDB
 
 OBJECTIVES: dict[str, Objective] = {
     "conceal": CONCEAL,
+    "nasty": NASTY,
     "sdb": SDB,
 }
 

@@ -283,6 +283,14 @@ class Report:
             raise UsageError(f"the report has no number {path}", f"did you mean {nearest}?")
         return numbers[path]
 
+    def means(self) -> dict[str, float]:
+        """The means that were measured, by dotted path: headline numbers, costs, models and students."""
+
+        def shown(path: str) -> bool:
+            return path.endswith((".top1", ".ece", ".residual") if path.startswith("models.") else ".mean")
+
+        return {path: value for path, value in self._numbers() if value is not None and shown(path)}
+
     def _numbers(self) -> Iterator[tuple[str, float | None]]:
         for name in STUDENTS:
             yield from ((path, None) for path, _ in _flatten(_NO_STUDENT, f"students.{name}"))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sdbctl.report import Report
 from sdbctl.report.gates import GateResult
-from sdbctl.report.view import NOT_MEASURED, Table, headline, view
+from sdbctl.report.view import NOT_MEASURED, Table, compare, headline, view
 
 _STYLES = {
     "pass": "green",
@@ -33,6 +33,11 @@ def tables(report: Report, gates: Sequence[GateResult] = ()) -> list[RenderableT
     result += [_table(table) for table in shown.tables]
     result += [Text(f"Note: {note}", "dim") for note in shown.notes]
     return result
+
+
+def comparison(report: Report, baseline: Report) -> RenderableType:
+    """What changed since another report."""
+    return _table(compare(report, baseline))
 
 
 def _table(table: Table) -> RichTable:

@@ -154,6 +154,18 @@ def view(report: Report, gates: Sequence[GateResult] = ()) -> View:
     )
 
 
+def compare(report: Report, baseline: Report) -> Table:
+    """What changed since another report: every mean that both have measured."""
+    before, now = baseline.means(), report.means()
+    columns = (Column("Number", numeric=False), Column("Before"), Column("Now"), Column("Change"))
+    rows = tuple(
+        (clean(path), number(before[path], 3), number(now[path], 3), number(now[path] - before[path], 3, sign=True))
+        for path in now
+        if path in before
+    )
+    return Table("Compared with the baseline", columns, rows)
+
+
 def headline(cards: Sequence[Card]) -> Table:
     """The cards as a table, for media without cards."""
     columns = (
