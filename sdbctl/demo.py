@@ -39,7 +39,7 @@ class Demo:
     files: tuple[Path, ...]
 
 
-def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | None = None) -> Demo:
+def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | None = None) -> Demo:
     """Train a teacher on digits, box it, export it to ONNX, and evaluate the ONNX file.
 
     Args:

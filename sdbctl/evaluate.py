@@ -41,9 +41,10 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
-from sdbctl.suites import BY_NAME, FIXED, NEAR_KEYS, UNLABELLED_FLOOR, Option, Row, suite
+from sdbctl.suites import BY_NAME, NEAR_KEYS, TUNED, UNLABELLED_FLOOR, Option, Row, suite
 from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, Silent, environment, predict, scaled
+from sdbctl.wrappers import WrappedTeacher
 
 SELECTION_SEED = 10_000
 """Seed of the students that only choose settings; the reported ones have seeds 0, 1, 2, …"""
@@ -60,6 +61,7 @@ class Source:
         strength: λ of the embedding.
         sha256: Identity of the weights, for caching.
         held: The network inside the ONNX file, for attackers who hold it, or None.
+        wrapper: Name in :data:`sdbctl.wrappers.WRAPPERS` that answers pass, or "".
     """
 
     net: nn.Module | None = None
@@ -68,6 +70,7 @@ class Source:
     strength: float = 0.0
     sha256: str = ""
     held: nn.Module | None = None
+    wrapper: str = ""
 
     @property
     def weights(self) -> nn.Module | None:
@@ -82,7 +85,13 @@ class Source:
         else:
             assert self.net is not None
             teacher = TorchTeacher(self.net, classes, engine.autocast, engine.device)
-        return KeyedTeacher(teacher, self.pattern, self.strength) if self.pattern is not None else teacher
+        if self.pattern is not None:
+            teacher = KeyedTeacher(teacher, self.pattern, self.strength)
+        return WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
+
+    def wrapped(self, wrapper: str) -> Source:
+        """The same teacher behind a serving-time defence."""
+        return replace(self, wrapper=wrapper, sha256=f"{self.sha256}:{wrapper}")
 
     def keyed(self, pattern: Tensor, strength: float, label: str) -> Source:
         """The same teacher asked with a key; ``label`` tells cached results apart and must not be secret."""
@@ -355,7 +364,7 @@ def options(bench: Bench) -> dict[str, list[Option]]:
         return groups
     chosen = suite(bench.config.suite)
     for row in bench.rows():
-        tune = 1 if row.name in FIXED else min(bench.config.tune, chosen.tune or bench.config.tune)
+        tune = min(bench.config.tune, chosen.tune or bench.config.tune, TUNED.get(row.role, bench.config.tune))
         group = groups.setdefault(chosen.group(row), [])
         group += [
             Option(row, teacher, config)
@@ -519,7 +528,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             seconds=float(np.mean([outcome.seconds for outcome in runs])),
             queries=runs[0].queries or None,
             validation=validation[row.name],
-            note="not tuned" if row.name in FIXED else "",
+            note="not tuned" if row.role == "disturb" else "",
         )
     students["control"] = replace(students[floor], name="control", label=f"best of the floor: {students[floor].label}")
     students["control_unlabelled"] = replace(

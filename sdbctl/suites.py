@@ -10,6 +10,7 @@ from sdbctl.attacks import ATTACKS, Config
 from sdbctl.errors import UsageError
 from sdbctl.report import Role
 from sdbctl.teacher import Access
+from sdbctl.wrappers import WRAPPERS
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,21 @@ NEAR = tuple(
     Row(f"near_key_{percent}", f"KD from the box, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
     for percent in (50, 90)
 )
+WRAPPED = tuple(
+    Row(f"wrapped_{name.replace('-', '_')}", f"KD from the original behind {name}", "baseline", "kd", (name,))
+    for name in WRAPPERS
+)
 EXTRA = tuple(
     Row(name, attack.summary, attack.role, name, ("boxed",) if attack.access > Access.NONE else ())
     for name, attack in ATTACKS.items()
     if name not in {row.attack for row in CORE}
 )
-ALL = (*CORE, *NEAR, *EXTRA)
+ALL = (*CORE, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
 NEAR_KEYS = {row.name for row in NEAR}
 UNLABELLED_FLOOR = ("hard_label", "hard_constant", "copycat")
-FIXED = ("disturbed",)
-"""Rows that are not tuned: plain distillation with the first configuration, which most papers report."""
+TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 2}
+"""Configurations at most of rows that are shown beside the comparison: plain distillation, as most papers report."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,14 @@ class Suite:
 
     def group(self, row: Row) -> str:
         """Rows with the same name compete for one place in the report."""
-        if not self.elect or row.role not in ("attack", "floor") or row.name in ("unauthorized", "disturbed"):
+        if (
+            not self.elect
+            or row.role not in ("attack", "floor", "baseline")
+            or row.name in ("unauthorized", "disturbed")
+        ):
             return row.name
+        if row.role == "baseline":
+            return "trivial defence"
         if row.role == "floor":
             return "floor" if row.labels else "floor, unlabelled"
         return f"{row.access}{'' if row.labels else ', unlabelled'}"

@@ -19,6 +19,7 @@ LAYERS = [
     {"suites"},
     {"distill"},
     {"attacks", "objectives", "report"},
+    {"wrappers"},
     {"teacher"},
     {"boxfile", "training"},
     {"checkpoint", "data", "models"},

@@ -17,6 +17,7 @@ from sdbctl.report import Report
 from sdbctl.suites import ALL, SUITES
 from sdbctl.teacher import Access, KeyedTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
+from sdbctl.wrappers import WRAPPERS, WrappedTeacher
 
 ENGINE = Engine(torch.device("cpu"))
 RECIPE = Recipe(epochs=2, batch_size=32)
@@ -264,6 +265,7 @@ def test_an_attack_on_the_key_is_judged_by_its_guess(work, boxed, pattern, teach
 def bench(work, splits, boxed, suite, pattern=None, **changes):
     source = Source(net=boxed.net, sha256="box")
     sources = {"boxed": source, "original": Source(net=boxfile.load(work / "teacher.safetensors").net, sha256="o")}
+    sources |= {name: sources["original"].wrapped(name) for name in WRAPPERS}
     if pattern is not None:
         sources["keyed"] = source.keyed(pattern, boxed.meta.strength, "k")
         sources["wrong"] = source.keyed(torch.rand(pattern.shape), boxed.meta.strength, "w")
@@ -330,3 +332,33 @@ def test_every_attack_is_in_the_suites():
     assert {row.attack for row in ALL} == set(ATTACKS)
     assert set(SUITES) == {"quick", "core", "standard", "full"}
     assert len(SUITES["quick"].rows) == 10
+
+
+# --- serving-time defences ---------------------------------------------------------------------------------------
+
+P = torch.tensor([[0.6, 0.3, 0.1, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_give_probabilities_and_mostly_keep_the_prediction(name, teacher, boxed, splits):
+    served = WrappedTeacher(teacher, name)
+    x = boxed.meta.preprocess(splits.test.pixels[:200].float() / 255)
+    z, before = served.logits(x), teacher.logits(x)
+    assert torch.isfinite(z).all()
+    assert z.exp().sum(1).allclose(torch.ones(len(z)), atol=1e-4)
+    kept = (z.argmax(1) == before.argmax(1)).float().mean()
+    assert kept > (0.6 if name == "gaussian-noise" else 0.99)
+    assert torch.equal(z, served.logits(x))
+
+
+def test_wrappers_do_what_they_say():
+    assert WRAPPERS["top1"](P)[0].tolist() == [1, 0, 0, 0, 0]
+    assert WRAPPERS["uniform-nontarget"](P)[0].tolist() == pytest.approx([0.6, 0.1, 0.1, 0.1, 0.1])
+    assert WRAPPERS["class-constant"](P)[2].tolist() == pytest.approx([0.025] * 4 + [0.9])
+    assert WRAPPERS["rounded"](torch.tensor([[0.12345, 0.87655]]))[0].tolist() == pytest.approx([0.123, 0.877])
+    assert WRAPPERS["high-confidence"](P)[0].tolist() == pytest.approx([0.6, 0.3, 0, 0, 0])
+    assert WRAPPERS["high-confidence"](P)[1].sum() == pytest.approx(0.2)
+    p = 0.3
+    expected = p - (1 / (1 + np.exp(-0.1 * np.log(p / (1 - p)))) - 0.5)
+    assert WRAPPERS["reverse-sigmoid"](P)[0, 1].item() == pytest.approx(expected, rel=1e-4)
+    assert WRAPPERS["stingy"](P)[0].tolist() == pytest.approx([0.6, 0, 0, 0, 0])

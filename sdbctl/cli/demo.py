@@ -17,7 +17,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder of the files and the report.")] = Path(
         "sdbctl-demo"
     ),
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per row.")] = 8,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per row.")] = 12,
     force: o.Force = False,
     json_: o.Json = False,
 ) -> None:

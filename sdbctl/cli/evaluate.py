@@ -104,6 +104,7 @@ def evaluate(
     from sdbctl.suites import suite as find_suite
     from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import Recipe, pick_device, scaled, step_seconds
+    from sdbctl.wrappers import WRAPPERS
 
     find_suite(suite)
     for item in FORMATS.values():
@@ -153,6 +154,9 @@ def evaluate(
         sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
     else:
         notes.append("Without the reference N_ft, costs are measured against the original as it was.")
+    undefended = sources.get("reference") or sources.get("original")
+    if undefended is not None:
+        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
     dataset = open_data(
         data,
         data_root,

@@ -28,7 +28,7 @@ ADVANTAGE_LIMIT = 0.5
 PROTECTABLE_LIMIT = 2.0
 """Distilling the original must beat the floor by this, in points, or there is nothing to protect."""
 
-Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "disturb"]
+Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "baseline", "disturb"]
 STUDENTS = (
     "control",
     "cross_entropy",

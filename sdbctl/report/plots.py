@@ -28,6 +28,7 @@ _COLOURS = (
     "authorized",
     "wrong_key",
     "attack",
+    "baseline",
     "disturb",
 )
 # matplotlib wants real colours: each CSS variable gets one that nothing else uses

@@ -34,6 +34,7 @@ ROLES: dict[Role, str] = {
     "authorized": "with the key",
     "wrong_key": "wrong key",
     "attack": "attack",
+    "baseline": "trivial defence",
     "disturb": "disturbed",
 }
 ABOUT = (
