@@ -41,7 +41,7 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
-from sdbctl.suites import BY_NAME, NEAR_KEYS, TUNED, UNLABELLED_FLOOR, Option, Row, suite
+from sdbctl.suites import ALWAYS, BY_NAME, MINOR, TUNED, UNLABELLED_FLOOR, Option, Row, suite
 from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, Silent, environment, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
@@ -368,7 +368,7 @@ def options(bench: Bench) -> dict[str, list[Option]]:
         group = groups.setdefault(chosen.group(row), [])
         group += [
             Option(row, teacher, config)
-            for teacher in row.teachers or ("",)
+            for teacher in (row.teachers[:1] if chosen.tune == 1 else row.teachers) or ("",)
             for config in ATTACKS[row.attack].grid[:tune]
         ]
     return groups
@@ -399,21 +399,22 @@ def plan(bench: Bench) -> Plan:
             left = _kept(left)
         cells += [1.0] * (left * config.trials if left > 1 else 0)
         cells += [1.0] * _seeds(bench, name)
-        cells += [1.0] * max(0, len(_losers(found)) - 1)
     cells += [size / len(bench.transfer) for _, size in _budgets(bench)]
+    # whether they win is not known yet
+    cells += [1.0] * len(_controls(bench))
     return Plan(len(cells), sum(cells))
 
 
+def _controls(bench: Bench) -> list[str]:
+    """Rows of the floor that are shown with one seed if others of their group beat them."""
+    competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
+    return [name for name in ALWAYS if any(option.row.name == name for found in competing for option in found)]
+
+
 def _seeds(bench: Bench, group: str) -> int:
-    """Students of a group's winner: keys that are nearly right are no headline where attacks compete."""
-    minor = bench.config.suite is not None and suite(bench.config.suite).elect and group in NEAR_KEYS
+    """Students of a group's winner: what is no headline has one where attacks compete."""
+    minor = bench.config.suite is not None and suite(bench.config.suite).elect and group in MINOR
     return 1 if minor else bench.config.reported
-
-
-def _losers(found: Sequence[Option]) -> set[str]:
-    """Rows of the floor that may lose the competition: they are shown all the same, with one seed."""
-    names = {option.row.name for option in found if option.row.role == "floor"}
-    return names if len(names) > 1 else set()
 
 
 def _kept(count: int) -> int:
@@ -473,9 +474,8 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     progress.start("students", plan(bench).students)
     winners, rows = choose(bench, folder, progress)
     finals = {choice.option.row.name: (choice, _seeds(bench, group)) for group, choice in winners.items()}
-    for group in options(bench).values():
-        for name in _losers(group) - finals.keys():
-            finals[name] = (rows[name], 1)
+    for name in _controls(bench):
+        finals.setdefault(name, (rows[name], 1))
     cells = {
         name: [Cell(name, choice.option.teacher, choice.option.config, seed, True) for seed in range(seeds)]
         for name, (choice, seeds) in finals.items()
