@@ -519,7 +519,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             values=tuple(values),
             difference=_paired(values, control),
             config={
-                "teacher": option.teacher or None,
+                **({"teacher": option.teacher} if option.teacher else {}),
                 **option.config,
                 **({"key_correlation": float(np.mean(found))} if found else {}),
                 "epochs": config.recipe.epochs,
@@ -530,17 +530,19 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             validation=validation[row.name],
             note="not tuned" if row.role == "disturb" else "",
         )
-    students["control"] = replace(students[floor], name="control", label=f"best of the floor: {students[floor].label}")
-    students["control_unlabelled"] = replace(
-        students[unlabelled],
-        name="control_unlabelled",
-        label=f"best without labels: {students[unlabelled].label}",
-    )
+    for name, chosen, note in (
+        ("control_unlabelled", unlabelled, "the control without labels"),
+        ("control", floor, "the control"),
+    ):
+        students[name] = replace(students[chosen], name=name)
+        before = f"{students[chosen].note}, " if students[chosen].note else ""
+        students[chosen] = replace(students[chosen], note=f"{before}{note}")
     return students
 
 
 BUDGETS = (1000, 5000, 10_000)
-"""Transfer images of the budget curve, where there are more."""
+FEW_SHOT = (0.01, 0.05, 0.1)
+"""Transfer images of the budget curve, in number and as shares of all."""
 BUDGET_ROWS = ("cross_entropy", "kd_original", "unauthorized", "authorized")
 NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
 """Correlations, in percent, of the keys that are nearly right."""
@@ -552,7 +554,9 @@ def _budgets(bench: Bench) -> list[tuple[str, int]]:
     if bench.config.suite is None or not suite(bench.config.suite).curves:
         return []
     names = [row.name for row in bench.rows() if row.name in BUDGET_ROWS]
-    return [(name, size) for size in BUDGETS if size < len(bench.transfer) for name in names]
+    whole = len(bench.transfer)
+    sizes = {*BUDGETS, *(round(share * whole) for share in FEW_SHOT)}
+    return [(name, size) for size in sorted(sizes) if 2 * bench.classes <= size < whole for name in names]
 
 
 def budget_curve(
@@ -566,7 +570,7 @@ def budget_curve(
     for name, size in budgets:
         known = set(ATTACKS[BY_NAME[name].attack].grid[0])
         config = {setting: float(str(v)) for setting, v in students[name].config.items() if setting in known}
-        cells[name, size] = Cell(name, str(students[name].config["teacher"] or ""), config, 0, True, images=size)
+        cells[name, size] = Cell(name, str(students[name].config.get("teacher", "")), config, 0, True, images=size)
     outcomes = run_cells(bench, list(cells.values()), folder, progress)
     series: dict[str, tuple[Point, ...]] = {}
     for name in dict.fromkeys(name for name, _ in budgets):

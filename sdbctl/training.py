@@ -122,7 +122,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_engine(device: str, precision: Precision, model: nn.Module, example: Tensor) -> tuple[Engine, str]:
-    """Choose the precision by timing two training steps of each.
+    """Choose the precision by timing some training steps of each.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -136,13 +136,15 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
     where = pick_device(device)
     if precision != "auto":
         return Engine(where, precision), f"{where}, {precision} (as asked)"
-    seconds = {}
-    for name in ("fp32", "bf16"):
-        engine = Engine(where, name)
-        try:
-            seconds[name] = step_seconds(model, example.to(where), engine)
-        except RuntimeError:
-            seconds[name] = math.inf
+    seconds = {"fp32": math.inf, "bf16": math.inf}
+    # in turn, so that a machine that is busy for a moment hits both
+    for _ in range(3):
+        for name in ("fp32", "bf16"):
+            try:
+                once = step_seconds(model, example.to(where), Engine(where, name))
+                seconds[name] = min(seconds[name], once)
+            except RuntimeError:
+                pass
     best: Literal["fp32", "bf16"] = "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
     ratio = seconds["fp32"] / seconds["bf16"]
     return Engine(where, best), f"{where}, {best} (bf16 is {ratio:.1f}x fp32 here)"

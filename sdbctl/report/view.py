@@ -203,11 +203,11 @@ def bounds(interval: Interval, digits: int = 2) -> str:
 
 
 def ordered(students: Mapping[str, Student]) -> list[Student]:
-    """Students by role, ``control`` first, then from good to bad."""
+    """Students by role, then from good to bad; the controls only once, under their own names."""
     roles = list(ROLES)
     return sorted(
-        students.values(),
-        key=lambda student: (roles.index(student.role), student.name != "control", -(student.mean or 0)),
+        (student for name, student in students.items() if not name.startswith("control")),
+        key=lambda student: (roles.index(student.role), -(student.mean or 0)),
     )
 
 
@@ -401,13 +401,12 @@ def _short_settings(student: Student) -> str:
 
 def _student(student: Student) -> tuple[str, ...]:
     label = clean(student.label) + (f" ({clean(student.note)})" if student.note else "")
-    known = student.name != "control"
     return (
         label,
         ROLES[student.role],
         spread(student),
         str(student.n),
-        number(student.difference.mean, sign=True) if known else "",
+        number(student.difference.mean, sign=True),
         bounds(student.difference),
         _short_settings(student),
         NOT_MEASURED if student.queries is None else f"{student.queries:,}",
