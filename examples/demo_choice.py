@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdbctl import boxfile, data, demo, evaluate
+from sdbctl import boxfile, data, demo
 from sdbctl.attacks import ATTACKS
 from sdbctl.box import plain_step
+from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
-from sdbctl.evaluate import Bench, Cell, EvalConfig, Source, run_cells
+from sdbctl.suites import BY_NAME
 from sdbctl.training import Engine, Recipe, Silent, fit
 
 SEEDS = 5
@@ -49,7 +50,7 @@ def main() -> None:
             )
 
             def best(row: str, teacher: str, bench: Bench = bench) -> float:
-                attack = next(r.attack for r in evaluate.ROWS if r.name == row)
+                attack = BY_NAME[row].attack
                 means = []
                 for config in ATTACKS[attack].grid:
                     cells = [Cell(row, teacher, config, seed, final=False) for seed in range(SEEDS)]

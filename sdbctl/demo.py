@@ -15,9 +15,9 @@ import torch
 from sdbctl import boxfile, data, evaluate, files
 from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
 from sdbctl.boxfile import Loaded, Metadata
+from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
-from sdbctl.evaluate import Bench, EvalConfig, Source
 from sdbctl.key import Key, wrong
 from sdbctl.report import Report
 from sdbctl.training import Engine, Progress, Recipe, Silent, fit

@@ -150,14 +150,19 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
     return Engine(where, best), f"{where}, {best} (bf16 is {ratio:.1f}x fp32 here)"
 
 
+STEADY_SECONDS = 0.3
+
+
 def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: int = 2) -> float:
-    """Seconds of one plain forward and backward pass, the best of ``repeats``; weights are not changed."""
+    """Seconds of one plain forward and backward pass, the best of ``repeats`` or more; weights are not changed."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     training = model.training
     place(model, engine.device).train()
     example = example.to(engine.device, memory_format=torch.channels_last)
-    best = math.inf
-    for _ in range(repeats + 1):
+    best, begun, done = math.inf, time.perf_counter(), 0
+    # quick steps are timed more often: a busy machine must not spoil all of them
+    while done <= repeats or time.perf_counter() - begun < STEADY_SECONDS:
+        done += 1
         synchronise(engine.device)
         begin = time.perf_counter()
         with engine.autocast():

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import boxfile, evaluate
+from sdbctl import boxfile, curves, evaluate, protocol
 from sdbctl.attacks import ATTACKS, keys, soft
+from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import like, view
 from sdbctl.distill import distill
 from sdbctl.errors import UsageError
-from sdbctl.evaluate import Bench, EvalConfig, Source
 from sdbctl.key import Key, correlation
 from sdbctl.report import Report
 from sdbctl.suites import ALL, SUITES
@@ -292,7 +292,7 @@ class Counting(Silent):
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     made, progress = bench(work, splits, boxed, suite, pattern), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
-    assert progress.planned == evaluate.plan(made).students
+    assert progress.planned == protocol.plan(made).students
     assert progress.planned - 1 <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
     again = Counting()
     resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
@@ -320,13 +320,13 @@ def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(wor
 
 def test_key_curves(work, splits, boxed, pattern):
     made = bench(work, splits, boxed, "core", pattern)
-    curves = evaluate.key_curves(made)
-    near = {point.x: point.y for point in curves["near_keys"].series["box"]}
+    found = curves.key_curves(made)
+    near = {point.x: point.y for point in found["near_keys"].series["box"]}
     assert near[1.0] == max(near.values())
-    leak = [point.y for point in curves["leak"].series["mean of the queries"]]
+    leak = [point.y for point in found["leak"].series["mean of the queries"]]
     assert leak == sorted(leak)
     assert leak[-1] > 0.8
-    assert evaluate.key_curves(bench(work, splits, boxed, "core")) == {}
+    assert curves.key_curves(bench(work, splits, boxed, "core")) == {}
 
 
 def test_every_attack_is_in_the_suites():

@@ -15,9 +15,9 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
 from sdbctl.boxfile import Box, Metadata, load_box
+from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, ParityMismatch, SdbError
-from sdbctl.evaluate import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.key import Key, embed
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
@@ -341,6 +341,25 @@ def test_side_by_side_equals_one_by_one(work, splits):
     alone = run_cells(bench(work, splits), cells, None, Silent())
     both = run_cells(bench(work, splits, jobs=2), cells, None, Silent())
     assert {k: v.test for k, v in alone.items()} == {k: v.test for k, v in both.items()}
+
+
+@pytest.mark.slow
+def test_cluster_jobs_equal_one_by_one_and_leave_nothing_but_outcomes(work, splits, tmp_path):
+    cells = [Cell("authorized", "keyed", {"temperature": 4.0, "alpha": 0.9}, seed, final=True) for seed in range(3)]
+    alone = run_cells(bench(work, splits), cells, None, Silent())
+    (tmp_path / "cells").mkdir()
+    jobs = run_cells(bench(work, splits, jobs=2, cluster="local"), cells, tmp_path / "cells", Silent())
+    assert {k: v.test for k, v in alone.items()} == {k: v.test for k, v in jobs.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+    assert len(list((tmp_path / "cells").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_a_failing_cluster_job_says_why(work, splits, tmp_path):
+    (tmp_path / "cells").mkdir()
+    cells = [Cell("unauthorized", "boxed", {}, 0, final=True)]
+    with pytest.raises(SdbError, match="1 students were not trained: KeyError"):
+        run_cells(bench(work, splits, cluster="local"), cells, tmp_path / "cells", Silent())
 
 
 def test_cells_differ_by_everything_that_matters(work, splits):

@@ -65,6 +65,9 @@ def evaluate(
     jobs: Annotated[
         int, typer.Option("--jobs", min=0, help="Students trained side by side; 0 means one per CPU core.")
     ] = 0,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Train students as jobs of a submitit cluster: slurm, or local.")
+    ] = None,
     gate: Gates = None,
     report: Annotated[Path, typer.Option("--report", help="Folder of the report.")] = Path("sdbctl-report"),
     data: o.Data = None,
@@ -96,10 +99,12 @@ def evaluate(
 
     from sdbctl import boxfile, evaluate, files
     from sdbctl.boxfile import check_key, pattern
+    from sdbctl.cells import Bench, EvalConfig, Source
+    from sdbctl.curves import NEAR_PERCENT
     from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
-    from sdbctl.evaluate import NEAR_PERCENT, Bench, EvalConfig, Source
     from sdbctl.key import near, wrong
+    from sdbctl.protocol import plan
     from sdbctl.report.render import FORMATS
     from sdbctl.suites import suite as find_suite
     from sdbctl.teacher import OnnxTeacher
@@ -107,6 +112,8 @@ def evaluate(
     from sdbctl.wrappers import WRAPPERS
 
     find_suite(suite)
+    if cluster not in (None, "slurm", "local"):
+        raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
     for item in FORMATS.values():
         if (report / item.file).exists() and not force:
             raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
@@ -179,6 +186,7 @@ def evaluate(
         seeds=seeds,
         tune=tune,
         jobs=jobs,
+        cluster=cluster,
         suite=suite if attack else None,
     )
     net = build_student(student, len(dataset.classes), dataset.train.shape[0], 0)
@@ -201,7 +209,7 @@ def evaluate(
     if attack:
         for folder in (cells, report / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
-        planned = evaluate.plan(bench)
+        planned = plan(bench)
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
         images = len(splits.transfer) * config.recipe.epochs
         say(

@@ -1,0 +1,395 @@
+"""The students of an evaluation: what one is, what it is trained with, and where it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import boxfile, files, metrics
+from sdbctl.attacks import ATTACKS, Config
+from sdbctl.data import ImageSet, Preprocess
+from sdbctl.distill import distill
+from sdbctl.errors import EnvironmentFailure, SdbError
+from sdbctl.key import correlation
+from sdbctl.suites import BY_NAME, Row, suite
+from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
+from sdbctl.training import Engine, Progress, Recipe, predict, scaled
+from sdbctl.wrappers import WrappedTeacher
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher that can be sent to another process.
+
+    Attributes:
+        net: A torch network, or None.
+        onnx: An ONNX file, or None.
+        pattern: Normalised key pattern [C, H, W] to embed, or None.
+        strength: λ of the embedding.
+        sha256: Identity of the weights, for caching.
+        held: The network inside the ONNX file, for attackers who hold it, or None.
+        wrapper: Name in :data:`sdbctl.wrappers.WRAPPERS` that answers pass, or "".
+    """
+
+    net: nn.Module | None = None
+    onnx: Path | None = None
+    pattern: Tensor | None = field(default=None, repr=False)
+    strength: float = 0.0
+    sha256: str = ""
+    held: nn.Module | None = None
+    wrapper: str = ""
+
+    @property
+    def weights(self) -> nn.Module | None:
+        """What an attacker who holds the file can train."""
+        return self.held if self.net is None else self.net
+
+    def open(self, engine: Engine, classes: int) -> Teacher:
+        """Start the teacher on the engine's device."""
+        teacher: Teacher
+        if self.onnx is not None:
+            teacher = OnnxTeacher(self.onnx, engine.device)
+        else:
+            assert self.net is not None
+            teacher = TorchTeacher(self.net, classes, engine.autocast, engine.device)
+        if self.pattern is not None:
+            teacher = KeyedTeacher(teacher, self.pattern, self.strength)
+        return WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
+
+    def wrapped(self, wrapper: str) -> Source:
+        """The same teacher behind a serving-time defence."""
+        return replace(self, wrapper=wrapper, sha256=f"{self.sha256}:{wrapper}")
+
+    def keyed(self, pattern: Tensor, strength: float, label: str) -> Source:
+        """The same teacher asked with a key; ``label`` tells cached results apart and must not be secret."""
+        return replace(self, pattern=pattern, strength=strength, sha256=f"{self.sha256}:{label}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How to evaluate.
+
+    Attributes:
+        student: Architecture of the students.
+        recipe: Their training.
+        seeds: Students per reported row.
+        tune: Configurations to try per attack and teacher, in the attack's order; 1 tunes nothing.
+        trials: Students per configuration that is tried; more make the choice less of a lottery.
+        jobs: Students trained side by side, each in its own process.
+        cluster: Where jobs run: None for this machine's processes, or a submitit cluster such as ``slurm``.
+        suite: Name in :data:`sdbctl.suites.SUITES`, or None to train no student at all.
+    """
+
+    student: str = "wrn16"
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.1))
+    seeds: int = 5
+    tune: int = 6
+    trials: int = 1
+    jobs: int = 1
+    cluster: str | None = None
+    suite: str | None = "core"
+
+    @property
+    def reported(self) -> int:
+        """Students per reported row."""
+        return (suite(self.suite).seeds if self.suite else None) or self.seeds
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student to train.
+
+    Attributes:
+        row: Name of its row.
+        teacher: Name of its teacher, or "".
+        config: Settings of the attack.
+        seed: Of student and training.
+        final: Whether it is measured on the test split.
+        epochs: Epochs, if not those of the recipe.
+        images: Transfer images, if not all.
+    """
+
+    row: str
+    teacher: str
+    config: Config
+    seed: int
+    final: bool
+    epochs: int | None = None
+    images: int | None = None
+
+    @property
+    def id(self) -> str:
+        """What tells cells of one evaluation apart."""
+        return json.dumps(asdict(self), sort_keys=True, default=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trained student: accuracies in percent, the test accuracy only for reported ones.
+
+    ``correlation`` is that of the secret pattern with what an attack on the key found.
+    """
+
+    validation: float
+    test: float | None
+    seconds: float
+    queries: int
+    correlation: float | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything a worker needs to train students.
+
+    Attributes:
+        sources: Teachers by name: boxed, keyed, wrong, original, reference, disturbed; some may be missing.
+        transfer: The attacker's images.
+        validation: Images to choose settings on.
+        test: Images to report on.
+        preprocess: Normalisation.
+        config: How to evaluate.
+        engine: Where to compute.
+        classes: Number of classes.
+        fingerprint: Identity of the data.
+        answers: Folder in which the teachers' answers are kept, so that students share one set of queries.
+        surrogate: Unlabelled images of another data set, or None.
+        strength: λ of the box, 0 if the teacher is none.
+    """
+
+    sources: Mapping[str, Source]
+    transfer: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    preprocess: Preprocess
+    config: EvalConfig
+    engine: Engine
+    classes: int
+    fingerprint: str
+    answers: Path | None = None
+    surrogate: ImageSet | None = None
+    strength: float = 0.0
+
+    def rows(self) -> list[Row]:
+        """The rows whose teachers are there, and which the attacker can try on them."""
+        if self.config.suite is None:
+            return []
+        boxed = self.sources.get("boxed")
+        rows = []
+        for row in suite(self.config.suite).rows:
+            teachers = tuple(name for name in row.teachers if name in self.sources)
+            possible = (bool(teachers) or not row.teachers) and (
+                row.access == "api" or (boxed is not None and boxed.weights is not None)
+            )
+            if possible and (self.strength > 0 or not row.attack.endswith(("_keys", "_key"))):
+                rows.append(replace(row, teachers=teachers))
+        return rows
+
+    def key(self, cell: Cell) -> str:
+        """Content hash of a cell, under which its outcome is kept."""
+        source = self.sources[cell.teacher].sha256 if cell.teacher else ""
+        parts = [
+            boxfile.versions(),
+            self.engine.precision,
+            BY_NAME[cell.row].attack,
+            source,
+            dict(cell.config),
+            asdict(scaled(self.config.recipe, seed=cell.seed, epochs=cell.epochs)),
+            cell.final,
+            cell.images,
+            self.config.student,
+            self.fingerprint,
+            len(self.surrogate) if self.surrogate is not None else 0,
+        ]
+        text = json.dumps([*parts, len(self.transfer), len(self.validation), len(self.test)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def secret(self) -> Tensor | None:
+        """The secret pattern [C, H, W] in [0, 1], to judge what attackers found."""
+        pattern = self.sources["keyed"].pattern if "keyed" in self.sources else None
+        if pattern is None:
+            return None
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.preprocess.mean, self.preprocess.std))
+        return pattern * std + mean
+
+    def record(self, teacher: str) -> Record | None:
+        """Where this teacher's answers are kept."""
+        if self.answers is None or not teacher:
+            return None
+        parts = [self.sources[teacher].sha256, self.engine.precision, self.preprocess.to_dict(), boxfile.versions()]
+        return Record(self.answers, json.dumps(parts, sort_keys=True))
+
+    def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:
+        """Train and measure one student."""
+        config, source = self.config, self.sources[cell.teacher] if cell.teacher else None
+        teacher = source.open(self.engine, self.classes) if source else None
+        student, seconds, queries, guess = distill(
+            ATTACKS[BY_NAME[cell.row].attack],
+            cell.config,
+            teacher,
+            config.student,
+            self.classes,
+            self.transfer if cell.images is None else self.transfer.take(range(cell.images)),
+            self.preprocess,
+            scaled(config.recipe, seed=cell.seed, epochs=cell.epochs),
+            self.engine,
+            weights=source.weights if source else None,
+            surrogate=self.surrogate,
+            strength=self.strength,
+            record=self.record(cell.teacher),
+            progress=progress,
+        )
+
+        def accuracy(images: ImageSet) -> float:
+            return metrics.top1(predict(student, images, self.preprocess, self.engine), images.labels)
+
+        test = accuracy(self.test) if cell.final else None
+        found = correlation(guess, self.secret) if guess is not None and self.secret is not None else None
+        return Outcome(accuracy(self.validation), test, seconds, queries, found)
+
+
+def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[str, Outcome]:
+    """Train the students of ``cells``, each once, and keep each outcome as a file.
+
+    Args:
+        bench: What to train with.
+        cells: Which students.
+        folder: Where outcomes are kept; those that are there already are read, so a killed run resumes.
+        progress: Advanced by one per student.
+    """
+    done: dict[str, Outcome] = {}
+    todo: list[Cell] = []
+    for cell in cells:
+        stored = _stored(bench, cell, folder)
+        if stored:
+            done[cell.id] = stored
+        elif cell not in todo:
+            todo.append(cell)
+    if done:
+        progress.note(f"{len(done)} students were trained before")
+
+    def finish(cell: Cell, outcome: Outcome) -> None:
+        done[cell.id] = outcome
+        if folder is not None:
+            _keep(bench, cell, outcome, folder)
+        progress.advance(1, {"validation": outcome.validation})
+
+    jobs = min(bench.config.jobs, len(todo))
+    if bench.config.cluster and todo:
+        assert folder is not None
+        _on_cluster(bench, todo, folder, finish)
+    elif jobs <= 1:
+        for cell in todo:
+            finish(cell, bench.run(cell))
+    else:
+        _side_by_side(bench, todo, jobs, finish)
+    return done
+
+
+def _side_by_side(bench: Bench, todo: Sequence[Cell], jobs: int, finish: Callable[[Cell, Outcome], None]) -> None:
+    import multiprocessing
+
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (bench, threads))
+    try:
+        running: dict[Future[Outcome], Cell] = {pool.submit(_work, cell): cell for cell in todo}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finish(running.pop(future), future.result())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+
+
+_bench: Bench | None = None
+
+
+def _start_worker(bench: Bench, threads: int) -> None:
+    import signal
+
+    global _bench
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    _bench = bench
+
+
+def _work(cell: Cell) -> Outcome:
+    assert _bench is not None
+    return _bench.run(cell)
+
+
+def _on_cluster(bench: Bench, todo: Sequence[Cell], folder: Path, finish: Callable[[Cell, Outcome], None]) -> None:
+    """Share the students among jobs of a cluster, which leave an outcome file each.
+
+    The jobs read images, networks and the key's pattern from a folder that only its owner can read and that is
+    removed at the end.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'") from None
+    with tempfile.TemporaryDirectory(prefix=".cluster-", dir=folder.parent) as private:
+        shared = Path(private) / "bench"
+        shared.touch(mode=0o600)
+        shared.write_bytes(pickle.dumps(bench))
+        executor = submitit.AutoExecutor(folder=private, cluster=bench.config.cluster)
+        executor.update_parameters(name="sdbctl", timeout_min=24 * 60, cpus_per_task=torch.get_num_threads())
+        if bench.engine.device.type == "cuda":
+            executor.update_parameters(gpus_per_node=1)
+        count = min(max(1, bench.config.jobs), len(todo))
+        jobs = [executor.submit(work_through, shared, todo[number::count], folder) for number in range(count)]
+        try:
+            left = list(todo)
+            while left:
+                over = all(job.done() for job in jobs)
+                for cell in list(left):
+                    outcome = _stored(bench, cell, folder)
+                    if outcome is not None:
+                        left.remove(cell)
+                        finish(cell, outcome)
+                if left and over:
+                    failed = next((error for job in jobs if (error := job.exception()) is not None), None)
+                    lines = [
+                        line for line in str(failed).splitlines() if re.match(r"[\w.]+(Error|Exception|Input)\b", line)
+                    ]
+                    reason = lines[-1] if lines else f"{failed or 'no reason was given'}".splitlines()[0]
+                    raise SdbError(f"{len(left)} students were not trained: {reason}", "run it again; it resumes")
+                time.sleep(0.5 if left else 0)
+        finally:
+            for job in jobs:
+                if not job.done():
+                    job.cancel(check=False)
+
+
+def work_through(shared: Path, cells: Sequence[Cell], folder: Path) -> None:
+    """What one cluster job does: train its students, each into a file."""
+    bench: Bench = pickle.loads(shared.read_bytes())
+    for cell in cells:
+        if _stored(bench, cell, folder) is None:
+            _keep(bench, cell, bench.run(cell), folder)
+
+
+def _keep(bench: Bench, cell: Cell, outcome: Outcome, folder: Path) -> None:
+    files.write(folder / f"{bench.key(cell)}.json", json.dumps({"row": cell.row, **asdict(outcome)}))
+
+
+def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
+    if folder is None:
+        return None
+    try:
+        values = json.loads((folder / f"{bench.key(cell)}.json").read_text())
+        return Outcome(*(values[name] for name in ("validation", "test", "seconds", "queries", "correlation")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

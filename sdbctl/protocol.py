@@ -1,0 +1,219 @@
+"""How settings are chosen and students reported.
+
+Settings are chosen on the validation split with one set of seeds; the chosen ones are trained again with fresh,
+paired seeds, and only those, after their last epoch, are measured on the test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sdbctl import metrics
+from sdbctl.attacks import ATTACKS
+from sdbctl.cells import Bench, Cell, run_cells
+from sdbctl.curves import budgets
+from sdbctl.report import (
+    Interval,
+    Student,
+)
+from sdbctl.suites import ALWAYS, BY_NAME, MINOR, TUNED, UNLABELLED_FLOOR, Option, suite
+from sdbctl.training import Progress
+
+SELECTION_SEED = 10_000
+"""Seed of the students that only choose settings; the reported ones have seeds 0, 1, 2, …"""
+KEPT = 8
+"""Of so many candidates of a group that is screened, one goes on."""
+
+
+def options(bench: Bench) -> dict[str, list[Option]]:
+    """The candidates of each group that competes for one place in the report."""
+    groups: dict[str, list[Option]] = {}
+    if bench.config.suite is None:
+        return groups
+    chosen = suite(bench.config.suite)
+    for row in bench.rows():
+        tune = min(bench.config.tune, chosen.tune or bench.config.tune, TUNED.get(row.role, bench.config.tune))
+        group = groups.setdefault(chosen.group(row), [])
+        group += [
+            Option(row, teacher, config)
+            for teacher in (row.teachers[:1] if chosen.tune == 1 else row.teachers) or ("",)
+            for config in ATTACKS[row.attack].grid[:tune]
+        ]
+    return groups
+
+
+def screened_epochs(bench: Bench) -> int | None:
+    """Epochs after which candidates are dropped, or None."""
+    share = suite(bench.config.suite).screen if bench.config.suite else None
+    return max(1, round(share * bench.config.recipe.epochs)) if share else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many students an evaluation trains, and how many whole runs that is."""
+
+    students: int
+    runs: float
+
+
+def plan(bench: Bench) -> Plan:
+    """Count the students before any is trained."""
+    groups, short, config = options(bench), screened_epochs(bench), bench.config
+    cells: list[float] = []
+    for name, found in groups.items():
+        left = len(found)
+        if short and left > 1:
+            cells += [short / config.recipe.epochs] * left
+            left = _kept(left)
+        cells += [1.0] * (left * config.trials if left > 1 else 0)
+        cells += [1.0] * _seeds(bench, name)
+    cells += [size / len(bench.transfer) for _, size in budgets(bench)]
+    # whether they win is not known yet
+    cells += [1.0] * len(_controls(bench))
+    return Plan(len(cells), sum(cells))
+
+
+def _controls(bench: Bench) -> list[str]:
+    """Rows of the floor that are shown with one seed if others of their group beat them."""
+    competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
+    return [name for name in ALWAYS if any(option.row.name == name for found in competing for option in found)]
+
+
+def _seeds(bench: Bench, group: str) -> int:
+    """Students of a group's winner: what is no headline has one where attacks compete."""
+    minor = bench.config.suite is not None and suite(bench.config.suite).elect and group in MINOR
+    return 1 if minor else bench.config.reported
+
+
+def _kept(count: int) -> int:
+    return max(1, -(-count // KEPT))
+
+
+@dataclass
+class Choice:
+    """A candidate, its mean validation accuracy, and after how many epochs; None if there was no choice."""
+
+    option: Option
+    validation: float | None = None
+    epochs: int = 0
+
+
+def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, Choice], dict[str, Choice]]:
+    """Choose one candidate per group by validation accuracy, after a short screening if the suite has one.
+
+    Returns:
+        The winner of each group, and the best candidate of each row with how long it was trained.
+    """
+    groups, short, config = options(bench), screened_epochs(bench), bench.config
+    rows: dict[str, Choice] = {}
+
+    def rank(found: Mapping[str, list[Option]], epochs: int, trials: int) -> dict[str, list[Choice]]:
+        def cells(option: Option) -> list[Cell]:
+            seeds, length = range(SELECTION_SEED, SELECTION_SEED + trials), None if epochs == full else epochs
+            return [Cell(option.row.name, option.teacher, option.config, seed, False, length) for seed in seeds]
+
+        open_ = {group: some for group, some in found.items() if len(some) > 1}
+        done = run_cells(bench, [c for some in open_.values() for o in some for c in cells(o)], folder, progress)
+        ranked = {group: [Choice(some[0])] for group, some in found.items()}
+        for group, some in open_.items():
+            scores = [float(np.mean([done[cell.id].validation for cell in cells(option)])) for option in some]
+            pairs = zip(some, scores, strict=True)
+            ranked[group] = sorted((Choice(o, v, epochs) for o, v in pairs), key=lambda c: -(c.validation or 0.0))
+        for choice in (choice for some in ranked.values() for choice in reversed(some)):
+            name = choice.option.row.name
+            if name not in rows or rows[name].epochs <= choice.epochs:
+                rows[name] = choice
+        return ranked
+
+    full = config.recipe.epochs
+    if short:
+        ranked = rank(groups, short, 1)
+        groups = {group: [choice.option for choice in some[: _kept(len(some))]] for group, some in ranked.items()}
+    return {group: some[0] for group, some in rank(groups, full, config.trials).items()}, rows
+
+
+def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dict[str, Student]:
+    """Choose settings, train the reported students with fresh paired seeds, and name the control.
+
+    Returns:
+        Students by row name, and ``control`` and ``control_unlabelled``, the best of the floor.
+    """
+    config = bench.config
+    progress.start("students", plan(bench).students)
+    winners, rows = choose(bench, folder, progress)
+    finals = {choice.option.row.name: (choice, _seeds(bench, group)) for group, choice in winners.items()}
+    for name in _controls(bench):
+        finals.setdefault(name, (rows[name], 1))
+    cells = {
+        name: [Cell(name, choice.option.teacher, choice.option.config, seed, True) for seed in range(seeds)]
+        for name, (choice, seeds) in finals.items()
+    }
+    outcomes = run_cells(bench, [cell for some in cells.values() for cell in some], folder, progress)
+    finished = {name: [outcomes[cell.id] for cell in some] for name, some in cells.items()}
+    validation = {name: float(np.mean([run.validation for run in runs])) for name, runs in finished.items()}
+
+    def best(names: Iterable[str]) -> str:
+        # rows that were elected have all seeds
+        return max(names, key=lambda name: (len(cells[name]), finals[name][0].validation or 0.0, validation[name]))
+
+    floor = best(name for name in finished if BY_NAME[name].role == "floor")
+    unlabelled = best(name for name in finished if name in UNLABELLED_FLOOR)
+    control = [outcome.test or 0.0 for outcome in finished[floor]]
+    students = {}
+    for row in bench.rows():
+        if row.name not in finished:
+            students[row.name] = Student(
+                name=row.name,
+                label=row.label,
+                role=row.role,
+                access=row.access,
+                labels=row.labels,
+                config={**rows[row.name].option.config, "epochs": rows[row.name].epochs},
+                validation=rows[row.name].validation,
+            )
+            continue
+        runs, option = finished[row.name], finals[row.name][0].option
+        values = [outcome.test or 0.0 for outcome in runs]
+        found = [outcome.correlation for outcome in runs if outcome.correlation is not None]
+        students[row.name] = Student(
+            name=row.name,
+            label=row.label,
+            role=row.role,
+            access=row.access,
+            labels=row.labels,
+            mean=float(np.mean(values)),
+            sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            n=len(values),
+            values=tuple(values),
+            difference=paired(values, control),
+            config={
+                **({"teacher": option.teacher} if option.teacher else {}),
+                **option.config,
+                **({"key_correlation": float(np.mean(found))} if found else {}),
+                "epochs": config.recipe.epochs,
+                "student": config.student,
+            },
+            seconds=float(np.mean([outcome.seconds for outcome in runs])),
+            queries=runs[0].queries or None,
+            validation=validation[row.name],
+            note="not tuned" if row.role == "disturb" else "",
+        )
+    for name, chosen, note in (
+        ("control_unlabelled", unlabelled, "the control without labels"),
+        ("control", floor, "the control"),
+    ):
+        students[name] = replace(students[chosen], name=name)
+        before = f"{students[chosen].note}, " if students[chosen].note else ""
+        students[chosen] = replace(students[chosen], note=f"{before}{note}")
+    return students
+
+
+def paired(values: Sequence[float | None], control: Sequence[float | None]) -> Interval:
+    """Mean paired difference of two lists of accuracies by seed, with its 95 % bounds."""
+    # both have the seeds 0, 1, 2, …; one of them may have more
+    differences = [(a or 0.0) - (b or 0.0) for a, b in zip(values, control, strict=False)]
+    return Interval(*metrics.seed_interval(differences), n=len(differences))
