@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdbctl import data
 from sdbctl.data import ImageSet, Preprocess
-from sdbctl.errors import BadInput, UsageError
+from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
 CPU = torch.device("cpu")
 
@@ -524,3 +524,75 @@ def test_real_data():
     assert data.resolve(None, recorded_name="cifar10", classes=10, shape=None, root=folder) == "cifar10"
     tiny = load(f"parquet:{folder}/tinyimagenet100-32")
     assert len(tiny.classes) == 100 and tiny.train.shape == (3, 32, 32)
+
+
+# --- torchvision's own files -------------------------------------------------------------------------------------
+
+
+def idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist"])
+def test_torchvision_idx_files(name, tmp_path):
+    raw = tmp_path / data.TORCHVISION[name][1]
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 30), ("t10k", 20)):
+        images, labels = rng.integers(0, 256, (count, 28, 28)), np.arange(count) % 10
+        idx(raw / f"{part}-images-idx3-ubyte", images)
+        idx(raw / f"{part}-labels-idx1-ubyte", labels)
+        if part == "train":
+            first = images[0]
+    found = data.load(name, root=tmp_path)
+    assert found.train.shape == (1, 28, 28)
+    assert (len(found.train), len(found.test), len(found.classes)) == (30, 20, 10)
+    assert (found.train[0][0].numpy() == first).all()
+
+
+@pytest.mark.parametrize(("name", "key"), [("cifar10", b"labels"), ("cifar100", b"fine_labels")])
+def test_torchvision_cifar_batches(name, key, tmp_path, monkeypatch):
+    import hashlib
+
+    import torchvision.datasets as tv
+
+    kind = getattr(tv, data.TORCHVISION[name][0])
+    folder = tmp_path / data.TORCHVISION[name][1]
+    folder.mkdir()
+    classes = 10 if name == "cifar10" else 100
+    rng = np.random.default_rng(0)
+
+    def write(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return [file, hashlib.md5((folder / file).read_bytes(), usedforsecurity=False).hexdigest()]
+
+    def batch(file, count):
+        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return write(file, {"data": pixels, key.decode(): [index % classes for index in range(count)]}), pixels
+
+    one, pixels = batch("one", 200)
+    two, _ = batch("two", 100)
+    names = [f"class {index}" for index in range(classes)]
+    file, md5 = write("names", {"label_names": names, "fine_label_names": names})
+    monkeypatch.setattr(kind, "train_list", [one])
+    monkeypatch.setattr(kind, "test_list", [two])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "filename": file, "md5": md5})
+    found = data.load(name, root=tmp_path)
+    assert (found.train.shape, len(found.train), len(found.test)) == ((3, 32, 32), 200, 100)
+    assert found.classes == tuple(names)
+    assert (found.train[0].numpy() == pixels[0].reshape(3, 32, 32)).all()
+    (folder / "one").write_bytes(b"damaged")
+    with pytest.raises(BadInput, match=f"{name} in .* is damaged"):
+        data.load(name, root=tmp_path)
+
+
+def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    import torchvision.datasets as tv
+
+    def refuse(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tv.CIFAR10, "download", refuse)
+    with pytest.raises(EnvironmentFailure, match="cannot get cifar10"):
+        data.load("cifar10", root=tmp_path, download=True)
