@@ -414,6 +414,18 @@ def test_command_line_session(work, tmp_path):
     assert run_cli("report", report / "report.json").returncode == 0
 
 
+def test_eval_takes_models_that_are_no_box(work, tmp_path):
+    common = ("--data", "digits", "--attack", "--suite", "quick", "--student", "cnn-tiny", "--epochs", 1, "--json")
+    result = run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r")
+    assert result.returncode == 0, result.stderr
+    students = json.loads(result.stdout)["students"]
+    assert {"cross_entropy", "unauthorized", "dist", "fine_tuned"} <= set(students)
+    assert not any("key" in name for name in students)
+    keyed = run_cli("eval", work / "teacher.safetensors", *common, "--key-file", work / "k.bin")
+    assert keyed.returncode == 4
+    assert b"is no box" in keyed.stderr
+
+
 def test_eval_finds_the_only_box(work, tmp_path):
     result = run_cli("eval", cwd=tmp_path)
     assert result.returncode == 2

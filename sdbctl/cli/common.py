@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from sdbctl.boxfile import Loaded, Metadata
     from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
     from sdbctl.key import Key
+    from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import Engine
 
 
@@ -95,6 +97,61 @@ def preset(name: str, size: tuple[int, int, int]) -> Preprocess:
     if name not in known:
         raise UsageError(f"unknown normalisation {name}", f"use one of: {', '.join(known)}")
     return Preprocess(*known[name], size)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model file, whatever its format.
+
+    Attributes:
+        path: Where it is.
+        meta: What sdbctl wrote into it, or None.
+        classes: Number of outputs.
+        shape: Input (C, H, W), or None if the file does not say.
+        loaded: Its torch network, or None for an ONNX file.
+        served: Its ONNX session, or None.
+    """
+
+    path: Path
+    meta: Metadata | None
+    classes: int
+    shape: tuple[int, int, int] | None
+    loaded: Loaded | None
+    served: OnnxTeacher | None
+
+    @property
+    def recorded(self) -> str | None:
+        """Name of the data set that it was made with."""
+        return str(self.meta.data.get("name", "")) if self.meta else None
+
+
+def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool = False) -> Opened:
+    """Read a box, a checkpoint or an ONNX file, ours or anybody's."""
+    from sdbctl import boxfile
+    from sdbctl.teacher import OnnxTeacher
+    from sdbctl.training import pick_device
+
+    if boxfile.is_onnx(path):
+        served = OnnxTeacher(path, pick_device(device))
+        return Opened(path, boxfile.read_metadata(path), served.classes, served.shape, None, served)
+    loaded = boxfile.load(path, arch=arch, trust=trust)
+    shape = loaded.meta.preprocess.size if loaded.meta else None
+    return Opened(path, loaded.meta, loaded.classes, shape, loaded, None)
+
+
+def preprocess_for(
+    opened: Opened, normalize: str | None, images: ImageSet, engine: Engine, size: tuple[int, int, int]
+) -> Preprocess:
+    """How a model wants its images: as asked for, as recorded, or found by trying."""
+    if opened.shape is not None and tuple(opened.shape) != tuple(size):
+        raise UsageError(f"{opened.path.name} takes images {opened.shape}, the data has {size}", "use --image-size")
+    if opened.meta is not None and normalize is None:
+        return opened.meta.preprocess
+    if opened.loaded is not None:
+        return preprocess_of(opened.loaded, normalize, images, engine, size)
+    if normalize is None:
+        raise UsageError(f"{opened.path} does not record how it wants its images", "give --normalize PRESET")
+    return preset(normalize, size)
 
 
 def preprocess_of(

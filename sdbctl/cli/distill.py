@@ -12,8 +12,9 @@ from sdbctl.cli.common import (
     announce,
     check_classes,
     open_data,
+    open_model,
     pick,
-    preprocess_of,
+    preprocess_for,
     preset,
     read_key,
     split_like,
@@ -22,8 +23,7 @@ from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
-    from sdbctl.boxfile import Loaded, Metadata
-    from sdbctl.teacher import OnnxTeacher
+    from sdbctl.boxfile import Loaded
 
 
 def distill(
@@ -72,20 +72,11 @@ def distill(
     from sdbctl.boxfile import Metadata, check_key, pattern
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
-    from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, pick_device, predict, scaled, step_seconds
+    from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
+    from sdbctl.training import Recipe, predict, scaled, step_seconds
 
-    loaded: Loaded | None = None
-    served: OnnxTeacher | None = None
-    meta: Metadata | None
-    shape: tuple[int, int, int] | None
-    if boxfile.is_onnx(teacher):
-        served = OnnxTeacher(teacher, pick_device(device))
-        meta, classes, shape = boxfile.read_metadata(teacher), served.classes, served.shape
-    else:
-        loaded = boxfile.load(teacher, arch=arch, trust=trust)
-        meta, classes = loaded.meta, loaded.classes
-        shape = meta.preprocess.size if meta else None
+    opened = open_model(teacher, device, arch=arch, trust=trust)
+    meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
@@ -95,27 +86,18 @@ def distill(
         data_root,
         download=download,
         size=image_size,
-        recorded=str(meta.data.get("name", "")) if meta else None,
+        recorded=opened.recorded,
         classes=classes,
-        shape=shape,
+        shape=opened.shape,
     )
     check_classes(dataset, classes, teacher.name)
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     size = dataset.train.shape
-    if shape is not None and tuple(shape) != tuple(size):
-        raise UsageError(f"{teacher.name} takes images {shape}, the data has {size}", "use --image-size")
     recipe = scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(student, classes, size[0], seed)
     engine = pick(device, precision, net, size, recipe.batch_size)
-    if meta is not None and normalize is None:
-        preprocess = meta.preprocess
-    elif loaded is not None:
-        preprocess = preprocess_of(loaded, normalize, splits.validation, engine, size)
-    elif normalize is not None:
-        preprocess = preset(normalize, size)
-    else:
-        raise UsageError(f"{teacher} does not record how it wants its images", "give --normalize PRESET")
-    asked: Teacher = served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
+    preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
+    asked: Teacher = opened.served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
     if key is not None and meta is not None:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
     say(f"teacher: {asked.where}, {'with' if key else 'without'} key")

@@ -14,7 +14,9 @@ from sdbctl.cli.common import (
     box_fields,
     check_classes,
     open_data,
+    open_model,
     pick,
+    preprocess_for,
     read_key,
     split_like,
 )
@@ -22,6 +24,9 @@ from sdbctl.cli.output import Live, duration, emit, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
+    from sdbctl.cells import Source
+    from sdbctl.cli.common import Opened
+    from sdbctl.key import Key
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
 
@@ -73,8 +78,11 @@ def evaluate(
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
     download: o.Download = False,
+    image_size: o.ImageSize = None,
     transfer_size: o.TransferSize = None,
     test_size: o.TestSize = None,
+    arch: o.Arch = None,
+    normalize: o.Normalize = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.LearningRate = None,
@@ -85,7 +93,7 @@ def evaluate(
     trust: o.Trust = False,
     json_: o.Json = False,
 ) -> None:
-    """Measure a box: what users lose, what attackers gain, what key holders gain.
+    """Measure a box, or any other model: what users lose, what attackers gain, what key holders gain.
 
     Finished students are kept in the report folder, so an interrupted run goes on where it stopped.
     """
@@ -97,19 +105,14 @@ def evaluate(
 
     import torch
 
-    from sdbctl import boxfile, evaluate, files
-    from sdbctl.boxfile import check_key, pattern
-    from sdbctl.cells import Bench, EvalConfig, Source
-    from sdbctl.curves import NEAR_PERCENT
+    from sdbctl import evaluate
+    from sdbctl.cells import Bench, EvalConfig
     from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
-    from sdbctl.key import near, wrong
     from sdbctl.protocol import plan
     from sdbctl.report.render import FORMATS
     from sdbctl.suites import suite as find_suite
-    from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import Recipe, pick_device, scaled, step_seconds
-    from sdbctl.wrappers import WRAPPERS
 
     find_suite(suite)
     if cluster not in (None, "slurm", "local"):
@@ -119,65 +122,25 @@ def evaluate(
             raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
     if report.is_file():
         raise UsageError(f"report folder {report} is a file", "name a folder")
-    meta = boxfile.read_metadata(box)
-    if meta is None:
-        raise BadInput(f"{box} has no sdbctl metadata, so it is no box", "make one with: sdbctl box")
-    if key is not None:
-        check_key(meta, key)
-    notes = []
-    content_hash = files.sha256(files.read(box, "box"))
-    if boxfile.is_onnx(box):
-        OnnxTeacher(box, pick_device(device))
-        beside = box.with_suffix(".safetensors")
-        held = boxfile.load(beside).net if beside.exists() else None
-        boxed = Source(onnx=box, sha256=content_hash, held=held)
-        if attack and held is None:
-            notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} is not there.")
-    else:
-        boxed = Source(net=boxfile.load(box).net, sha256=content_hash)
-    sources = {"boxed": boxed}
-    if key is not None:
-        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, meta.key_id)
-        generator = torch.Generator().manual_seed(1)
-        secret = key.pattern(meta.preprocess.size)
-        other = meta.preprocess(wrong(secret, generator)[None])[0]
-        sources["wrong"] = boxed.keyed(other, meta.strength, "wrong key 1")
-        for percent in NEAR_PERCENT:
-            other = meta.preprocess(near(secret, percent / 100, generator)[None])[0]
-            sources[f"near_{percent}"] = boxed.keyed(other, meta.strength, f"key of correlation {percent} %")
-    if original is not None:
-        loaded = boxfile.load(original, trust=trust)
-        if meta.original_sha256 and loaded.sha256 != meta.original_sha256:
-            raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
-        sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
-    if reference is None:
-        beside = box.with_suffix("").with_suffix(".boxed.reference.safetensors")
-        usual = box.with_suffix(".reference.safetensors")
-        reference = usual if usual.exists() else beside if beside.exists() else None
-    if reference is not None:
-        loaded = boxfile.load(reference)
-        if meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
-            raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
-        sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
-    else:
-        notes.append("Without the reference N_ft, costs are measured against the original as it was.")
-    undefended = sources.get("reference") or sources.get("original")
-    if undefended is not None:
-        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
+    opened = open_model(box, device, arch=arch, trust=trust)
+    meta = opened.meta
+    notes: list[str] = []
+    sources = gather(opened, key, original, reference, trust, notes)
     dataset = open_data(
         data,
         data_root,
         download=download,
-        recorded=str(meta.data.get("name", "")),
-        classes=len(meta.classes),
-        shape=meta.preprocess.size,
+        size=image_size,
+        recorded=opened.recorded,
+        classes=opened.classes,
+        shape=opened.shape,
     )
-    check_classes(dataset, len(meta.classes), box.name)
+    check_classes(dataset, opened.classes, box.name)
+    size = dataset.train.shape
     other_images = None
     if surrogate is not None:
-        channels, height, _ = meta.preprocess.size
-        other_images = load_data(surrogate, root=data_root, size=height, channels=channels, download=download).train
-    splits = split_like(dataset, meta.data, transfer=transfer_size, test=test_size)
+        other_images = load_data(surrogate, root=data_root, size=size[1], channels=size[0], download=download).train
+    splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
         jobs = (torch.get_num_threads() if pick_device(device).type == "cpu" else 1) if splits.transfer.in_memory else 1
     config = EvalConfig(
@@ -189,28 +152,29 @@ def evaluate(
         cluster=cluster,
         suite=suite if attack else None,
     )
-    net = build_student(student, len(dataset.classes), dataset.train.shape[0], 0)
-    engine = pick(device, precision, net, dataset.train.shape, config.recipe.batch_size)
+    net = build_student(student, len(dataset.classes), size[0], 0)
+    engine = pick(device, precision, net, size, config.recipe.batch_size)
+    preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     bench = Bench(
         sources,
         splits.transfer,
         splits.validation,
         splits.test,
-        meta.preprocess,
+        preprocess,
         config,
         engine,
         len(dataset.classes),
         dataset.fingerprint,
         answers=report / "answers" if attack else None,
         surrogate=other_images,
-        strength=meta.strength,
+        strength=meta.strength if meta else 0.0,
     )
     cells = report / "cells"
     if attack:
         for folder in (cells, report / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
         planned = plan(bench)
-        one = step_seconds(net, torch.zeros(config.recipe.batch_size, *dataset.train.shape), engine)
+        one = step_seconds(net, torch.zeros(config.recipe.batch_size, *size), engine)
         images = len(splits.transfer) * config.recipe.epochs
         say(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
@@ -220,13 +184,71 @@ def evaluate(
     with Live() as progress:
         made = evaluate.evaluate(
             bench,
-            title=f"{box.stem}: {meta.architecture} on {dataset.name}",
-            box=box_fields(meta),
+            title=f"{box.stem}: {meta.architecture if meta else 'undefended model'} on {dataset.name}",
+            box=box_fields(meta) if meta else {},
             folder=cells if attack else None,
             progress=progress,
             notes=notes,
         )
     finish(made, report, gates, force, json_)
+
+
+def gather(
+    opened: Opened, key: Key | None, original: Path | None, reference: Path | None, trust: bool, notes: list[str]
+) -> dict[str, Source]:
+    """The teachers of an evaluation: the box without, with and with wrong keys, the original, trivial defences.
+
+    What is missing and matters is added to ``notes``.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from sdbctl import boxfile, files
+    from sdbctl.boxfile import check_key, pattern
+    from sdbctl.cells import Source
+    from sdbctl.curves import NEAR_PERCENT
+    from sdbctl.key import near, wrong
+    from sdbctl.wrappers import WRAPPERS
+
+    box, meta = opened.path, opened.meta
+    boxed = Source(sha256=files.sha256(files.read(box, "box")))
+    if opened.loaded is not None:
+        boxed = replace(boxed, net=opened.loaded.net)
+    else:
+        beside = box.with_suffix(".safetensors")
+        boxed = replace(boxed, onnx=box, held=boxfile.load(beside).net if beside.exists() else None)
+        if boxed.held is None:
+            notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} is not there.")
+    sources = {"boxed": boxed}
+    if key is not None:
+        if meta is None or meta.kind != "box":
+            raise BadInput(f"{box} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
+        check_key(meta, key)
+        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, meta.key_id)
+        generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
+        patterns = {"wrong": wrong(secret, generator)}
+        patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
+        for name, other in patterns.items():
+            sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} key 1")
+    if original is not None:
+        loaded = boxfile.load(original, trust=trust)
+        if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
+            raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
+        sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
+    usual = (box.with_suffix(".reference.safetensors"), box.with_suffix("").with_suffix(".boxed.reference.safetensors"))
+    reference = reference or next((path for path in usual if path.exists()), None)
+    if reference is not None:
+        loaded = boxfile.load(reference)
+        if meta is not None and meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
+            raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
+        sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
+    elif meta is not None:
+        notes.append("Without the reference N_ft, costs are measured against the original as it was.")
+    undefended = sources.get("reference") or sources.get("original")
+    if undefended is not None:
+        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
+    return sources
 
 
 def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool) -> None:
