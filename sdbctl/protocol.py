@@ -25,6 +25,8 @@ from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
 """Seed of the students that only choose settings; the reported ones have seeds 0, 1, 2, …"""
+SHORTEST = 3
+"""Epochs of a screening at least: after fewer, the order of candidates is noise."""
 KEPT = 8
 """Of so many candidates of a group that is screened, one goes on."""
 
@@ -49,7 +51,9 @@ def options(bench: Bench) -> dict[str, list[Option]]:
 def screened_epochs(bench: Bench) -> int | None:
     """Epochs after which candidates are dropped, or None."""
     share = suite(bench.config.suite).screen if bench.config.suite else None
-    return max(1, round(share * bench.config.recipe.epochs)) if share else None
+    epochs = bench.config.recipe.epochs
+    short = max(SHORTEST, round((share or 1) * epochs))
+    return short if short < epochs else None
 
 
 @dataclass(frozen=True)

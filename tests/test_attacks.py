@@ -269,7 +269,7 @@ def bench(work, splits, boxed, suite, pattern=None, **changes):
     if pattern is not None:
         sources["keyed"] = source.keyed(pattern, boxed.meta.strength, "k")
         sources["wrong"] = source.keyed(torch.rand(pattern.shape), boxed.meta.strength, "w")
-    config = EvalConfig("cnn-tiny", Recipe(epochs=3, batch_size=32), seeds=2, tune=1, suite=suite)
+    config = EvalConfig("cnn-tiny", Recipe(epochs=4, batch_size=32), seeds=2, tune=1, suite=suite)
     values = {"strength": boxed.meta.strength, **changes}
     transfer, validation = splits.transfer.take(range(40)), splits.validation.take(range(50))
     test = splits.test.take(range(60))

@@ -231,8 +231,8 @@ class Report:
         notes: Caveats.
         inference_cost: What users lose.
         unauthorized_advantage: What attackers gain.
-        authorized_gain: Student distilled with the key − student distilled from the original, in points.
-        protectable: ``kd_original`` − ``control``, in points: whether there is something to protect.
+        authorized_gain: Best student distilled with the key − best one distilled from the original, in points.
+        protectable: Best student of the original − ``control``, in points: whether there is something to protect.
         models: By name, see ``MODELS``.
         students: By name, see ``STUDENTS``; every attack adds one.
         curves: By name.
