@@ -16,10 +16,7 @@ from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.curves import budgets
-from sdbctl.report import (
-    Interval,
-    Student,
-)
+from sdbctl.report import Interval, Student
 from sdbctl.suites import ALWAYS, BY_NAME, MINOR, TUNED, UNLABELLED_FLOOR, Option, suite
 from sdbctl.training import Progress
 
@@ -161,8 +158,8 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     validation = {name: float(np.mean([run.validation for run in runs])) for name, runs in finished.items()}
 
     def best(names: Iterable[str]) -> str:
-        # rows that were elected have all seeds
-        return max(names, key=lambda name: (len(cells[name]), finals[name][0].validation or 0.0, validation[name]))
+        # rows that won their group have all seeds
+        return max(names, key=lambda name: (len(cells[name]), validation[name]))
 
     floor = best(name for name in finished if BY_NAME[name].role == "floor")
     unlabelled = best(name for name in finished if name in UNLABELLED_FLOOR)
