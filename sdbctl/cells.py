@@ -308,8 +308,10 @@ def _side_by_side(bench: Bench, todo: Sequence[Cell], jobs: int, finish: Callabl
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 finish(running.pop(future), future.result())
     finally:
+        # shutdown forgets them, and the interpreter would wait for those that are busy
+        workers = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
+        for process in workers:
             process.terminate()
 
 

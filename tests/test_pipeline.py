@@ -1,6 +1,8 @@
 """Train, box, export, distil and evaluate for real, on digits."""
 
 import json
+import multiprocessing
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -345,6 +347,26 @@ def test_side_by_side_equals_one_by_one(work, splits):
     alone = run_cells(bench(work, splits), cells, None, Silent())
     both = run_cells(bench(work, splits, jobs=2), cells, None, Silent())
     assert {k: v.test for k, v in alone.items()} == {k: v.test for k, v in both.items()}
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_ends_at_once_and_its_workers_too(work, splits):
+    class Stop(Silent):
+        def advance(self, steps, metrics):
+            raise KeyboardInterrupt
+
+    config = {"temperature": 4.0, "alpha": 0.9}
+    short = [Cell("cross_entropy", "", {}, 0, final=True)]
+    long = [Cell("unauthorized", "boxed", config, seed, final=True, epochs=100_000) for seed in range(2)]
+    before = set(multiprocessing.active_children())
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(bench(work, splits, jobs=2), [*short, *long], None, Stop())
+    left = set(multiprocessing.active_children()) - before
+    for process in left:
+        process.join(10)
+    assert not any(process.is_alive() for process in left)
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.slow
