@@ -194,15 +194,21 @@ class Oracle:
         self.queries += len(x)
         return self._answer(x)
 
-    def answers(self, images: ImageSet, preprocess: Preprocess, engine: Engine) -> Tensor:
+    def answers(self, images: ImageSet, preprocess: Preprocess, engine: Engine, *, again: bool = False) -> Tensor:
         """Answer one query for each image of a set, in order, without augmentation.
 
-        Recorded answers count as queries too, so that a budget does not depend on what was asked before.
+        Recorded answers count as queries too, so that a budget does not depend on what other students asked.
+
+        Args:
+            images: The queries, in memory.
+            preprocess: Normalisation.
+            engine: Where to compute.
+            again: Whether this very set was asked before, which is no new query.
 
         Returns:
             As from a batch, on the CPU.
         """
-        self.queries += len(images)
+        self.queries += 0 if again else len(images)
         return self._answers(images, preprocess, engine)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, protocol
-from sdbctl.attacks import ATTACKS, keys, soft
+from sdbctl.attacks import ATTACKS, base, keys, soft
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import like, view
 from sdbctl.distill import distill
@@ -152,6 +152,14 @@ def test_queries_are_one_per_image_and_view(teacher, boxed, transfer):
     assert attack_with("kd", teacher, boxed, transfer, views=1).queries == 64
     assert attack_with("averaged_views", teacher, boxed, transfer).queries == 64 * 2
     assert attack_with("hard_label", teacher, boxed, transfer, views=1).queries == 64
+
+
+def test_answers_that_do_not_fit_are_asked_for_again_at_no_cost(teacher, boxed, transfer, monkeypatch):
+    kept = attack_with("kd", teacher, boxed, transfer, views=1)
+    monkeypatch.setattr(base, "REMEMBERED_BYTES", 100)
+    again = attack_with("kd", teacher, boxed, transfer, views=1)
+    assert again.queries == kept.queries == 64
+    assert same(kept.student, again.student)
 
 
 def test_views_are_fixed_and_differ(transfer):

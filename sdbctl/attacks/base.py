@@ -19,6 +19,10 @@ Loss = Callable[[Tensor, Tensor | None, Tensor | None, Config], Tensor]
 """(student logits [B, C], the oracle's answer or None, labels [B] or None, configuration) → scalar loss."""
 
 
+REMEMBERED_BYTES = 2**28
+"""Answers that an attacker keeps in memory."""
+
+
 class Attacker:
     """Everything an attacker has; nothing else can be reached from it.
 
@@ -71,7 +75,8 @@ class Attacker:
         self.seconds = 0.0
         self.guess: Tensor | None = None
         self._progress, self._name, self._resume_from = progress, name, resume_from
-        self._asked: dict[str, Tensor] = {}
+        self._asked: dict[str, Tensor | None] = {}
+        self._room = REMEMBERED_BYTES
 
     def view(self, epoch: int) -> ImageSet:
         """The augmented copy of the transfer set that an epoch trains on; the copies recur after ``views``."""
@@ -88,9 +93,14 @@ class Attacker:
         """
         assert self.oracle is not None
         digest = images.digest()
-        if digest not in self._asked:
-            self._asked[digest] = self.oracle.answers(images, self.preprocess, self.engine)
-        return self._asked[digest]
+        if self._asked.get(digest) is None:
+            answers = self.oracle.answers(images, self.preprocess, self.engine, again=digest in self._asked)
+            # of a thousand classes and many views not all fit; what does not is asked for again, at no cost
+            fits = answers.numel() * answers.element_size() <= self._room
+            self._room -= answers.numel() * answers.element_size() if fits else 0
+            self._asked[digest] = answers if fits else None
+            return answers
+        return self._asked[digest]  # type: ignore[return-value]
 
     def fit(
         self,
