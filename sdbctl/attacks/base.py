@@ -143,7 +143,11 @@ class Attacker:
         """
         net, recipe = net or self.student, recipe or self.recipe
         if not self.images.in_memory and sets is None:
-            self.fit(net, lambda model, batch: loss(model(batch.x), self._live(batch), self._known(batch)), self.images)
+
+            def live(model: nn.Module, batch: Batch) -> Tensor:
+                return loss(model(batch.x), self._live(batch), self._known(batch))
+
+            self.fit(net, live, self.images, recipe=recipe)
             return
         targets = targets or (self.ask if self.oracle is not None else None)
         choose, current = sets or self.view, -1
