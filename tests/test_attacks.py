@@ -162,6 +162,13 @@ def test_answers_that_do_not_fit_are_asked_for_again_at_no_cost(teacher, boxed, 
     assert same(kept.student, again.student)
 
 
+def test_a_large_transfer_set_is_asked_about_batch_by_batch(teacher, boxed, transfer, monkeypatch):
+    monkeypatch.setattr(base, "COPY_BYTES", 100)
+    done = attack_with("kd", teacher, boxed, transfer)
+    assert done.queries == 64 * RECIPE.epochs
+    assert not same(done.student, attack_with("cross_entropy", None, boxed, transfer).student)
+
+
 def test_views_are_fixed_and_differ(transfer):
     assert torch.equal(view(transfer, 3).pixels, view(transfer, 3).pixels)
     assert not torch.equal(view(transfer, 3).pixels, view(transfer, 4).pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ Loss = Callable[[Tensor, Tensor | None, Tensor | None, Config], Tensor]
 """(student logits [B, C], the oracle's answer or None, labels [B] or None, configuration) → scalar loss."""
 
 
+COPY_BYTES = 2**30
+"""Pixels of a transfer set of which whole augmented copies are made."""
 REMEMBERED_BYTES = 2**28
 """Answers that an attacker keeps in memory."""
 
@@ -142,7 +145,7 @@ class Attacker:
             recipe: Optimisation; None for the attacker's.
         """
         net, recipe = net or self.student, recipe or self.recipe
-        if not self.images.in_memory and sets is None:
+        if sets is None and not self._fixed_views():
 
             def live(model: nn.Module, batch: Batch) -> Tensor:
                 return loss(model(batch.x), self._live(batch), self._known(batch))
@@ -166,6 +169,10 @@ class Attacker:
             return loss(model(batch.x), answer, self._known(batch))
 
         self.fit(net, step, of_epoch, recipe=scaled(recipe, augment="none"))
+
+    def _fixed_views(self) -> bool:
+        """Whether copies of the transfer set fit in memory; else every batch is augmented and asked about anew."""
+        return self.images.in_memory and len(self.images) * math.prod(self.images.shape) <= COPY_BYTES
 
     def _live(self, batch: Batch) -> Tensor | None:
         return self.oracle(batch.x) if self.oracle is not None else None
