@@ -173,5 +173,7 @@ def near(pattern: Tensor, correlation: float, generator: torch.Generator | None)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Centred Pearson correlation of two patterns of the same shape."""
-    return float(torch.corrcoef(torch.stack([a.flatten().double(), b.flatten().double()]))[0, 1])
+    """Centred Pearson correlation of two patterns of the same shape; 0 if one of them is constant."""
+    a, b = (x.flatten().double() - x.double().mean() for x in (a, b))
+    # below eps a norm is what rounding left of a constant
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0, eps=1e-6))

@@ -158,3 +158,9 @@ def test_near_at_its_ends():
         near(pattern, 1.5, generator)
     assert abs(correlation(pattern, wrong(pattern, generator))) < 0.2
     assert wrong(pattern, None).shape == pattern.shape
+
+
+def test_a_constant_pattern_is_correlated_with_nothing():
+    pattern = Key.generate().pattern((3, 32, 32))
+    assert correlation(torch.full_like(pattern, 0.1), pattern) == pytest.approx(0.0, abs=1e-6)
+    assert correlation(pattern, 1 - pattern) == pytest.approx(-1.0)
