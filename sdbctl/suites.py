@@ -47,6 +47,7 @@ CORE = (
     Row("label_smoothing", "smoothed labels", "floor", "label_smoothing"),
     Row("class_constant", "class-constant logits of the label", "floor", "class_constant"),
     Row("dist_constant", "correlations with constant logits of the label", "floor", "dist_constant"),
+    Row("dist_hard", "correlations with constant logits of the box's top-1", "floor", "dist_hard", ("boxed",)),
     Row("hard_label", "top-1 of the box", "floor", "hard_label", ("boxed",)),
     Row("hard_constant", "class-constant logits of the box's top-1", "floor", "hard_constant", ("boxed",)),
     Row("kd_original", "KD from the original", "reference", "kd", ("reference", "original")),

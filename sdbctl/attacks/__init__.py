@@ -8,6 +8,7 @@ ATTACKS: dict[str, Attack] = {
     "label_smoothing": floor.LABEL_SMOOTHING,
     "class_constant": floor.CLASS_CONSTANT,
     "dist_constant": soft.DIST_CONSTANT,
+    "dist_hard": soft.DIST_HARD,
     "hard_label": floor.HARD_LABEL,
     "hard_constant": floor.HARD_CONSTANT,
     "kd": kd.KD,

@@ -62,6 +62,12 @@ def dist_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Co
     return dist(z, constant_logits(y, z.shape[1], config), y, config)
 
 
+def dist_hard(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """:func:`dist` from constant logits of the teacher's top-1 answers, with CE on the labels."""
+    assert answer is not None
+    return dist(z, constant_logits(answer, z.shape[1], config), y, config)
+
+
 def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """:func:`kd` from the ``top`` best classes; the others share the remaining probability evenly.
 
@@ -122,17 +128,27 @@ DIST = _attack(
     {"temperature": 1.0, "weight": 2.0},
     {"temperature": 4.0, "weight": 1.0},
 )
+_CONSTANTS = (
+    {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
+    {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
+)
 DIST_CONSTANT = Attack(
     "correlations with constant logits of the label",
     "Huang et al., NeurIPS 2022, without a teacher",
     "floor",
     Access.NONE,
     True,
-    (
-        {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
-        {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
-    ),
+    _CONSTANTS,
     PerBatch(dist_constant),
+)
+DIST_HARD = Attack(
+    "correlations with constant logits of the teacher's top-1 answers",
+    "Huang et al., NeurIPS 2022, with top-1 access",
+    "floor",
+    Access.LABELS,
+    True,
+    _CONSTANTS,
+    PerBatch(dist_hard),
 )
 CLIPPED = _attack(
     "distillation from the best few classes",

@@ -362,8 +362,20 @@ def _students(report: Report) -> Table:
         Column("Seconds", wide=True),
     )
     students = [student for student in ordered(report.students) if student.n]
+    shared = _shared(students)
     note = "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
-    return Table("Students", columns, tuple(map(_student, students)), note, tuple(s.role for s in students))
+    if shared:
+        note += f" All: {', '.join(_pair(name, value) for name, value in shared.items())}."
+    rows = tuple(_student(student, shared) for student in students)
+    return Table("Students", columns, rows, note, tuple(s.role for s in students))
+
+
+def _shared(students: Sequence[Student]) -> dict[str, str]:
+    """Settings that all students have, which need not be said of each."""
+    if len(students) < 2:
+        return {}
+    first, *others = [dict(_settings(student.config)) for student in students]
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
 def _screened(report: Report) -> Table:
@@ -382,7 +394,7 @@ def _screened(report: Report) -> Table:
             "the file" if student.access == "file" else f"the API{'' if student.labels else ', no labels'}",
             number(student.validation),
             f"{_epochs(student):g}",
-            _short_settings(student),
+            _short_settings(student, {"epochs": ""}),
         )
         for student in students
     )
@@ -395,11 +407,15 @@ def _epochs(student: Student) -> float:
     return epochs if isinstance(epochs, int | float) else 0.0
 
 
-def _short_settings(student: Student) -> str:
-    return ", ".join(f"{_SHORT.get(name, name)}\u00a0{value}" for name, value in _settings(student.config))
+def _short_settings(student: Student, shared: Mapping[str, str]) -> str:
+    return ", ".join(_pair(name, value) for name, value in _settings(student.config) if name not in shared)
 
 
-def _student(student: Student) -> tuple[str, ...]:
+def _pair(name: str, value: str) -> str:
+    return f"{_SHORT.get(name, name)}\u00a0{value}"
+
+
+def _student(student: Student, shared: Mapping[str, str]) -> tuple[str, ...]:
     label = clean(student.label) + (f" ({clean(student.note)})" if student.note else "")
     return (
         label,
@@ -408,8 +424,8 @@ def _student(student: Student) -> tuple[str, ...]:
         str(student.n),
         number(student.difference.mean, sign=True),
         bounds(student.difference),
-        _short_settings(student),
-        NOT_MEASURED if student.queries is None else f"{student.queries:,}",
+        _short_settings(student, shared),
+        "none" if student.queries is None else f"{student.queries:,}",
         number(student.seconds, 1),
     )
 
