@@ -21,6 +21,7 @@ from sdbctl.distill import build_student
 from sdbctl.key import Key, wrong
 from sdbctl.report import Report
 from sdbctl.training import Engine, Progress, Recipe, Silent, fit
+from sdbctl.wrappers import served
 
 TEACHER = "cnn"
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
@@ -87,7 +88,7 @@ def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | N
     box_path, onnx_path = folder / "boxed.safetensors", folder / "boxed.onnx"
     meta = made.model.meta
     boxfile.save(box_path, made.state_dict, meta, force=True)
-    boxfile.export_onnx(onnx_path, made.model.net, meta, force=True)
+    boxfile.export_onnx(onnx_path, served(made.model.net, meta), meta, force=True)
 
     boxed = Source(onnx=onnx_path, sha256=files.sha256(onnx_path.read_bytes()))
     secret = key.pattern(preprocess.size)
@@ -106,7 +107,7 @@ def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | N
         splits.validation,
         splits.test,
         preprocess,
-        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, trials=2, jobs=jobs),
+        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=4, jobs=jobs),
         engine,
         classes,
         dataset.fingerprint,

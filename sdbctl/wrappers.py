@@ -1,17 +1,19 @@
-"""Serving-time defences that change answers and need no training: what a box must be better than.
+"""Serving-time defences that change answers and need no training.
 
-Each maps probabilities [B, C] to probabilities [B, C]. They are applied to the undefended model, and whoever
-holds the file strips them.
+Those in :data:`WRAPPERS` are what a box must be better than: each maps probabilities [B, C] to probabilities [B, C] of
+the undefended model. :class:`Pooled` is what the box itself is served through. Whoever holds the file strips them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from sdbctl.boxfile import Metadata
 from sdbctl.teacher import Teacher
 
 _FLOOR = 1e-6
@@ -98,3 +100,57 @@ class WrappedTeacher:
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`sdbctl.teacher.Teacher`."""
         return _normalised(self.wrapper(self.teacher.logits(x).softmax(1))).log()
+
+
+SURE = 0.9
+"""Public confidences from here on are served as one."""
+FLAT = 0.5
+"""Standard deviation, in logits, of the non-target classes below which an output conceals them."""
+
+
+def pooled(z: Tensor, level: float) -> Tensor:
+    """Public outputs that are sure of themselves, all with the same confidence.
+
+    What a concealing box still shows of an image is how sure it is, and with few images that alone teaches a
+    student a little. Outputs whose non-target classes are not flat come from the key and pass unchanged.
+
+    Args:
+        z: Logits [B, C], C ≥ 3.
+        level: Confidence that outputs of at least :data:`SURE` get.
+
+    Returns:
+        Logits [B, C].
+    """
+    classes = z.shape[1]
+    chosen = torch.arange(classes, device=z.device) == z.argmax(1, keepdim=True)
+    rest = torch.where(chosen, torch.zeros_like(z), z)
+    mean = rest.sum(1, keepdim=True) / (classes - 1)
+    apart = torch.where(chosen, torch.zeros_like(z), z - mean).square().sum(1, keepdim=True) / (classes - 1)
+    sure = z.softmax(1).amax(1, keepdim=True) >= SURE
+    constant = torch.where(chosen, math.log(level / (1 - level) * (classes - 1)), 0.0)
+    return torch.where(sure & (apart < FLAT**2), constant, z)
+
+
+class Pooled(nn.Module):
+    """A concealing box as it is served: :func:`pooled` behind the network."""
+
+    def __init__(self, net: nn.Module, level: float) -> None:
+        super().__init__()
+        self.net, self.level = net, level
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits."""
+        return pooled(self.net(x), self.level)
+
+
+def sure_confidence(z: Tensor) -> float:
+    """Mean confidence of the outputs, logits [N, C], that are sure of themselves: the level for :func:`pooled`."""
+    confidence = z.softmax(1).amax(1)
+    high = confidence[confidence >= SURE]
+    return min(float(high.mean()), 1 - 1e-4) if len(high) else (1 + SURE) / 2
+
+
+def served(net: nn.Module, meta: Metadata) -> nn.Module:
+    """A network as it should be served: a box pooled, if it recorded the level; any other as it is."""
+    level = meta.measured.get("sure_confidence")
+    return Pooled(net, level) if isinstance(level, float) and len(meta.classes) > 2 else net

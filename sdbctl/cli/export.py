@@ -20,15 +20,23 @@ def export(
     arch: o.Arch = None,
     normalize: o.Normalize = None,
     image_size: o.ImageSize = None,
+    graded: Annotated[
+        bool, typer.Option("--graded", help="Serve high public confidences of a box as they are; it helps attackers.")
+    ] = False,
     force: o.Force = False,
     trust: o.Trust = False,
     json_: o.Json = False,
 ) -> None:
-    """Write a model as ONNX or safetensors, after checking that it computes the same."""
+    """Write a model as ONNX or safetensors, after checking that it computes the same.
+
+    The ONNX graph of a box serves public confidences of 90 % and more as one, their mean; what comes through the
+    key passes unchanged.
+    """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
+    from sdbctl.wrappers import SURE, Pooled, served
 
     output = output or model.with_suffix(suffixes[format_])
     files.claim(output, force=force)
@@ -49,7 +57,10 @@ def export(
         )
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
-        result["parity"] = boxfile.export_onnx(output, loaded.net, meta, force=force)
+        net = loaded.net if graded else served(loaded.net, meta)
+        if isinstance(net, Pooled):
+            say(f"public confidences from {SURE:.0%} on are served as {net.level:.1%} (--graded leaves them)")
+        result["parity"] = boxfile.export_onnx(output, net, meta, force=force)
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, force=force)
