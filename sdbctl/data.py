@@ -890,6 +890,7 @@ def batches(
     shuffle: bool,
     drop_last: bool = False,
     channels_last: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Iterate over a set once.
 
@@ -905,6 +906,7 @@ def batches(
         shuffle: Whether in random order.
         drop_last: Whether to leave out a last batch that is not full.
         channels_last: Memory format of the batches.
+        share: (i, n) for the i-th of n equal parts of each batch; what cannot be shared evenly is left out.
 
     Raises:
         UsageError: The augmentation is unknown, a generator is missing, or the images have another shape.
@@ -930,6 +932,10 @@ def batches(
     smallest = batch_size if drop_last else min(2, batch_size) if shuffle else 1
     # chunks of one tensor on the device: no copy per batch
     chunks = [chunk for chunk in _chunks(order.to(device), batch_size) if len(chunk) >= smallest]
+    part, parts = share
+    if parts > 1:
+        chunks = [chunk[part : len(chunk) - len(chunk) % parts : parts] for chunk in chunks]
+        chunks = [chunk for chunk in chunks if len(chunk)]
 
     def run() -> Iterator[Batch]:
         for index, pixels, labels in _fetch(images, chunks, device):

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from sdbctl import team
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
 
@@ -45,6 +46,8 @@ def claim(path: Path, *, force: bool) -> Path:
 def write(path: Path, content: bytes | str | Callable[[Path], None], *, force: bool = True) -> Path:
     """Write a file atomically: temporary file in the same folder, fsync, rename.
 
+    Of several processes that train together only the first writes.
+
     Args:
         path: The file to write.
         content: Its bytes or text, or a function that writes them to the path it is given.
@@ -57,6 +60,8 @@ def write(path: Path, content: bytes | str | Callable[[Path], None], *, force: b
         UsageError: The file exists and ``force`` is off.
         EnvironmentFailure: The disk is full or the folder cannot be written to.
     """
+    if team.rank() > 0:
+        return path
     claim(path, force=force)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -15,12 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from sdbctl import files
+from sdbctl import files, team
 from sdbctl.data import Batch, ImageSet, Preprocess, batches
 from sdbctl.errors import BadInput, EnvironmentFailure, SdbError, UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
-_FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -243,15 +241,8 @@ def fit(
         SdbError: The loss stopped being a number.
         BadInput: The resume file belongs to another run.
     """
-    from lightning_fabric import Fabric
-
     progress = progress or Silent()
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    fabric = Fabric(
-        accelerator=engine.device.type,
-        devices=1 if engine.device.index is None else [engine.device.index],
-        precision=_FABRIC_PRECISION[engine.precision],
-    )
+    fabric = team.fabric(engine.device, engine.precision)
     generator = torch.Generator(engine.device).manual_seed(recipe.seed)
     place(model, engine.device)
     optimiser = torch.optim.SGD(
@@ -287,18 +278,20 @@ def fit(
                 generator=generator,
                 augment=recipe.augment,
                 shuffle=True,
+                share=(fabric.global_rank, fabric.world_size),
             )
-            for number, batch in enumerate(stream):
-                rate = learning_rate(recipe, epoch * per_epoch + number, total)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
-                terms = step(wrapped, batch)
-                loss = torch.stack([term.float() for term in terms.values()]).sum()
-                optimiser.zero_grad(set_to_none=True)
-                fabric.backward(loss)
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                optimiser.step()
-                meter.add(terms)
+            with team.together():
+                for number, batch in enumerate(stream):
+                    rate = learning_rate(recipe, epoch * per_epoch + number, total)
+                    for group in optimiser.param_groups:
+                        group["lr"] = rate
+                    terms = step(wrapped, batch)
+                    loss = torch.stack([term.float() for term in terms.values()]).sum()
+                    optimiser.zero_grad(set_to_none=True)
+                    fabric.backward(loss)
+                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                    optimiser.step()
+                    meter.add(terms)
             meter.flush()
             synchronise(engine.device)
             seconds += time.perf_counter() - begin
@@ -306,9 +299,9 @@ def fit(
             if after_epoch is not None:
                 extra = after_epoch(epoch)
                 progress.advance(0, extra)
-            if resume_from is not None and epoch + 1 < recipe.epochs:
+            if resume_from is not None and epoch + 1 < recipe.epochs and team.rank() == 0:
                 _save(resume_from, identity, epoch + 1, model, optimiser, generator)
-    if resume_from is not None:
+    if resume_from is not None and team.rank() == 0:
         resume_from.unlink(missing_ok=True)
     return seconds
 

@@ -13,6 +13,7 @@ ROOT = Path(sdbctl.__file__).parent
 
 # each module may import those on lines below its own, and its own package
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"demo", "bench"},
     {"evaluate", "box"},
@@ -28,6 +29,7 @@ LAYERS = [
     {"checkpoint", "data", "models"},
     {"losses", "metrics", "key"},
     {"files"},
+    {"team"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}

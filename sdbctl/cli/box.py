@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import announce, check_classes, open_data, pick, preprocess_of, read_key, split_like
+from sdbctl.cli.common import announce, check_classes, open_data, pick, preprocess_of, read_key, recipe_of, split_like
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import GateFailed, UsageError
 
@@ -67,6 +67,9 @@ def box(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
+    devices: o.Devices = 1,
+    nodes: o.Nodes = 1,
+    strategy: o.Strategy = "auto",
     max_cost: Annotated[
         float | None, typer.Option("--max-cost", help="Exit with 3 if the box costs more top-1 points.")
     ] = None,
@@ -93,11 +96,11 @@ def box(
     if not resume:
         files.claim(reference_path, force=force)
 
-    key = read_key(key_file, insecure_key_file)
+    key = read_key(key_file, insecure_key_file, devices * nodes)
 
     from dataclasses import asdict, replace
 
-    from sdbctl import boxfile
+    from sdbctl import boxfile, team
     from sdbctl.box import BoxConfig, Task, check_above_chance, estimate, fine_tune
     from sdbctl.box import box as make_box
     from sdbctl.boxfile import Metadata
@@ -116,8 +119,9 @@ def box(
         wrong_share=usual.wrong_share if wrong_share is None else wrong_share,
         views=usual.views if views is None else views,
         disturb=disturb,
-        recipe=scaled(
+        recipe=recipe_of(
             scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
+            devices * nodes,
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
@@ -147,7 +151,16 @@ def box(
         dataset, recorded.data if recorded else None, owner=owner_size, transfer=transfer_size, test=test_size
     )
     size = dataset.train.shape
-    engine = pick(device, precision, original.net, size, config.recipe.batch_size)
+    engine = pick(
+        device,
+        precision,
+        original.net,
+        size,
+        config.recipe.batch_size,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+    )
     preprocess = preprocess_of(original, normalize, splits.validation, engine, size)
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
     say(f"original: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
@@ -184,6 +197,8 @@ def box(
             )
             boxfile.save(reference_path, original.file_state(reference), reference_meta, force=True)
         made = make_box(original, reference, key, task, config, progress=progress, resume_from=state)
+    if team.rank() > 0:
+        return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
     boxfile.save(output, made.state_dict, meta, force=force)
     cost, measured = made.cost, made.measured

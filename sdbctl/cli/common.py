@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
     from sdbctl.key import Key
     from sdbctl.teacher import OnnxTeacher
-    from sdbctl.training import Engine
+    from sdbctl.training import Engine, Recipe
 
 
-def read_key(path: Path, insecure: bool) -> Key:
-    """The key in a file, or on standard input for ``-``."""
+def read_key(path: Path, insecure: bool, processes: int = 1) -> Key:
+    """The key in a file, or on standard input for ``-``, which only one process can read."""
     from sdbctl.key import Key
 
+    if processes > 1 and str(path) == "-":
+        raise UsageError("several processes cannot read the key from standard input", "give --key-file FILE")
     return Key.load("-" if str(path) == "-" else path, insecure=insecure)
 
 
@@ -76,17 +78,52 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
     return data.split(dataset, seed=seed if isinstance(seed, int) else 0, **chosen)
 
 
-def pick(device: str, precision: str, model: nn.Module, shape: tuple[int, int, int], batch_size: int) -> Engine:
-    """Choose device and precision by a short measurement, and say so."""
+def pick(
+    device: str,
+    precision: str,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    *,
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: str = "auto",
+) -> Engine:
+    """Choose device and precision by a short measurement, say so, and gather the processes that train together."""
     import torch
 
-    from sdbctl.training import pick_engine
+    from sdbctl import team
+    from sdbctl.training import pick_device, pick_engine
 
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
+    several = devices * nodes > 1
+    if several and precision == "auto":
+        # processes that start together would spoil each other's timings, and must all choose the same
+        precision = "bf16" if pick_device(device).type == "cuda" else "fp32"
     engine, why = pick_engine(device, precision, model, torch.zeros(batch_size, *shape))  # type: ignore[arg-type]
+    if several:
+        team.join(engine.device, engine.precision, devices, nodes, strategy)
+        engine = replace(engine, device=team.fabric(engine.device, engine.precision).device)
+        why += f", {team.size()} processes of {batch_size // team.size()} images each"
     say(f"computing on {why}")
     return engine
+
+
+def recipe_of(
+    usual: Recipe, processes: int, *, epochs: int | None, batch_size: int | None, lr: float | None, seed: int
+) -> Recipe:
+    """A recipe with what was asked for in place of the usual.
+
+    ``--batch-size`` counts the images of one step of all processes together. If it is not given, it grows with the
+    number of processes and the learning rate grows alike (Goyal et al., arXiv 1706.02677).
+    """
+    from sdbctl.training import scaled
+
+    grown = processes if batch_size is None else 1
+    return scaled(
+        usual, epochs=epochs, batch_size=batch_size or usual.batch_size * grown, lr=lr or usual.lr * grown, seed=seed
+    )
 
 
 def preset(name: str, size: tuple[int, int, int]) -> Preprocess:

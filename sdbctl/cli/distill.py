@@ -17,6 +17,7 @@ from sdbctl.cli.common import (
     preprocess_for,
     preset,
     read_key,
+    recipe_of,
     split_like,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
@@ -47,6 +48,9 @@ def distill(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
+    devices: o.Devices = 1,
+    nodes: o.Nodes = 1,
+    strategy: o.Strategy = "auto",
     output: o.Output = None,
     resume: o.Resume = False,
     force: o.Force = False,
@@ -63,7 +67,7 @@ def distill(
     from sdbctl import files
 
     files.claim(output, force=force)
-    key = read_key(key_file, insecure_key_file) if key_file else None
+    key = read_key(key_file, insecure_key_file, devices * nodes) if key_file else None
 
     import torch
 
@@ -73,7 +77,7 @@ def distill(
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, predict, scaled, step_seconds
+    from sdbctl.training import Recipe, predict, step_seconds
 
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
@@ -93,9 +97,9 @@ def distill(
     check_classes(dataset, classes, teacher.name)
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     size = dataset.train.shape
-    recipe = scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    recipe = recipe_of(Recipe(), devices * nodes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(student, classes, size[0], seed)
-    engine = pick(device, precision, net, size, recipe.batch_size)
+    engine = pick(device, precision, net, size, recipe.batch_size, devices=devices, nodes=nodes, strategy=strategy)
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     asked: Teacher = opened.served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
     if key is not None and meta is not None:
@@ -175,6 +179,9 @@ def train(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
+    devices: o.Devices = 1,
+    nodes: o.Nodes = 1,
+    strategy: o.Strategy = "auto",
     output: o.Output = None,
     resume: o.Resume = False,
     force: o.Force = False,
@@ -194,15 +201,15 @@ def train(
     from sdbctl.box import plain_step
     from sdbctl.boxfile import Metadata
     from sdbctl.distill import build_student
-    from sdbctl.training import Recipe, fit, predict, scaled, step_seconds
+    from sdbctl.training import Recipe, fit, predict, step_seconds
 
     dataset = open_data(data, data_root, download=download, size=image_size)
     splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)
     size, classes = dataset.train.shape, len(dataset.classes)
-    recipe = scaled(Recipe(epochs=30), epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    recipe = recipe_of(Recipe(epochs=30), devices * nodes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(arch, classes, size[0], seed)
     preprocess = preset(normalize or ("half" if size[0] == 1 else "imagenet"), size)
-    engine = pick(device, precision, net, size, recipe.batch_size)
+    engine = pick(device, precision, net, size, recipe.batch_size, devices=devices, nodes=nodes, strategy=strategy)
     one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
     announce({"training": one * len(splits.owner) * recipe.epochs})
     some = splits.validation.take(range(min(1000, len(splits.validation))))

@@ -44,3 +44,8 @@ Normalize = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Let the checkpoint run the code it contains. Dangerous.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Devices = Annotated[
+    int, typer.Option("--devices", min=1, help="Processes that train together on this machine, one per GPU.")
+]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines, started by torchrun or Slurm.")]
+Strategy = Annotated[str, typer.Option("--strategy", help="How processes share the work; auto is DDP.")]

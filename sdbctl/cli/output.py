@@ -25,11 +25,13 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from sdbctl import team
 from sdbctl.errors import EnvironmentFailure, Interrupted, SdbError
 
 # a pipe or a CI log has no width of its own, and 80 columns break the names in the tables
 out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# of several processes that train together only the first talks
+err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=team.rank() > 0)
 
 
 def say(text: str) -> None:
@@ -45,6 +47,8 @@ def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> No
         as_json: Whether ``--json`` was given.
         human: Tables and lines for people.
     """
+    if team.rank() > 0:
+        return
     if as_json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
@@ -153,7 +157,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def fail(error: SdbError) -> NoReturn:
     """Print an error in one line and leave with its exit code."""
-    err.print("error: ", style="bold red", end="")
+    err.quiet = False
+    err.print(f"error in process {team.rank()}: " if team.rank() else "error: ", style="bold red", end="")
     say(" ".join(str(error).split()))
     raise typer.Exit(error.exit_code) from None
 

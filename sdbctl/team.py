@@ -1,0 +1,112 @@
+"""The processes that train one model together, through Lightning Fabric; usually there is only one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sdbctl.errors import EnvironmentFailure, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from lightning_fabric import Fabric
+
+_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
+_joined: Fabric | None = None
+
+
+def rank() -> int:
+    """Number of this process, from 0; only number 0 writes files and talks.
+
+    Fabric's own launcher, torchrun and Slurm all say it in the environment, before anything is joined.
+    """
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit() and (name != "SLURM_PROCID" or _joined is not None):
+            return int(os.environ[name])
+    return 0
+
+
+def size() -> int:
+    """Number of processes that train together."""
+    return _joined.world_size if _joined is not None else 1
+
+
+def join(device: torch.device, precision: str, devices: int, nodes: int, strategy: str) -> None:
+    """Start the other processes, or find those that torchrun or Slurm started, and connect to them.
+
+    Each of them runs the same command from its beginning and joins here.
+
+    Args:
+        device: Its type is what every process computes on.
+        precision: ``fp32`` or ``bf16``.
+        devices: Processes on this machine, one per device.
+        nodes: Machines.
+        strategy: A strategy of Fabric, ``auto`` for DDP.
+
+    Raises:
+        EnvironmentFailure: There are fewer GPUs, or the processes cannot connect.
+        UsageError: Fabric knows no such strategy.
+    """
+    import torch
+    from lightning_fabric import Fabric
+
+    global _joined
+    if device.type == "cuda" and devices > torch.cuda.device_count():
+        raise EnvironmentFailure(f"{devices} GPUs were asked for, there are {torch.cuda.device_count()}")
+    _quiet()
+    try:
+        fabric = Fabric(
+            accelerator=device.type,
+            precision=_PRECISION[precision],
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if strategy == "auto" else strategy,
+        )
+        fabric.launch()
+    except ValueError as error:
+        if "strategy" not in str(error):
+            raise
+        raise UsageError(f"strategy {strategy} cannot be used", "use auto, ddp or another one of Fabric") from None
+    except RuntimeError as error:
+        raise EnvironmentFailure(f"the processes cannot connect: {str(error).splitlines()[0]}") from None
+    _joined = fabric
+
+
+def fabric(device: torch.device, precision: str) -> Fabric:
+    """What :func:`join` made, or a Fabric of this process alone."""
+    from lightning_fabric import Fabric
+
+    if _joined is not None:
+        return _joined
+    _quiet()
+    return Fabric(
+        accelerator=device.type,
+        precision=_PRECISION[precision],
+        devices=1 if device.index is None else [device.index],
+    )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Turn the failure of another process into one clear line.
+
+    Raises:
+        EnvironmentFailure: Another process has ended.
+        SystemExit: The same, in all processes but the first, which says it for all.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if size() > 1 and any(word in text for word in ("gloo", "NCCL", "onnection", "peer")):
+            if rank() > 0:
+                raise SystemExit(EnvironmentFailure.exit_code) from None
+            raise EnvironmentFailure("another training process has ended", "--resume goes on") from None
+        raise
+
+
+def _quiet() -> None:
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

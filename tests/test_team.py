@@ -1,0 +1,110 @@
+"""Several processes that train one model, for real: separate processes, gloo, this machine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sdbctl import boxfile
+from sdbctl.data import Preprocess, batches
+
+COMMAND = [sys.executable, "-m", "sdbctl"]
+PREPROCESS = Preprocess((0.5,), (0.5,), (1, 8, 8))
+
+
+def parts_of(images, count, size=32):
+    """Every part's batches of one epoch."""
+    for part in range(count):
+        yield list(
+            batches(
+                images,
+                PREPROCESS,
+                batch_size=size,
+                device=torch.device("cpu"),
+                generator=torch.Generator().manual_seed(3),
+                augment="none",
+                shuffle=True,
+                share=(part, count),
+            )
+        )
+
+
+def test_the_parts_of_a_batch_are_equal_and_make_the_whole(splits):
+    images = splits.transfer.take(range(101))
+    (whole,) = parts_of(images, 1)
+    shared = list(parts_of(images, 3))
+    for batch, *parts in zip(whole, *shared, strict=True):
+        left = len(batch.y) % 3
+        assert {len(part.y) for part in parts} == {len(batch.y) // 3}
+        seen = torch.cat([part.index for part in parts]).sort().values
+        assert torch.equal(seen, batch.index[: len(batch.y) - left].sort().values)
+
+
+def start(*args, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*COMMAND, *map(str, args)], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def losses(text):
+    return [float(value) for value in re.findall(r"label (\d\.\d+)", text)]
+
+
+def test_two_processes_train_like_one(tmp_path):
+    common = ("train", "--arch", "cnn", "--data", "digits", "--epochs", 3, "--batch-size", 64, "--precision", "fp32")
+    runs = [start(*common, "-o", f"{n}.safetensors", "--devices", n, cwd=tmp_path) for n in (1, 2)]
+    (out, one), (out_two, two) = (run.communicate(timeout=120) for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], two
+    assert out.count("wrote") == out_two.count("wrote") == 1
+    assert "2 processes of 32 images each" in two
+    assert len(losses(one)) == len(losses(two)) > 5
+    # the same images in the same order; BatchNorm sees half of them
+    assert losses(two) == pytest.approx(losses(one), rel=0.35, abs=0.1)
+    accuracies = [boxfile.load(tmp_path / f"{n}.safetensors").meta.measured["top1"] for n in (1, 2)]
+    assert min(accuracies) > 80
+    assert {path.name for path in tmp_path.iterdir()} == {"1.safetensors", "2.safetensors"}
+
+
+def children(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in listed.stdout.split()]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_in_one_line_and_it_resumes(tmp_path, work):
+    common = ("train", "--arch", "cnn", "--data", "digits", "--epochs", 60, "--batch-size", 64, "--devices", 2)
+    run = start(*common, "-o", "x.safetensors", cwd=tmp_path)
+    state = tmp_path / ".x.resume"
+    limit = time.monotonic() + 90
+    while not state.exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    (other,) = children(run.pid)
+    os.kill(other, signal.SIGKILL)
+    _, text = run.communicate(timeout=60)
+    assert run.returncode == 6
+    assert text.splitlines()[-1] == "error: another training process has ended; --resume goes on"
+    assert "Traceback" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {".x.resume"}
+    again = start(*common, "-o", "x.safetensors", "--resume", cwd=tmp_path)
+    _, text = again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert "resumed cnn after epoch" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors"}
+
+
+def test_what_several_processes_cannot_do_is_said_first(tmp_path, work):
+    box = start(
+        "box", work / "teacher.safetensors", "--key-file", "-", "--devices", 2, "-o", "x.safetensors", cwd=tmp_path
+    )
+    assert "cannot read the key from standard input" in box.communicate(timeout=60)[1]
+    assert box.returncode == 2
+    train = start("train", "--data", "digits", "--arch", "cnn", "--devices", 2, "--strategy", "magic", cwd=tmp_path)
+    assert "strategy magic cannot be used" in train.communicate(timeout=60)[1]
+    assert train.returncode == 2
+    assert list(tmp_path.iterdir()) == []
