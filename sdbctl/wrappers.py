@@ -41,6 +41,16 @@ def uniform_nontarget(p: Tensor) -> Tensor:
     return best * chosen + (1 - best) * (1 - chosen) / (p.shape[1] - 1)
 
 
+def quantised_confidence(p: Tensor) -> Tensor:
+    """:func:`uniform_nontarget` with one of four confidences: at most two bits a query beside the class."""
+    least = 1 / p.shape[1]
+    step = (1 - least) / 4
+    best = p.amax(1, keepdim=True)
+    level = least + step * (((best - least) / step).floor().clamp(0, 3) + 0.5)
+    chosen = top1(p)
+    return level * chosen + (1 - level) * (1 - chosen) / (p.shape[1] - 1)
+
+
 def rounded(p: Tensor) -> Tensor:
     """Three decimals (ART's Rounded), normalised again."""
     return (1000 * p).round() / 1000
@@ -65,8 +75,9 @@ def gaussian_noise(p: Tensor) -> Tensor:
     """
     seeds = (p.double() * torch.arange(1, p.shape[1] + 1, device=p.device)).sum(1, keepdim=True) * 1e6
     ranks = torch.arange(p.shape[1], device=p.device, dtype=torch.float64)
-    uniform = (torch.sin(seeds + 12.9898 * ranks) * 43758.5453).frac().abs().clamp(1e-6, 1 - 1e-6)
-    noisy: Tensor = p + 0.2 * torch.special.ndtri(uniform).to(p.dtype)
+    one, two = (torch.sin(seeds + factor * ranks).mul(43758.5453).abs() % 1 for factor in (12.9898, 78.233))
+    normal = (-2 * one.clamp(min=1e-9).log()).sqrt() * torch.cos(2 * torch.pi * two)
+    noisy: Tensor = p + 0.2 * normal.to(p.dtype)
     return noisy.clamp(min=0)
 
 
@@ -77,17 +88,36 @@ def stingy(p: Tensor) -> Tensor:
     return chosen
 
 
+def misdirection(p: Tensor) -> Tensor:
+    """As much as stays the best class moves, up to 0.25, to the next class, which is always a wrong one.
+
+    After prediction poisoning with a bounded budget (Orekondy et al., ICLR 2020), whose direction comes from the
+    gradients of a surrogate; ours is fixed, so that all students of a teacher are led to the same errors.
+    """
+    chosen = top1(p)
+    decoy = torch.cat([chosen[:, -1:], chosen[:, :-1]], 1)
+    best, other = (p * chosen).sum(1, keepdim=True), (p * decoy).sum(1, keepdim=True)
+    moved = ((best - other) / 2 - 0.01).clamp(0.0, 0.25)
+    return p + moved * (decoy - chosen)
+
+
 Wrapper = Callable[[Tensor], Tensor]
 WRAPPERS: dict[str, Wrapper] = {
     "top1": top1,
     "class-constant": class_constant,
     "uniform-nontarget": uniform_nontarget,
+    "quantised-confidence": quantised_confidence,
     "rounded": rounded,
     "high-confidence": high_confidence,
     "reverse-sigmoid": reverse_sigmoid,
     "gaussian-noise": gaussian_noise,
     "stingy": stingy,
+    "misdirection": misdirection,
 }
+
+
+def _behind(wrapper: Wrapper, z: Tensor) -> Tensor:
+    return _normalised(wrapper(z.softmax(1))).log()
 
 
 class WrappedTeacher:
@@ -99,7 +129,19 @@ class WrappedTeacher:
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`sdbctl.teacher.Teacher`."""
-        return _normalised(self.wrapper(self.teacher.logits(x).softmax(1))).log()
+        return _behind(self.wrapper, self.teacher.logits(x))
+
+
+class Wrapped(nn.Module):
+    """A network behind one of :data:`WRAPPERS`, as an exported graph holds it."""
+
+    def __init__(self, net: nn.Module, wrapper: str) -> None:
+        super().__init__()
+        self.net, self.wrapper = net, WRAPPERS[wrapper]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → log-probabilities."""
+        return _behind(self.wrapper, self.net(x))
 
 
 SURE = 0.9

@@ -15,12 +15,16 @@ from sdbctl.errors import UsageError
 from sdbctl.key import Key, correlation
 from sdbctl.report import Report
 from sdbctl.suites import ALL, SUITES
-from sdbctl.teacher import Access, KeyedTeacher, Record, TorchTeacher
+from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
-from sdbctl.wrappers import WRAPPERS, WrappedTeacher, pooled, sure_confidence
+from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, pooled, sure_confidence
+from tests.conftest import run_cli
 
 ENGINE = Engine(torch.device("cpu"))
 RECIPE = Recipe(epochs=2, batch_size=32)
+EXPORTED = [
+    name if name in ("stingy", "misdirection") else pytest.param(name, marks=pytest.mark.slow) for name in WRAPPERS
+]
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +384,28 @@ def test_wrappers_give_probabilities_and_mostly_keep_the_prediction(name, teache
     assert torch.equal(z, served.logits(x))
 
 
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_wrapper_can_be_part_of_the_exported_graph(name, work, boxed, splits, tmp_path):
+    path = tmp_path / "wrapped.onnx"
+    code = run_cli("export", work / "boxed.safetensors", "--wrapper", name, "-o", path).returncode
+    if name == "gaussian-noise":
+        # a hash of every bit of the answer, which no two programs compute alike
+        assert (code, path.exists()) == (5, False)
+        return
+    assert code == 0
+    x = boxed.meta.preprocess(splits.test.pixels[:64].float() / 255)
+    with torch.no_grad():
+        expected = Wrapped(boxed.net, name)(x)
+    found = OnnxTeacher(path, ENGINE.device).logits(x)
+    assert torch.allclose(found.exp(), expected.exp(), atol=1e-5)
+
+
 def test_wrappers_do_what_they_say():
+    quantised = WRAPPERS["quantised-confidence"](P)
+    assert quantised[0].tolist() == pytest.approx([0.7, *[0.075] * 4])
+    assert quantised[1, quantised[1].argmax()].item() == pytest.approx(0.3)
+    assert WRAPPERS["misdirection"](P)[0].tolist() == pytest.approx([0.46, 0.44, 0.1, 0, 0])
+    assert WRAPPERS["misdirection"](P)[2].tolist() == pytest.approx([0.25, 0, 0, 0, 0.75])
     assert WRAPPERS["top1"](P)[0].tolist() == [1, 0, 0, 0, 0]
     assert WRAPPERS["uniform-nontarget"](P)[0].tolist() == pytest.approx([0.6, 0.1, 0.1, 0.1, 0.1])
     assert WRAPPERS["class-constant"](P)[2].tolist() == pytest.approx([0.025] * 4 + [0.9])

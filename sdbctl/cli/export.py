@@ -23,6 +23,10 @@ def export(
     graded: Annotated[
         bool, typer.Option("--graded", help="Serve high public confidences of a box as they are; it helps attackers.")
     ] = False,
+    wrapper: Annotated[
+        str | None,
+        typer.Option("--wrapper", metavar="NAME", help="Put a serving-time defence into the graph; see sdbctl list."),
+    ] = None,
     force: o.Force = False,
     trust: o.Trust = False,
     json_: o.Json = False,
@@ -36,7 +40,12 @@ def export(
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
-    from sdbctl.wrappers import SURE, Pooled, served
+    from sdbctl.wrappers import SURE, WRAPPERS, Pooled, Wrapped, served
+
+    if wrapper is not None and wrapper not in WRAPPERS:
+        raise UsageError(f"unknown wrapper {wrapper}", f"use one of: {', '.join(WRAPPERS)}")
+    if wrapper is not None and format_ != "onnx":
+        raise UsageError(f"weights cannot hold the wrapper {wrapper}", "use --format onnx")
 
     output = output or model.with_suffix(suffixes[format_])
     files.claim(output, force=force)
@@ -57,7 +66,9 @@ def export(
         )
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
-        net = loaded.net if graded else served(loaded.net, meta)
+        net = loaded.net if graded or wrapper else served(loaded.net, meta)
+        if wrapper is not None:
+            net = Wrapped(net, wrapper)
         if isinstance(net, Pooled):
             say(f"public confidences from {SURE:.0%} on are served as {net.level:.1%} (--graded leaves them)")
         result["parity"] = boxfile.export_onnx(output, net, meta, force=force)

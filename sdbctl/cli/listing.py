@@ -10,14 +10,14 @@ from sdbctl.cli import options as o
 from sdbctl.cli.output import emit, pairs
 from sdbctl.errors import UsageError
 
-TOPICS = ("objectives", "attacks", "students", "suites", "data")
+TOPICS = ("objectives", "attacks", "students", "suites", "wrappers", "data")
 
 
 def list_(
     topic: Annotated[str, typer.Argument(help=f"One of: {', '.join(TOPICS)}; or all.")] = "all",
     json_: o.Json = False,
 ) -> None:
-    """Show the objectives, attacks, students, suites and data sources that there are."""
+    """Show the objectives, attacks, students, suites, serving-time wrappers and data sources that there are."""
     if topic not in (*TOPICS, "all"):
         raise UsageError(f"unknown topic {topic}", f"use one of: {', '.join(TOPICS)}")
     tables = {name: entries(name) for name in (TOPICS if topic == "all" else (topic,))}
@@ -41,6 +41,10 @@ def entries(topic: str) -> dict[str, str]:
         from sdbctl.suites import SUITES
 
         return {name: suite.summary for name, suite in SUITES.items()}
+    if topic == "wrappers":
+        from sdbctl.wrappers import WRAPPERS
+
+        return {name: (wrapper.__doc__ or "").partition("\n")[0] for name, wrapper in WRAPPERS.items()}
     if topic == "students":
         from sdbctl import models
 
