@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,7 +29,7 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
-from sdbctl.training import Progress, Silent, environment, predict
+from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
 MODEL_LABELS = {
     "original": "original",
@@ -226,13 +224,12 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
 
 
 def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict[str, object]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if os.uname().sysname == "Darwin" else 1024)
     trained = [student for student in students.values() if student.seconds]
     images = len(bench.transfer) * bench.config.recipe.epochs
     rate = images / float(np.mean([student.seconds for student in trained])) if trained else None
     return {
         "seconds": round(seconds, 1),
         "student_images_per_second": round(rate, 1) if rate else None,
-        "peak_memory_mib": round(peak),
+        "peak_memory_mib": round(peak_memory() / 2**20),
         "jobs": bench.config.jobs,
     }

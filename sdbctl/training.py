@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,10 +93,12 @@ class Engine:
     Attributes:
         device: The torch device.
         precision: ``fp32``, or ``bf16`` autocast.
+        profile: File for a torch profiler trace of some training steps, or None.
     """
 
     device: torch.device
     precision: Literal["fp32", "bf16"] = "fp32"
+    profile: Path | None = None
 
     def autocast(self) -> torch.autocast:
         """The context in which every forward pass runs."""
@@ -185,6 +188,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has held so far, on the GPU if there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run with torch's global generator at ``seed``, and put it back afterwards."""
@@ -261,7 +272,7 @@ def fit(
     begin_epoch = 0
     seconds = 0.0
     extra: Mapping[str, float] = {}
-    with seeded(recipe.seed):
+    with seeded(recipe.seed), _profiled(engine.profile) as stepped:
         if resume_from is not None and resume_from.exists():
             begin_epoch = _restore(resume_from, identity, model, optimiser, generator)
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
@@ -292,6 +303,7 @@ def fit(
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                     optimiser.step()
                     meter.add(terms)
+                    stepped()
             meter.flush()
             synchronise(engine.device)
             seconds += time.perf_counter() - begin
@@ -304,6 +316,25 @@ def fit(
     if resume_from is not None and team.rank() == 0:
         resume_from.unlink(missing_ok=True)
     return seconds
+
+
+@contextmanager
+def _profiled(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Trace five steps after the first ten, and yield what is to be called after each step."""
+    if path is None or team.rank() > 0:
+        yield lambda: None
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
+    def write(trace: profile) -> None:
+        files.write(path, lambda part: trace.export_chrome_trace(str(part)))
+
+    with profile(
+        activities=activities, schedule=schedule(wait=5, warmup=5, active=5, repeat=1), on_trace_ready=write
+    ) as trace:
+        yield trace.step
 
 
 class _Meter:

@@ -464,3 +464,24 @@ def test_lists_walk_the_registries():
     assert set(shown["attacks"]) == set(ATTACKS)
     assert set(shown["data"]) == set(data.SOURCES)
     assert "wrn16" in shown["students"]
+
+
+def test_a_dry_run_plans_and_writes_nothing(work, tmp_path):
+    out = tmp_path / "x.safetensors"
+    box = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
+    student = ("distill", work / "boxed.onnx", "--student", "cnn-tiny", "--data", "digits", "-o", out)
+    evaluation = ("eval", work / "boxed.onnx", "--attack", "--suite", "quick", "--report", tmp_path / "report")
+    for command in (box, student, evaluation, ("train", "--arch", "cnn", "--data", "digits", "-o", out)):
+        done = run_cli(*command, "--dry-run")
+        assert done.returncode == 0
+        assert b"time estimate" in done.stderr
+        assert b"GiB; nothing was written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_is_a_trace_of_training_steps(tmp_path):
+    trace = tmp_path / "trace.json"
+    train = ("train", "--arch", "cnn-tiny", "--data", "digits", "--epochs", 3, "--profile", trace)
+    assert run_cli(*train, "-o", tmp_path / "x.safetensors").returncode == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep") for event in events) >= 5

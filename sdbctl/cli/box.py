@@ -70,6 +70,8 @@ def box(
     devices: o.Devices = 1,
     nodes: o.Nodes = 1,
     strategy: o.Strategy = "auto",
+    profile: o.Profile = None,
+    dry_run: o.DryRun = False,
     max_cost: Annotated[
         float | None, typer.Option("--max-cost", help="Exit with 3 if the box costs more top-1 points.")
     ] = None,
@@ -160,6 +162,7 @@ def box(
         devices=devices,
         nodes=nodes,
         strategy=strategy,
+        profile=profile,
     )
     preprocess = preprocess_of(original, normalize, splits.validation, engine, size)
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
@@ -175,7 +178,7 @@ def box(
     expected = estimate(config, original.net, preprocess, len(splits.owner), engine)
     if reference is not None:
         expected.pop("reference")
-    announce(expected)
+    announce(expected, dry_run=dry_run)
     if not resume:
         for old in (state, reference_state):
             old.unlink(missing_ok=True)

@@ -88,6 +88,7 @@ def pick(
     devices: int = 1,
     nodes: int = 1,
     strategy: str = "auto",
+    profile: Path | None = None,
 ) -> Engine:
     """Choose device and precision by a short measurement, say so, and gather the processes that train together."""
     import torch
@@ -107,7 +108,7 @@ def pick(
         engine = replace(engine, device=team.fabric(engine.device, engine.precision).device)
         why += f", {team.size()} processes of {batch_size // team.size()} images each"
     say(f"computing on {why}")
-    return engine
+    return replace(engine, profile=profile)
 
 
 def recipe_of(
@@ -208,11 +209,22 @@ def preprocess_of(
     return best
 
 
-def announce(estimates: Mapping[str, float]) -> None:
-    """Print how long a run will take."""
+def announce(estimates: Mapping[str, float], *, dry_run: bool = False) -> None:
+    """Print how long a run will take; a dry run ends here, with the memory that its first steps took.
+
+    Raises:
+        Exit: This is a dry run.
+    """
+    import typer
+
+    from sdbctl.training import peak_memory
+
     total = sum(estimates.values())
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in estimates.items())
     say(f"time estimate: {duration(total)}" + (f" ({parts})" if len(estimates) > 1 else ""))
+    if dry_run:
+        say(f"memory after a training step of this size: {peak_memory() / 2**30:.1f} GiB; nothing was written")
+        raise typer.Exit
 
 
 def box_fields(meta: Metadata) -> dict[str, Any]:

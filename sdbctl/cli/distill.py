@@ -51,6 +51,8 @@ def distill(
     devices: o.Devices = 1,
     nodes: o.Nodes = 1,
     strategy: o.Strategy = "auto",
+    profile: o.Profile = None,
+    dry_run: o.DryRun = False,
     output: o.Output = None,
     resume: o.Resume = False,
     force: o.Force = False,
@@ -99,7 +101,17 @@ def distill(
     size = dataset.train.shape
     recipe = recipe_of(Recipe(), devices * nodes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(student, classes, size[0], seed)
-    engine = pick(device, precision, net, size, recipe.batch_size, devices=devices, nodes=nodes, strategy=strategy)
+    engine = pick(
+        device,
+        precision,
+        net,
+        size,
+        recipe.batch_size,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        profile=profile,
+    )
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     asked: Teacher = opened.served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
     if key is not None and meta is not None:
@@ -108,7 +120,7 @@ def distill(
     accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
-    announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs})
+    announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs}, dry_run=dry_run)
     attack = ATTACKS["kd" if labels else "kd_unlabelled"]
     config = {"temperature": temperature, "alpha": alpha if labels else 1.0}
     state = output.with_name(f".{output.stem}.resume")
@@ -182,6 +194,8 @@ def train(
     devices: o.Devices = 1,
     nodes: o.Nodes = 1,
     strategy: o.Strategy = "auto",
+    profile: o.Profile = None,
+    dry_run: o.DryRun = False,
     output: o.Output = None,
     resume: o.Resume = False,
     force: o.Force = False,
@@ -209,9 +223,19 @@ def train(
     recipe = recipe_of(Recipe(epochs=30), devices * nodes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(arch, classes, size[0], seed)
     preprocess = preset(normalize or ("half" if size[0] == 1 else "imagenet"), size)
-    engine = pick(device, precision, net, size, recipe.batch_size, devices=devices, nodes=nodes, strategy=strategy)
+    engine = pick(
+        device,
+        precision,
+        net,
+        size,
+        recipe.batch_size,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        profile=profile,
+    )
     one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
-    announce({"training": one * len(splits.owner) * recipe.epochs})
+    announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run)
     some = splits.validation.take(range(min(1000, len(splits.validation))))
     state = output.with_name(f".{output.stem}.resume")
     if not resume:

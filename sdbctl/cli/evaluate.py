@@ -88,6 +88,7 @@ def evaluate(
     lr: o.LearningRate = None,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
+    dry_run: o.DryRun = False,
     force: o.Force = False,
     insecure_key_file: o.InsecureKey = False,
     trust: o.Trust = False,
@@ -171,8 +172,6 @@ def evaluate(
     )
     cells = report / "cells"
     if attack:
-        for folder in (cells, report / "answers"):
-            folder.mkdir(parents=True, exist_ok=True)
         planned = plan(bench)
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *size), engine)
         images = len(splits.transfer) * config.recipe.epochs
@@ -180,7 +179,12 @@ def evaluate(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
             f"{jobs} side by side"
         )
-        announce({"students": planned.runs * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)})
+        seconds = planned.runs * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)
+        announce({"students": seconds}, dry_run=dry_run)
+        for folder in (cells, report / "answers"):
+            folder.mkdir(parents=True, exist_ok=True)
+    elif dry_run:
+        announce({}, dry_run=True)
     with Live() as progress:
         made = evaluate.evaluate(
             bench,

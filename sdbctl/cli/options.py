@@ -49,3 +49,8 @@ Devices = Annotated[
 ]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines, started by torchrun or Slurm.")]
 Strategy = Annotated[str, typer.Option("--strategy", help="How processes share the work; auto is DDP.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, time and memory, and do nothing.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="FILE", help="Write a torch profiler trace of some steps (for Perfetto)."),
+]
