@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing
+from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing, sweep
 from sdbctl.cli.output import guarded, say
 from sdbctl.cli.settings import SETTINGS_FILE, read_settings
 from sdbctl.errors import SdbError
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "distill": distill.distill,
     "eval": evaluate.evaluate,
     "report": evaluate.rerender,
+    "sweep": sweep.sweep,
     "train": distill.train,
     "demo": demo.demo,
     "bench": bench.bench,

@@ -31,6 +31,11 @@ def markdown(report: Report, gates: Sequence[GateResult] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def document(title: str, table: Table) -> str:
+    """A table under a heading."""
+    return "\n\n".join([f"# {_text(title)}", *_table(table)]) + "\n"
+
+
 def _table(table: Table) -> Iterator[str]:
     lines = [
         [_text(column.title) for column in table.columns],

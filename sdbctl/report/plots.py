@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import matplotlib
@@ -193,6 +193,38 @@ def _curve(curve: Curve) -> Callable[[Axes], None]:
             axes.legend(loc="best")
 
     return draw
+
+
+def trade_off(reports: Mapping[str, Report], cost: str, words: str) -> Plot | None:
+    """What a student gains from each of several boxes, over what the box costs its users.
+
+    Args:
+        reports: Reports by the name of a setting.
+        cost: Path of the cost in a report.
+        words: What it is.
+    """
+    known = [
+        (name, price, gain)
+        for name, report in reports.items()
+        if (gain := report.unauthorized_advantage.api.labelled).mean is not None
+        and (price := report.get(cost)) is not None
+    ]
+    if not known:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for name, price, gain in known:
+            assert gain.mean is not None
+            low, high = (gain.mean if bound is None else bound for bound in (gain.low, gain.high))
+            axes.plot([price, price], [low, high], color=_PAINT["attack"], linewidth=1.2, alpha=0.6)
+            axes.plot([price], [gain.mean], color=_PAINT["attack"], marker="o")
+            axes.annotate(clean(name), (price, gain.mean), xytext=(6, 4), textcoords="offset points", fontsize=11)
+        axes.axhline(0, color=_PAINT["ink"], linewidth=1, linestyle="--")
+        axes.margins(x=0.25)
+        axes.set(xlabel=words, ylabel="Advantage, points")
+
+    text = f"Advantage without the key over the floor, by setting, over {words.lower()}."
+    return Plot(words, _svg(draw, NARROW, 320, text))
 
 
 def _known(points: tuple[Point, ...], *, log: bool) -> Iterator[tuple[float, float, float, float]]:

@@ -28,19 +28,19 @@ def tables(report: Report, gates: Sequence[GateResult] = ()) -> list[RenderableT
     shown = view(report, gates)
     result: list[RenderableType] = [
         Group(Text(shown.title, "bold"), Text(shown.verdict)),
-        _table(headline(shown.cards)),
+        rich_table(headline(shown.cards)),
     ]
-    result += [_table(table) for table in shown.tables]
+    result += [rich_table(table) for table in shown.tables]
     result += [Text(f"Note: {note}", "dim") for note in shown.notes]
     return result
 
 
 def comparison(report: Report, baseline: Report) -> RenderableType:
     """What changed since another report."""
-    return _table(compare(report, baseline))
+    return rich_table(compare(report, baseline))
 
 
-def _table(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
     """A rich table of the columns that fit a terminal; cells are plain text, so no markup is read."""
     rich = RichTable(
         title=Text(table.title, "bold") if table.title else None,

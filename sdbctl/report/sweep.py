@@ -1,0 +1,77 @@
+"""Several boxes of one checkpoint side by side: what each setting costs, and what it protects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from sdbctl.report import Report
+from sdbctl.report.html import template
+from sdbctl.report.markdown import document
+from sdbctl.report.view import ICONS, NOT_MEASURED, Column, Table, bounds, clean, number
+
+COSTS = {
+    "inference_cost.top1.mean": "Top-1 cost, points",
+    "inference_cost.nll_binary.mean": "Rise of the NLL of the prediction",
+}
+_COLUMNS = (
+    Column("Setting", numeric=False),
+    Column("Top-1 cost"),
+    Column("ECE"),
+    Column("NLL of prediction"),
+    Column("Dark knowledge"),
+    Column("Advantage, API"),
+    Column("95 % bounds"),
+    Column("Without labels"),
+    Column("Authorized gain"),
+    Column("95 % bounds"),
+)
+
+
+def table(reports: Mapping[str, Report]) -> Table:
+    """One row per setting.
+
+    Args:
+        reports: Reports by the name of a setting.
+    """
+    rows = tuple(_row(name, report) for name, report in reports.items())
+    return Table(
+        "Settings", _COLUMNS, rows, "Costs against N_ft; the advantage is over the best of the floor, in points."
+    )
+
+
+def _row(name: str, report: Report) -> tuple[str, ...]:
+    cost, advantage, boxed = report.inference_cost, report.unauthorized_advantage.api, report.models.get("boxed")
+    return (
+        clean(name),
+        number(cost.top1.mean, sign=True),
+        number(cost.ece.mean, 3, sign=True),
+        number(cost.nll_binary.mean, 3, sign=True),
+        number(boxed.residual if boxed else None, 4),
+        number(advantage.labelled.mean, sign=True),
+        bounds(advantage.labelled),
+        number(advantage.unlabelled.mean, sign=True),
+        number(report.authorized_gain.mean, sign=True),
+        bounds(report.authorized_gain),
+    )
+
+
+def to_json(title: str, reports: Mapping[str, Report]) -> str:
+    """The numbers of every setting; whole reports lie beside their boxes."""
+    content = {"title": title, "settings": {name: report.means() for name, report in reports.items()}}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def markdown(title: str, reports: Mapping[str, Report]) -> str:
+    """The table as Markdown."""
+    return document(title, table(reports))
+
+
+def html(title: str, reports: Mapping[str, Report]) -> str:
+    """The table and the trade-offs as one page without network or script."""
+    from sdbctl.report import plots  # matplotlib takes a while to import
+
+    drawn = [plot for cost, words in COSTS.items() if (plot := plots.trade_off(reports, cost, words))]
+    return template("sweep.html.j2").render(
+        title=clean(title), table=table(reports), plots=drawn, roles={}, icons=ICONS, not_measured=NOT_MEASURED
+    )
