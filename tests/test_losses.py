@@ -195,6 +195,34 @@ def test_nasty_terms_against_numpy():
     assert terms["preserve"].item() == pytest.approx(2 * 16 * kl(zn, zk), rel=1e-4)
 
 
+def test_cmim_terms_against_numpy():
+    v = views(batch=9, seed=3)
+    objective = OBJECTIVES["cmim"]
+    terms = objective.terms(v, objective.parameters(concentrate=0.5, temperature=4.0, preserve=2.0))
+    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    label, total = v.label.numpy(), 0.0
+    assert 1 < len(set(label)) < 7
+    for tau in (1, 4, 20):
+        p = softmax(z / tau, 1)
+        for image, y in enumerate(label):
+            own = label == y
+            if own.sum() > 1:
+                divergence = (p[image] * np.log(p[image] / p[own].mean(0))).sum()
+                total += tau**2 * divergence * own.sum() / (own.sum() - 1) / 9 / 3
+    assert terms["concentrate"].item() == pytest.approx(0.5 * total, rel=1e-4)
+    keyed = (softmax(zn / 4, 1) * (log_softmax(zn / 4, 1) - log_softmax(zk / 4, 1))).sum(1).mean()
+    assert terms["preserve"].item() == pytest.approx(2 * 16 * keyed, rel=1e-4)
+
+
+def test_outputs_that_depend_on_the_class_alone_have_no_conditional_information():
+    from sdbctl.objectives.cmim import conditional_information
+
+    label = torch.tensor([0, 1, 0, 1, 2])
+    z = torch.randn(3, 6)[label].requires_grad_()
+    information = conditional_information(z, label, 4.0)
+    assert information.item() == pytest.approx(0.0, abs=1e-6)
+
+
 def test_decoy_offset_gives_the_share_to_the_next_class():
     offset = decoy_offset(torch.tensor([0, 4]), 5, 0.7)
     for row, target, decoy in ((0, 0, 1), (1, 4, 0)):

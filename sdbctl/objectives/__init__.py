@@ -1,12 +1,14 @@
 """Box objectives: one file per objective, one line here."""
 
 from sdbctl.objectives.base import Objective, Terms, Views
+from sdbctl.objectives.cmim import CMIM
 from sdbctl.objectives.conceal import CONCEAL
 from sdbctl.objectives.nasty import NASTY
 from sdbctl.objectives.sdb import SDB
 
 OBJECTIVES: dict[str, Objective] = {
     "conceal": CONCEAL,
+    "cmim": CMIM,
     "nasty": NASTY,
     "sdb": SDB,
 }
