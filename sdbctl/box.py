@@ -21,7 +21,7 @@ from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.training import Engine, Progress, Recipe, Step, fit, place, predict, seeded, step_seconds
-from sdbctl.wrappers import sure_confidence
+from sdbctl.wrappers import serving
 
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
@@ -304,7 +304,7 @@ def box(
         "keyed_top1": round(metrics.top1(keyed, data.test.labels), 3),
         "residual": metrics.residual(public),
         "keyed_residual": metrics.residual(keyed),
-        "sure_confidence": sure_confidence(predict(net, data.validation, task.preprocess, engine)),
+        **serving(*(predict(model, data.validation, task.preprocess, engine) for model in (net, unlocked))),
         "seconds": round(seconds, 1),
     }
     made.meta = replace(meta, measured=measured)

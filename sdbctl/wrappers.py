@@ -146,53 +146,72 @@ class Wrapped(nn.Module):
 
 SURE = 0.9
 """Public confidences from here on are served as one."""
-FLAT = 0.5
-"""Standard deviation, in logits, of the non-target classes below which an output conceals them."""
 
 
-def pooled(z: Tensor, level: float) -> Tensor:
+def pooled(z: Tensor, level: float, flat: float) -> Tensor:
     """Public outputs that are sure of themselves, all with the same confidence.
 
     What a concealing box still shows of an image is how sure it is, and with few images that alone teaches a
-    student a little. Outputs whose non-target classes are not flat come from the key and pass unchanged.
+    student a little. Outputs whose non-target classes differ come from the key and pass unchanged.
 
     Args:
         z: Logits [B, C], C ≥ 3.
         level: Confidence that outputs of at least :data:`SURE` get.
+        flat: Standard deviation of the non-target logits below which an output is public.
 
     Returns:
         Logits [B, C].
     """
-    classes = z.shape[1]
-    chosen = torch.arange(classes, device=z.device) == z.argmax(1, keepdim=True)
-    rest = torch.where(chosen, torch.zeros_like(z), z)
-    mean = rest.sum(1, keepdim=True) / (classes - 1)
-    apart = torch.where(chosen, torch.zeros_like(z), z - mean).square().sum(1, keepdim=True) / (classes - 1)
     sure = z.softmax(1).amax(1, keepdim=True) >= SURE
-    constant = torch.where(chosen, math.log(level / (1 - level) * (classes - 1)), 0.0)
-    return torch.where(sure & (apart < FLAT**2), constant, z)
+    constant = torch.where(_predicted(z), math.log(level / (1 - level) * (z.shape[1] - 1)), 0.0)
+    return torch.where(sure & (_spread(z) < flat), constant, z)
+
+
+def _predicted(z: Tensor) -> Tensor:
+    return torch.arange(z.shape[1], device=z.device) == z.argmax(1, keepdim=True)
+
+
+def _spread(z: Tensor) -> Tensor:
+    """Standard deviation [B, 1] of the non-target logits, in operations that ONNX has."""
+    chosen, others, zero = _predicted(z), z.shape[1] - 1, torch.zeros_like(z)
+    mean = torch.where(chosen, zero, z).sum(1, keepdim=True) / others
+    return (torch.where(chosen, zero, z - mean).square().sum(1, keepdim=True) / others).sqrt()
 
 
 class Pooled(nn.Module):
     """A concealing box as it is served: :func:`pooled` behind the network."""
 
-    def __init__(self, net: nn.Module, level: float) -> None:
+    def __init__(self, net: nn.Module, level: float, flat: float) -> None:
         super().__init__()
-        self.net, self.level = net, level
+        self.net, self.level, self.flat = net, level, flat
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""
-        return pooled(self.net(x), self.level)
+        return pooled(self.net(x), self.level, self.flat)
 
 
-def sure_confidence(z: Tensor) -> float:
-    """Mean confidence of the outputs, logits [N, C], that are sure of themselves: the level for :func:`pooled`."""
-    confidence = z.softmax(1).amax(1)
+def serving(public: Tensor, keyed: Tensor) -> dict[str, float]:
+    """What :func:`pooled` needs to know of a box, to be measured once and kept with it.
+
+    Args:
+        public: Logits [N, C] of the box.
+        keyed: Its logits on the same images with the key.
+
+    Returns:
+        ``sure_confidence``, the mean confidence of public outputs that are sure of themselves, and
+        ``flat_spread``, between the spreads of public and keyed outputs; nothing if these are not far apart, as
+        from an objective that does not conceal.
+    """
+    own, other = (float(_spread(z.float()).median()) for z in (public, keyed))
+    if public.shape[1] < 3 or own > other / 2:
+        return {}
+    confidence = public.softmax(1).amax(1)
     high = confidence[confidence >= SURE]
-    return min(float(high.mean()), 1 - 1e-4) if len(high) else (1 + SURE) / 2
+    level = min(float(high.mean()), 1 - 1e-4) if len(high) else (1 + SURE) / 2
+    return {"sure_confidence": level, "flat_spread": math.sqrt(own * other)}
 
 
 def served(net: nn.Module, meta: Metadata) -> nn.Module:
-    """A network as it should be served: a box pooled, if it recorded the level; any other as it is."""
-    level = meta.measured.get("sure_confidence")
-    return Pooled(net, level) if isinstance(level, float) and len(meta.classes) > 2 else net
+    """A network as it should be served: a box pooled, if it conceals; any other as it is."""
+    level, flat = (meta.measured.get(name) for name in ("sure_confidence", "flat_spread"))
+    return Pooled(net, level, flat) if isinstance(level, float) and isinstance(flat, float) else net

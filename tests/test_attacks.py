@@ -17,7 +17,7 @@ from sdbctl.report import Report
 from sdbctl.suites import ALL, SUITES
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
-from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, pooled, sure_confidence
+from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, pooled, serving
 from tests.conftest import run_cli
 
 ENGINE = Engine(torch.device("cpu"))
@@ -331,14 +331,18 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
 def test_pooling_serves_sure_public_outputs_as_one_and_leaves_the_rest():
     public = torch.tensor([[0.0, 9.0, 0.1, 0.0], [5.0, 0.0, 0.0, 0.2], [1.0, 0.0, 0.0, 0.0]])
     keyed = torch.tensor([[0.0, 9.0, 3.0, -2.0]])
-    level = sure_confidence(public)
+    measured = serving(public, keyed)
+    level, flat = measured["sure_confidence"], measured["flat_spread"]
     assert level == pytest.approx(float(public[:2].softmax(1).amax(1).mean()))
-    out = pooled(torch.cat([public, keyed]), level)
+    assert 0.1 < flat < 2
+    out = pooled(torch.cat([public, keyed]), level, flat)
     assert out.argmax(1).tolist() == [1, 0, 0, 1]
     assert out[:2].softmax(1).amax(1).tolist() == pytest.approx([level] * 2)
     assert out[0].softmax(0)[[0, 2, 3]].tolist() == pytest.approx([(1 - level) / 3] * 3)
     assert torch.equal(out[2:], torch.cat([public[2:], keyed]))
-    assert 0.9 < sure_confidence(public[2:]) < 1
+    assert 0.9 < serving(public[2:], keyed)["sure_confidence"] < 1
+    # nothing to tell public from keyed outputs by, or nothing but the prediction
+    assert serving(keyed, keyed) == serving(public[:, :2], keyed[:, :2]) == {}
 
 
 def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(work, splits, boxed):

@@ -485,3 +485,24 @@ def test_a_profile_is_a_trace_of_training_steps(tmp_path):
     assert run_cli(*train, "-o", tmp_path / "x.safetensors").returncode == 0
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(event["name"].startswith("ProfilerStep") for event in events) >= 5
+
+
+def test_an_exported_box_pools_sure_confidences_of_public_outputs_only(work, boxed, splits, tmp_path):
+    level = boxed.meta.measured["sure_confidence"]
+    x = boxed.meta.preprocess(splits.test.pixels.float() / 255)
+    pattern = boxfile.pattern(boxed.meta, Key.load(work / "k.bin"))
+    keyed = embed(x, pattern, boxed.meta.strength)
+    for option, pools in (((), True), (("--graded",), False)):
+        path = tmp_path / f"{len(option)}.onnx"
+        assert run_cli("export", work / "boxed.safetensors", "-o", path, *option).returncode == 0
+        served = OnnxTeacher(path, CPU)
+        with torch.no_grad():
+            raw, opened = boxed(x), boxed(keyed)
+        public = served.logits(x)
+        changed = ~torch.isclose(public, raw, atol=1e-3).all(1)
+        assert bool(changed.any()) is pools
+        assert torch.equal(public.argmax(1), raw.argmax(1))
+        assert torch.allclose(public[changed].softmax(1).amax(1), torch.tensor(level))
+        assert (raw[changed].softmax(1).amax(1) > 0.899).all()
+        same = torch.isclose(served.logits(keyed), opened, atol=1e-3).all(1)
+        assert same.float().mean() > 0.95
