@@ -1,19 +1,22 @@
 """Serving-time defences that change answers and need no training.
 
 Those in :data:`WRAPPERS` are what a box must be better than: each maps probabilities [B, C] to probabilities [B, C] of
-the undefended model. :class:`Pooled` is what the box itself is served through. Whoever holds the file strips them.
+the undefended model. :class:`Concealed` is what the box itself is served through. Whoever holds the file strips them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from sdbctl.boxfile import Metadata
+from sdbctl.errors import BadInput
 from sdbctl.teacher import Teacher
 
 _FLOOR = 1e-6
@@ -144,27 +147,31 @@ class Wrapped(nn.Module):
         return _behind(self.wrapper, self.net(x))
 
 
-SURE = 0.9
-"""Public confidences from here on are served as one."""
+CUTS = (0.5, 0.9)
+"""Between these, public confidences are served as one: unsure, likely, sure."""
 
 
-def pooled(z: Tensor, level: float, flat: float) -> Tensor:
-    """Public outputs that are sure of themselves, all with the same confidence.
+def concealed(z: Tensor, levels: Sequence[float], flat: float) -> Tensor:
+    """Public outputs without all that the weights still show beside the prediction and a rough confidence.
 
-    What a concealing box still shows of an image is how sure it is, and with few images that alone teaches a
-    student a little. Outputs whose non-target classes differ come from the key and pass unchanged.
+    What a concealing box shows of an image is how sure it is, exactly, and a little of the other classes; with few
+    images that alone teaches a student something. Outputs whose non-target classes differ come from the key and
+    pass unchanged.
 
     Args:
         z: Logits [B, C], C ≥ 3.
-        level: Confidence that outputs of at least :data:`SURE` get.
+        levels: The confidence that is served below the first of :data:`CUTS`, between them and above the last.
         flat: Standard deviation of the non-target logits below which an output is public.
 
     Returns:
         Logits [B, C].
     """
-    sure = z.softmax(1).amax(1, keepdim=True) >= SURE
-    constant = torch.where(_predicted(z), math.log(level / (1 - level) * (z.shape[1] - 1)), 0.0)
-    return torch.where(sure & (_spread(z) < flat), constant, z)
+    confidence = z.softmax(1).amax(1, keepdim=True)
+    heights = [math.log(level / (1 - level) * (z.shape[1] - 1)) for level in levels]
+    height = torch.full_like(confidence, heights[0])
+    for cut, above in zip(CUTS, heights[1:], strict=True):
+        height = torch.where(confidence >= cut, above, height)
+    return torch.where(_spread(z) < flat, torch.where(_predicted(z), height, 0.0), z)
 
 
 def _predicted(z: Tensor) -> Tensor:
@@ -178,40 +185,59 @@ def _spread(z: Tensor) -> Tensor:
     return (torch.where(chosen, zero, z - mean).square().sum(1, keepdim=True) / others).sqrt()
 
 
-class Pooled(nn.Module):
-    """A concealing box as it is served: :func:`pooled` behind the network."""
+class Concealed(nn.Module):
+    """A concealing box as it is served: :func:`concealed` behind the network."""
 
-    def __init__(self, net: nn.Module, level: float, flat: float) -> None:
+    def __init__(self, net: nn.Module, levels: Sequence[float], flat: float) -> None:
         super().__init__()
-        self.net, self.level, self.flat = net, level, flat
+        self.net, self.levels, self.flat = net, tuple(levels), flat
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""
-        return pooled(self.net(x), self.level, self.flat)
+        return concealed(self.net(x), self.levels, self.flat)
 
 
-def serving(public: Tensor, keyed: Tensor) -> dict[str, float]:
-    """What :func:`pooled` needs to know of a box, to be measured once and kept with it.
+def serving(public: Tensor, keyed: Tensor) -> dict[str, Any]:
+    """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
     Args:
         public: Logits [N, C] of the box.
         keyed: Its logits on the same images with the key.
 
     Returns:
-        ``sure_confidence``, the mean confidence of public outputs that are sure of themselves, and
-        ``flat_spread``, between the spreads of public and keyed outputs; nothing if these are not far apart, as
+        ``confidences``, the mean public confidence between each two of :data:`CUTS`, and ``flat_spread``, between
+        the spreads of public and keyed outputs; nothing if these overlap by more than a twentieth of either, as
         from an objective that does not conceal.
     """
-    own, other = (float(_spread(z.float()).median()) for z in (public, keyed))
-    if public.shape[1] < 3 or own > other / 2:
+    if public.shape[1] < 3:
         return {}
-    confidence = public.softmax(1).amax(1)
-    high = confidence[confidence >= SURE]
-    level = min(float(high.mean()), 1 - 1e-4) if len(high) else (1 + SURE) / 2
-    return {"sure_confidence": level, "flat_spread": math.sqrt(own * other)}
+    own = float(_spread(public.float()).quantile(0.95))
+    other = float(_spread(keyed.float()).quantile(0.05))
+    if own > other:
+        return {}
+    confidence, edges = public.softmax(1).amax(1), (1 / public.shape[1], *CUTS, 1.0)
+    levels = []
+    for low, high in pairwise(edges):
+        between = confidence[(confidence >= low) & (confidence < high)] if high < 1 else confidence[confidence >= low]
+        levels.append(min(float(between.mean()), 1 - 1e-4) if len(between) else (low + high) / 2)
+    return {"confidences": levels, "flat_spread": math.sqrt(own * other)}
 
 
 def served(net: nn.Module, meta: Metadata) -> nn.Module:
-    """A network as it should be served: a box pooled, if it conceals; any other as it is."""
-    level, flat = (meta.measured.get(name) for name in ("sure_confidence", "flat_spread"))
-    return Pooled(net, level, flat) if isinstance(level, float) and isinstance(flat, float) else net
+    """A network as it should be served: a box that conceals through :class:`Concealed`, any other as it is.
+
+    Raises:
+        BadInput: What the box says of its confidences is damaged.
+    """
+    levels, flat = (meta.measured.get(name) for name in ("confidences", "flat_spread"))
+    if levels is None and flat is None:
+        return net
+    if not isinstance(levels, list) or len(levels) != len(CUTS) + 1 or not isinstance(flat, float):
+        raise _damaged()
+    if not all(isinstance(level, float) and 0 < level < 1 for level in levels):
+        raise _damaged()
+    return Concealed(net, levels, flat)
+
+
+def _damaged() -> BadInput:
+    return BadInput("the box has damaged metadata (confidences, flat_spread)", "box again")

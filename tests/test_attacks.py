@@ -11,13 +11,13 @@ from sdbctl.attacks import ATTACKS, base, keys, soft
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import like, view
 from sdbctl.distill import distill
-from sdbctl.errors import UsageError
+from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation
 from sdbctl.report import Report
 from sdbctl.suites import ALL, SUITES
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
-from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, pooled, serving
+from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, concealed, served, serving
 from tests.conftest import run_cli
 
 ENGINE = Engine(torch.device("cpu"))
@@ -328,21 +328,33 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         assert {(s.access, s.labels) for s in best} == {("api", True), ("api", False), ("file", True)}
 
 
-def test_pooling_serves_sure_public_outputs_as_one_and_leaves_the_rest():
-    public = torch.tensor([[0.0, 9.0, 0.1, 0.0], [5.0, 0.0, 0.0, 0.2], [1.0, 0.0, 0.0, 0.0]])
+def test_public_outputs_are_served_with_few_confidences_and_nothing_else():
+    public = torch.tensor([[0.0, 9.0, 0.1, 0.0], [5.0, 0.0, 0.0, 0.2], [2.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.1]])
     keyed = torch.tensor([[0.0, 9.0, 3.0, -2.0]])
     measured = serving(public, keyed)
-    level, flat = measured["sure_confidence"], measured["flat_spread"]
-    assert level == pytest.approx(float(public[:2].softmax(1).amax(1).mean()))
+    levels, flat = measured["confidences"], measured["flat_spread"]
+    own = public.softmax(1).amax(1)
+    assert levels == pytest.approx([float(own[3]), float(own[2]), float(own[:2].mean())])
     assert 0.1 < flat < 2
-    out = pooled(torch.cat([public, keyed]), level, flat)
-    assert out.argmax(1).tolist() == [1, 0, 0, 1]
-    assert out[:2].softmax(1).amax(1).tolist() == pytest.approx([level] * 2)
-    assert out[0].softmax(0)[[0, 2, 3]].tolist() == pytest.approx([(1 - level) / 3] * 3)
-    assert torch.equal(out[2:], torch.cat([public[2:], keyed]))
-    assert 0.9 < serving(public[2:], keyed)["sure_confidence"] < 1
+    out = concealed(torch.cat([public, keyed]), levels, flat)
+    assert out.argmax(1).tolist() == [1, 0, 0, 0, 1]
+    expected = [levels[2], levels[2], levels[1], levels[0]]
+    assert out[:4].softmax(1).amax(1).tolist() == pytest.approx(expected)
+    others = out[:4].softmax(1).sort(1).values[:, :3]
+    assert torch.allclose(others, ((1 - torch.tensor(expected)) / 3)[:, None].expand(4, 3))
+    assert torch.equal(out[4:], keyed)
+    assert 0.9 < serving(public[2:], keyed)["confidences"][2] < 1
     # nothing to tell public from keyed outputs by, or nothing but the prediction
-    assert serving(keyed, keyed) == serving(public[:, :2], keyed[:, :2]) == {}
+    assert serving(keyed, public) == serving(public[:, :2], keyed[:, :2]) == {}
+
+
+@pytest.mark.parametrize(
+    "levels", [None, "x", [], [0.4, 0.7], [0.4, 0.7, 1.0], [0.4, 0.7, "x"], [0.4, 0.7, float("nan")]]
+)
+def test_damaged_confidences_are_bad_input(boxed, levels):
+    meta = replace(boxed.meta, measured={"confidences": levels, "flat_spread": 1.0})
+    with pytest.raises(BadInput, match="damaged"):
+        served(boxed.net, meta)
 
 
 def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(work, splits, boxed):
@@ -378,14 +390,14 @@ P = torch.tensor([[0.6, 0.3, 0.1, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2], [0.0, 0.
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_give_probabilities_and_mostly_keep_the_prediction(name, teacher, boxed, splits):
-    served = WrappedTeacher(teacher, name)
+    behind = WrappedTeacher(teacher, name)
     x = boxed.meta.preprocess(splits.test.pixels[:200].float() / 255)
-    z, before = served.logits(x), teacher.logits(x)
+    z, before = behind.logits(x), teacher.logits(x)
     assert torch.isfinite(z).all()
     assert z.exp().sum(1).allclose(torch.ones(len(z)), atol=1e-4)
     kept = (z.argmax(1) == before.argmax(1)).float().mean()
     assert kept > (0.6 if name == "gaussian-noise" else 0.99)
-    assert torch.equal(z, served.logits(x))
+    assert torch.equal(z, behind.logits(x))
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdbctl.cli.sweep import grid
+from sdbctl.cli.sweep import grid, rows_of
 from sdbctl.errors import UsageError
 from tests.conftest import run_cli
 
@@ -17,6 +17,81 @@ def test_a_grid_is_all_combinations():
 def test_a_bad_grid_is_refused(bad):
     with pytest.raises(UsageError, match="NAME=NUMBER"):
         grid([bad])
+
+
+def test_rows_are_objectives_with_settings_and_then_wrappers():
+    rows = rows_of(["sdb", "sdb:paper"], ["omega=0.1,1"], ["top1"])
+    assert [row.name for row in rows] == [
+        "sdb, omega=0.1",
+        "sdb, omega=1",
+        "sdb:paper, omega=0.1",
+        "sdb:paper, omega=1",
+        "wrapper top1",
+    ]
+    assert [row.preset for row in rows] == [None, None, "paper", "paper", None]
+    assert rows[3].folder == "sdb-paper_omega=1"
+    assert [row.name for row in rows_of([], ["hide=1,2"], [])] == ["hide=1", "hide=2"]
+    assert [row.name for row in rows_of([], [], ["top1"])] == ["conceal", "wrapper top1"]
+    for nothing in (([], [], []), (["sdb"], [], []), ([], ["hide=1"], [])):
+        with pytest.raises(UsageError, match="several"):
+            rows_of(*nothing)
+
+
+@pytest.mark.parametrize("option", [("--objective", "nope"), ("--objective", "sdb:nope"), ("--wrapper", "nope")])
+def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
+    done = run_cli(
+        "sweep",
+        work / "teacher.safetensors",
+        "--key-file",
+        work / "k.bin",
+        "--objective",
+        "conceal",
+        *option,
+        "--data",
+        "digits",
+        "--report",
+        tmp_path / "out",
+    )
+    assert done.returncode == 2
+    assert b"nope" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_objectives_and_wrappers_side_by_side(work, tmp_path):
+    done = run_cli(
+        "sweep",
+        work / "teacher.safetensors",
+        "--key-file",
+        work / "k.bin",
+        "--objective",
+        "nasty:paper-100",
+        "--wrapper",
+        "uniform-nontarget",
+        "--data",
+        "digits",
+        "--epochs",
+        2,
+        "--student",
+        "cnn-tiny",
+        "--student-epochs",
+        2,
+        "--student-batch-size",
+        64,
+        "--suite",
+        "quick",
+        "--report",
+        tmp_path / "out",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)["settings"]
+    assert list(settings) == ["nasty:paper-100", "wrapper uniform-nontarget"]
+    boxed, wrapped = settings.values()
+    assert boxed["models.original_ft.top1"] == wrapped["models.original_ft.top1"]
+    assert wrapped["inference_cost.top1.mean"] == pytest.approx(0, abs=0.01)
+    assert "authorized_gain.mean" in boxed
+    assert "authorized_gain.mean" not in wrapped
+    assert "wrapper uniform-nontarget" in (tmp_path / "out" / "sweep.md").read_text()
 
 
 def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import announce, check_classes, open_data, pick, preprocess_of, read_key, recipe_of, split_like
+from sdbctl.cli.common import (
+    announce,
+    check_classes,
+    check_known,
+    open_data,
+    pick,
+    preprocess_of,
+    read_key,
+    recipe_of,
+    split_like,
+)
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import GateFailed, UsageError
 
@@ -111,8 +121,7 @@ def box(
 
     usual = BoxConfig(objective)
     presets = OBJECTIVES[objective].presets
-    if preset is not None and preset not in presets:
-        raise UsageError(f"objective {objective} has no preset {preset}", f"use one of: {', '.join(presets)}")
+    check_known(f"preset of {objective}", preset, presets)
     base = presets[preset or "default"]
     config = BoxConfig(
         objective,

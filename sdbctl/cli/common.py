@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,13 +127,22 @@ def recipe_of(
     )
 
 
+def check_known(kind: str, name: str | None, known: Collection[str]) -> None:
+    """Refuse a name that no registry has.
+
+    Raises:
+        UsageError: It is unknown.
+    """
+    if name is not None and name not in known:
+        raise UsageError(f"unknown {kind}: {name}", f"use one of: {', '.join(known)}")
+
+
 def preset(name: str, size: tuple[int, int, int]) -> Preprocess:
     """A normalisation preset by name."""
     from sdbctl.data import Preprocess, presets
 
     known = presets(size[0])
-    if name not in known:
-        raise UsageError(f"unknown normalisation {name}", f"use one of: {', '.join(known)}")
+    check_known("normalisation", name, known)
     return Preprocess(*known[name], size)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, preset, read_key
+from sdbctl.cli.common import box_fields, check_known, preset, read_key
 from sdbctl.cli.output import emit, pairs, say
 from sdbctl.errors import UsageError
 
@@ -21,7 +21,7 @@ def export(
     normalize: o.Normalize = None,
     image_size: o.ImageSize = None,
     graded: Annotated[
-        bool, typer.Option("--graded", help="Serve high public confidences of a box as they are; it helps attackers.")
+        bool, typer.Option("--graded", help="Serve public outputs of a box just as they are; it helps attackers.")
     ] = False,
     wrapper: Annotated[
         str | None,
@@ -40,10 +40,9 @@ def export(
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
-    from sdbctl.wrappers import SURE, WRAPPERS, Pooled, Wrapped, served
+    from sdbctl.wrappers import WRAPPERS, Concealed, Wrapped, served
 
-    if wrapper is not None and wrapper not in WRAPPERS:
-        raise UsageError(f"unknown wrapper {wrapper}", f"use one of: {', '.join(WRAPPERS)}")
+    check_known("wrapper", wrapper, WRAPPERS)
     if wrapper is not None and format_ != "onnx":
         raise UsageError(f"weights cannot hold the wrapper {wrapper}", "use --format onnx")
 
@@ -69,8 +68,9 @@ def export(
         net = loaded.net if graded or wrapper else served(loaded.net, meta)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
-        if isinstance(net, Pooled):
-            say(f"public confidences from {SURE:.0%} on are served as {net.level:.1%} (--graded leaves them)")
+        if isinstance(net, Concealed):
+            levels = ", ".join(f"{level:.1%}" for level in net.levels)
+            say(f"public outputs are served with one of {len(net.levels)} confidences: {levels} (--graded leaves them)")
         result["parity"] = boxfile.export_onnx(output, net, meta, force=force)
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
+from sdbctl.cli.common import check_known
 from sdbctl.cli.output import emit, pairs
-from sdbctl.errors import UsageError
 
 TOPICS = ("objectives", "attacks", "students", "suites", "wrappers", "data")
 
@@ -18,8 +18,7 @@ def list_(
     json_: o.Json = False,
 ) -> None:
     """Show the objectives, attacks, students, suites, serving-time wrappers and data sources that there are."""
-    if topic not in (*TOPICS, "all"):
-        raise UsageError(f"unknown topic {topic}", f"use one of: {', '.join(TOPICS)}")
+    check_known("topic", topic, (*TOPICS, "all"))
     tables = {name: entries(name) for name in (TOPICS if topic == "all" else (topic,))}
     emit(tables, json_, *(pairs(f"\n{name}", rows) for name, rows in tables.items()))
 

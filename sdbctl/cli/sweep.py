@@ -6,12 +6,15 @@ import contextlib
 import itertools
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdbctl.cli import options as o
+from sdbctl.cli.common import check_known
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import UsageError
 
@@ -32,13 +35,67 @@ def grid(given: list[str]) -> list[dict[str, str]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
+@dataclass(frozen=True)
+class Row:
+    """One defence of a sweep.
+
+    Attributes:
+        name: What the tables call it, and its folder.
+        objective: Of the box; None for a serving-time wrapper.
+        preset: Of the objective.
+        parameters: Of the objective.
+        wrapper: Of the undefended model.
+    """
+
+    name: str
+    objective: str | None = None
+    preset: str | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """A name for its files."""
+        return self.name.replace(", ", "_").replace(":", "-").replace(" ", "-")
+
+
+def rows_of(objectives: list[str], settings: list[str], wrappers: list[str]) -> list[Row]:
+    """Every objective with every combination of parameters, then the wrappers of the reference that came with them.
+
+    Raises:
+        UsageError: There is nothing to compare, or it is written wrongly.
+    """
+    combinations = grid(settings)
+    chosen = [(name, preset or None) for name, _, preset in (item.partition(":") for item in objectives or ["conceal"])]
+    rows = []
+    for name, preset in chosen:
+        for combination in combinations:
+            parts = [f"{key}={value}" for key, value in combination.items()]
+            if len(chosen) > 1 or not parts:
+                parts.insert(0, name + (f":{preset}" if preset else ""))
+            rows.append(Row(", ".join(parts), name, preset, combination))
+    rows += [Row(f"wrapper {name}", wrapper=name) for name in wrappers]
+    if len(rows) < 2:
+        raise UsageError(
+            "a sweep needs several settings", "give --set NAME=A,B, or --objective or --wrapper repeatedly"
+        )
+    return rows
+
+
 def sweep(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The trained classifier.")],
     key_file: Annotated[Path, typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen.")],
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="NAME=A,B,C", help="Values of a parameter of the objective.")
-    ],
-    objective: Annotated[str, typer.Option("--objective", help="See sdbctl list objectives.")] = "conceal",
+        list[str] | None, typer.Option("--set", metavar="NAME=A,B,C", help="Values of a parameter of the objective.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option("--objective", metavar="NAME[:PRESET]", help="See sdbctl list objectives; may be repeated."),
+    ] = None,
+    wrapper: Annotated[
+        list[str] | None,
+        typer.Option("--wrapper", metavar="NAME", help="A serving-time defence as one more row; may be repeated."),
+    ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
     owner_size: o.OwnerSize = None,
@@ -48,6 +105,9 @@ def sweep(
     batch_size: o.BatchSize = None,
     student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
     student_epochs: Annotated[int | None, typer.Option("--student-epochs", min=1, help="Epochs of a student.")] = None,
+    student_batch_size: Annotated[
+        int | None, typer.Option("--student-batch-size", min=1, help="Images per step of a student.")
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
     suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "core",
     tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row.")] = 6,
@@ -57,31 +117,37 @@ def sweep(
     trust: o.Trust = False,
     json_: o.Json = False,
 ) -> None:
-    """Box with several settings, evaluate each box, and show protection over cost.
+    """Box with several settings or objectives, evaluate each box, and show protection over cost.
 
-    Whatever is finished is kept in the report folder, so the same command goes on where it stopped. All settings
-    share one reference.
+    Whatever is finished is kept in the report folder, so the same command goes on where it stopped. All rows share
+    one reference.
     """
     if str(key_file) == "-":
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
-    settings = grid(set_)
+    rows = rows_of(objective or [], set_ or [], wrapper or [])
     from sdbctl import files
     from sdbctl.cli import box, evaluate, export
+    from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
     from sdbctl.report.terminal import rich_table
+    from sdbctl.wrappers import WRAPPERS
 
+    for row in rows:
+        check_known("objective", row.objective, OBJECTIVES)
+        check_known("wrapper", row.wrapper, WRAPPERS)
+        if row.objective:
+            check_known(f"preset of {row.objective}", row.preset, OBJECTIVES[row.objective].presets)
     shared = report / "reference.safetensors"
     reports: dict[str, Report] = {}
-    for number, setting in enumerate(settings, 1):
-        name = ", ".join(f"{key}={value}" for key, value in setting.items())
-        say(f"setting {number} of {len(settings)}: {name}")
-        folder = report / name.replace(", ", "_")
+    for number, row in enumerate(rows, 1):
+        say(f"setting {number} of {len(rows)}: {row.name}")
+        folder = report / row.folder
         folder.mkdir(parents=True, exist_ok=True)
         boxed, done = folder / "box.safetensors", folder / "report" / "report.json"
         onnx = boxed.with_suffix(".onnx")
         own = boxed.with_suffix(".reference.safetensors")
         with contextlib.redirect_stdout(sys.stderr):
-            if not boxed.exists():
+            if row.objective and not boxed.exists():
                 if shared.exists() and not own.exists():
                     files.write(own, shared.read_bytes())
                 box.box(
@@ -92,8 +158,9 @@ def sweep(
                     owner_size=owner_size,
                     transfer_size=transfer_size,
                     test_size=test_size,
-                    objective=objective,
-                    set_=[f"{key}={value}" for key, value in setting.items()],
+                    objective=row.objective,
+                    preset=row.preset,
+                    set_=[f"{key}={value}" for key, value in row.parameters.items()],
                     epochs=epochs,
                     batch_size=batch_size,
                     device=device,
@@ -102,16 +169,17 @@ def sweep(
                     resume=True,
                     trust=trust,
                 )
-            if not shared.exists():
+            if not shared.exists() and own.exists():
                 files.write(shared, own.read_bytes())
             if not onnx.exists():
-                export.export(boxed, output=onnx)
+                export.export(boxed if row.objective else shared, output=onnx, wrapper=row.wrapper)
             if not done.exists():
                 evaluate.evaluate(
                     onnx,
                     original=checkpoint,
+                    reference=shared,
                     attack=True,
-                    key_file=key_file,
+                    key_file=key_file if row.objective else None,
                     student=student,
                     seeds=seeds,
                     suite=suite,
@@ -119,14 +187,17 @@ def sweep(
                     report=done.parent,
                     data=data,
                     data_root=data_root,
+                    transfer_size=transfer_size,
+                    test_size=test_size,
                     epochs=student_epochs,
+                    batch_size=student_batch_size,
                     device=device,
                     precision=precision,
                     force=True,
                     trust=trust,
                 )
-        reports[name] = Report.read(done)
-    title = f"{checkpoint.stem}: {objective}, {len(settings)} settings"
+        reports[row.name] = Report.read(done)
+    title = f"{checkpoint.stem}: {len(rows)} settings"
     text = sweep.to_json(title, reports)
     for suffix, content in (
         ("json", text),
