@@ -75,6 +75,10 @@ def evaluate(
     ] = None,
     gate: Gates = None,
     report: Annotated[Path, typer.Option("--report", help="Folder of the report.")] = Path("sdbctl-report"),
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder of finished students, which reports may share. [default: REPORT]"),
+    ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
     download: o.Download = False,
@@ -96,7 +100,7 @@ def evaluate(
 ) -> None:
     """Measure a box, or any other model: what users lose, what attackers gain, what key holders gain.
 
-    Finished students are kept in the report folder, so an interrupted run goes on where it stopped.
+    Finished students are kept, so an interrupted run goes on where it stopped.
     """
     from sdbctl.report.gates import load_gates
 
@@ -121,8 +125,10 @@ def evaluate(
     for item in FORMATS.values():
         if (report / item.file).exists() and not force:
             raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
-    if report.is_file():
-        raise UsageError(f"report folder {report} is a file", "name a folder")
+    cache = cache or report
+    for folder in {report, cache}:
+        if folder.is_file():
+            raise UsageError(f"{folder} is a file, and a folder is needed", "name a folder")
     opened = open_model(box, device, arch=arch, trust=trust)
     meta = opened.meta
     notes: list[str] = []
@@ -166,11 +172,11 @@ def evaluate(
         engine,
         len(dataset.classes),
         dataset.fingerprint,
-        answers=report / "answers" if attack else None,
+        answers=cache / "answers" if attack else None,
         surrogate=other_images,
         strength=meta.strength if meta else 0.0,
     )
-    cells = report / "cells"
+    cells = cache / "cells"
     if attack:
         planned = plan(bench)
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *size), engine)
@@ -181,7 +187,7 @@ def evaluate(
         )
         seconds = planned.runs * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)
         announce({"students": seconds}, dry_run=dry_run)
-        for folder in (cells, report / "answers"):
+        for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
     elif dry_run:
         announce({}, dry_run=True)

@@ -120,7 +120,7 @@ def sweep(
     """Box with several settings or objectives, evaluate each box, and show protection over cost.
 
     Whatever is finished is kept in the report folder, so the same command goes on where it stopped. All rows share
-    one reference.
+    one reference, and the students that do not depend on the row.
     """
     if str(key_file) == "-":
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
@@ -185,6 +185,7 @@ def sweep(
                     suite=suite,
                     tune=tune,
                     report=done.parent,
+                    cache=report / "students",
                     data=data,
                     data_root=data_root,
                     transfer_size=transfer_size,
