@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sdbctl import boxfile, metrics
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, default_augment, presets
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.key import Key, embed, near
+from sdbctl.key import Key, embed, ids_of, near
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
@@ -236,7 +236,7 @@ def fine_tune(
 def box(
     original: Loaded,
     reference: nn.Module,
-    key: Key,
+    keys: Sequence[Key],
     task: Task,
     config: BoxConfig,
     *,
@@ -248,11 +248,14 @@ def box(
     Args:
         original: The checkpoint.
         reference: N_ft, from :func:`fine_tune`.
-        key: The secret key.
+        keys: The secret keys, each of which opens the box; what is measured with a key is the worst of them.
         task: The owner's data.
         config: How to box.
         progress: Where progress goes.
         resume_from: Path of the state that survives an interrupted run.
+
+    Raises:
+        UsageError: A key is given twice.
     """
     begin, data, engine = time.perf_counter(), task.data, task.engine
     meta = Metadata(
@@ -261,7 +264,7 @@ def box(
         classes=task.classes,
         preprocess=task.preprocess,
         strength=config.strength,
-        key_id=key.id,
+        key_ids=ids_of(keys),
         objective=config.objective,
         parameters=config.describe(),
         data={"name": task.name, **data.describe()},
@@ -270,20 +273,20 @@ def box(
     )
     net = copy.deepcopy(reference)
     made = Box(net, meta)
-    unlocked = made.unlock(key).to(engine.device)
+    unlocked = [made.unlock(key).to(engine.device) for key in keys]
     some = data.validation.take(range(min(SHOWN_IMAGES, len(data.validation))))
 
     def watch(_: int) -> Mapping[str, float]:
         public = predict(net, some, task.preprocess, engine)
         return {
             "clean": metrics.top1(public, some.labels),
-            "keyed": task.top1(unlocked, some),
+            "keyed": min(task.top1(model, some) for model in unlocked),
             "residual": metrics.residual(public),
         }
 
     fit(
         net,
-        box_step(reference, key, task, config),
+        box_step(reference, keys, task, config),
         data.owner,
         task.preprocess,
         config.recipe,
@@ -295,19 +298,20 @@ def box(
     )
     seconds = time.perf_counter() - begin
     public = predict(net, data.test, task.preprocess, engine)
-    keyed = predict(unlocked, data.test, task.preprocess, engine)
+    keyed = [predict(model, data.test, task.preprocess, engine) for model in unlocked]
     measured = {
         "n": len(data.test),
         "original_top1": round(task.top1(original.net.to(engine.device), data.test), 3),
         "reference_top1": round(task.top1(reference, data.test), 3),
         "boxed_top1": round(metrics.top1(public, data.test.labels), 3),
-        "keyed_top1": round(metrics.top1(keyed, data.test.labels), 3),
+        "keyed_top1": round(min(metrics.top1(outputs, data.test.labels) for outputs in keyed), 3),
         "residual": metrics.residual(public),
-        "keyed_residual": metrics.residual(keyed),
+        "keyed_residual": min(metrics.residual(outputs) for outputs in keyed),
         "seconds": round(seconds, 1),
     }
     if not config.disturb:
-        measured |= serving(*(predict(model, data.validation, task.preprocess, engine) for model in (net, unlocked)))
+        seen, *opened = (predict(model, data.validation, task.preprocess, engine) for model in (net, *unlocked))
+        measured |= serving(seen, torch.cat(opened))
     made.meta = replace(meta, measured=measured)
     return Boxed(made, original.file_state(net), measured)
 
@@ -321,26 +325,34 @@ def plain_step() -> Step:
     return step
 
 
-def box_step(reference: nn.Module, key: Key, task: Task, config: BoxConfig) -> Step:
-    """The step that trains a box: public and keyed branch in one forward pass, the reference frozen."""
+def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxConfig) -> Step:
+    """The step that trains a box: public and keyed branch in one forward pass, the reference frozen.
+
+    Each image of a batch is seen with the next key.
+    """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
     frozen = _frozen(reference, engine)
-    secret = key.pattern(preprocess.size).to(engine.device)
-    pattern = preprocess(secret[None])[0]
+    secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
+    patterns = preprocess(secrets)
     random = _random_twin(reference, config.recipe.seed, engine) if objective.needs_random else None
     strength = config.strength
     flip = "flip" in (config.recipe.augment or default_augment(task.name, preprocess.size))
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         x, wrong = batch.x, round(config.wrong_share * len(batch.x))
-        keyed = embed(x, pattern, strength)
+        turn = torch.arange(len(x), device=x.device) % len(keys)
+        keyed = embed(x, patterns[turn], strength)
         with torch.no_grad(), engine.autocast():
             original = frozen(x).float()
             other = random(keyed).float() if random else None
             seen = [original, *(frozen(shifted(x, flip)).float() for _ in range(config.views))]
         teach = torch.stack(seen).mean(0)
-        public = torch.cat([embed(x[:wrong], _wrong_key(secret, preprocess), strength), x[wrong:]]) if wrong else x
+        public = (
+            torch.cat([embed(x[:wrong], _wrong_keys(secrets, preprocess)[turn[:wrong]], strength), x[wrong:]])
+            if wrong
+            else x
+        )
         outputs = model(torch.cat([public, keyed])).float()
         clean, unlocked = outputs.chunk(2)
         predicted = original.argmax(1)
@@ -388,10 +400,10 @@ def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: flo
     return decoy_offset(predicted, classes, share), (confidence * (1 - 0.45 * strength)).clamp(min=lowest)
 
 
-def _wrong_key(secret: Tensor, preprocess: Preprocess) -> Tensor:
-    """A normalised pattern whose correlation with the secret is anything from −1 (inverted) to 0.9."""
+def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
+    """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to 0.9."""
     correlation = float(torch.empty(()).uniform_(-1.0, 0.9))
-    return preprocess(near(secret, correlation, None)[None])[0]
+    return preprocess(near(secrets, correlation, None))
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:

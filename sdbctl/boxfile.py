@@ -44,7 +44,7 @@ class Metadata:
         classes: Class names.
         preprocess: Normalisation and input size.
         strength: λ of the key embedding; 0 for what has no key.
-        key_id: Fingerprint of the key, or "".
+        key_ids: Fingerprints of the keys that open it.
         objective: Name of the objective (or of the loss of a student).
         parameters: Its resolved parameters and the training recipe.
         data: Data set name, fingerprint and splits.
@@ -59,7 +59,7 @@ class Metadata:
     classes: tuple[str, ...]
     preprocess: Preprocess
     strength: float = _DISABLED
-    key_id: str = ""
+    key_ids: tuple[str, ...] = ()
     objective: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -86,7 +86,8 @@ class Metadata:
                 raise BadInput(f"{where} has format {version}, this is {FORMAT_VERSION}", "upgrade sdbctl")
             preprocess = Preprocess.from_dict(values.pop("preprocess"))
             classes = values.pop("classes")
-            made = cls(preprocess=preprocess, classes=tuple(str(name) for name in classes), **values)
+            key_ids = tuple(values.pop("key_ids"))
+            made = cls(preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=key_ids, **values)
             _check(made, where)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise BadInput(f"{where} has damaged sdbctl metadata", "write the file again") from None
@@ -94,14 +95,14 @@ class Metadata:
 
 
 def _check(meta: Metadata, where: str) -> None:
-    texts = (meta.architecture, meta.key_id, meta.objective, meta.original_sha256, meta.reference_sha256)
+    texts = (meta.architecture, *meta.key_ids, meta.objective, meta.original_sha256, meta.reference_sha256)
     tables = (meta.parameters, meta.data, meta.measured, meta.versions)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(t, dict) for t in tables):
         raise TypeError
     if meta.kind not in ("box", "student", "teacher", "reference") or len(meta.classes) < 2:
         raise TypeError
     strength = float(meta.strength)
-    if not (math.isfinite(strength) and 0 <= strength < 1) or (meta.kind == "box") != bool(meta.key_id):
+    if not (math.isfinite(strength) and 0 <= strength < 1) or (meta.kind == "box") != bool(meta.key_ids):
         raise BadInput(f"{where} has an impossible key strength or key id", "write the file again")
 
 
@@ -125,7 +126,7 @@ class Box(nn.Module):
         """The model as its key holders see it.
 
         Args:
-            key: The secret key of the box.
+            key: A secret key of the box.
 
         Returns:
             A module that takes the same normalised images and returns keyed logits: a teacher for any
@@ -157,13 +158,13 @@ def check_key(meta: Metadata, key: Key) -> None:
     """Refuse a key that is not the box's.
 
     Raises:
-        BadInput: The key ids differ, or the file has no key.
+        BadInput: Its id is not among the box's, or the file has no key.
     """
-    if not meta.key_id:
+    if not meta.key_ids:
         raise BadInput(f"this {meta.kind} was not made with a key", "leave --key-file out")
-    if key.id != meta.key_id:
+    if key.id not in meta.key_ids:
         raise BadInput(
-            f"the key {key.id} does not fit this box, which needs {meta.key_id}",
+            f"the key {key.id} does not fit this box, which needs {' or '.join(meta.key_ids)}",
             "use the key it was boxed with",
         )
 

@@ -83,8 +83,8 @@ def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | N
     key = Key.load(key_path)
     task = Task("digits", dataset.classes, splits, preprocess, engine)
     reference = fine_tune(original, task, BOX.recipe, progress=progress)
-    made = box(original, reference, key, task, BOX, progress=progress)
-    disturbing = box(original, reference, key, task, replace(BOX, disturb=DISTURB), progress=progress)
+    made = box(original, reference, [key], task, BOX, progress=progress)
+    disturbing = box(original, reference, [key], task, replace(BOX, disturb=DISTURB), progress=progress)
     box_path, onnx_path = folder / "boxed.safetensors", folder / "boxed.onnx"
     meta = made.model.meta
     boxfile.save(box_path, made.state_dict, meta, force=True)
@@ -97,7 +97,7 @@ def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | N
         "original": Source(net=original.net, sha256=original.sha256),
         "reference": Source(net=reference, sha256="reference"),
         "boxed": boxed,
-        "keyed": boxed.keyed(preprocess(secret[None])[0], meta.strength, meta.key_id),
+        "keyed": boxed.keyed(preprocess(secret[None])[0], meta.strength, key.id),
         "wrong": boxed.keyed(preprocess(other[None])[0], meta.strength, "wrong key 1"),
         "disturbed": Source(net=disturbing.model.net, sha256="disturbed"),
     }

@@ -9,6 +9,7 @@ import secrets
 import stat
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -128,6 +129,18 @@ class Key:
         raise TypeError("a key cannot be pickled")
 
 
+def ids_of(keys: Sequence[Key]) -> tuple[str, ...]:
+    """The keys' fingerprints.
+
+    Raises:
+        UsageError: A key is there twice.
+    """
+    ids = tuple(key.id for key in keys)
+    if len(set(ids)) < len(ids):
+        raise UsageError("the same key is given twice", "give each partner a key of their own")
+    return ids
+
+
 def embed(x: Tensor, pattern: Tensor, lam: float) -> Tensor:
     """Key embedding x_k = λ·x + (1 − λ)·K (Ye et al., arXiv 2112.03695).
 
@@ -135,7 +148,7 @@ def embed(x: Tensor, pattern: Tensor, lam: float) -> Tensor:
 
     Args:
         x: Images [B, C, H, W].
-        pattern: K [C, H, W].
+        pattern: K [C, H, W], or one per image [B, C, H, W].
         lam: λ.
     """
     return lam * x + (1 - lam) * pattern

@@ -310,3 +310,11 @@ def test_broken_settings(tmp_path):
     result = run_cli("list", cwd=tmp_path)
     assert result.returncode == 2
     assert b"did you mean epochs" in result.stderr
+
+
+def test_two_keys_that_are_one(work, tmp_path):
+    box = ["box", work / "teacher.safetensors", "--data", "digits", "-o", tmp_path / "b.safetensors", "--epochs", 1]
+    key = work / "k.bin"
+    check(run_cli(*box, "--key-file", key, "--key-file", key), 2, "same key")
+    check(run_cli(*box, "--key-file", "-", "--key-file", "-", stdin=key.read_bytes()), 2, "standard input")
+    assert not (tmp_path / "b.safetensors").exists()

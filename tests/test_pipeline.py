@@ -16,10 +16,10 @@ from sdbctl import boxfile, data, evaluate, metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
-from sdbctl.boxfile import Box, Metadata, load_box
+from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.distill import build_student, distill
-from sdbctl.errors import BadInput, ParityMismatch, SdbError
+from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
 from sdbctl.key import Key, embed
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
@@ -93,7 +93,7 @@ def test_nothing_secret_and_no_path_in_the_files(work):
         assert b"/sdbctl/" not in content
     with safe_open(work / "boxed.safetensors", "pt") as file:
         meta = json.loads(file.metadata()["sdbctl"])
-    assert meta["key_id"] == Key.load(work / "k.bin").id
+    assert meta["key_ids"] == [Key.load(work / "k.bin").id]
 
 
 def test_onnx_signature_metadata_and_parity(work, boxed, images):
@@ -123,7 +123,7 @@ def test_export_refuses_what_does_not_match(tmp_path, boxed, monkeypatch):
         {"strength": 1.5},
         {"strength": "x"},
         {"kind": "virus"},
-        {"key_id": ""},
+        {"key_ids": []},
         {"preprocess": {"mean": [0.5], "std": [0.0], "size": [1, 8, 8]}},
         {"unknown": 1},
         {"data": []},
@@ -260,11 +260,33 @@ def test_every_objective_trains_a_box(objective, work, digits, splits):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
     config = BoxConfig(objective, recipe=Recipe(epochs=1, batch_size=128, lr=0.01))
-    made = box(original, fine_tune(original, task, config.recipe), Key.load(work / "k.bin"), task, config)
+    made = box(original, fine_tune(original, task, config.recipe), [Key.load(work / "k.bin")], task, config)
     assert isinstance(made.model, Box)
     assert made.model.meta.objective == objective
     assert made.measured["boxed_top1"] > 50
     assert made.cost == pytest.approx(made.measured["reference_top1"] - made.measured["boxed_top1"])
+
+
+def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
+    original = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    config = BoxConfig(recipe=Recipe(epochs=12, batch_size=64, lr=0.05))
+    keys = [Key.generate(), Key.generate()]
+    made = box(original, fine_tune(original, task, config.recipe), keys, task, config)
+    path = boxfile.save(tmp_path / "boxed.safetensors", made.state_dict, made.model.meta)
+    opened = load_box(path)
+    assert opened.meta.key_ids == tuple(key.id for key in keys)
+
+    def told(model):
+        return metrics.residual(predict(model, splits.test, task.preprocess, ENGINE))
+
+    public, stranger = told(opened), Key.generate()
+    wrong = Unlocked(opened.net, boxfile.pattern(opened.meta, stranger), opened.meta.strength)
+    assert min(told(opened.unlock(key)) for key in keys) > 3 * max(public, told(wrong))
+    with pytest.raises(BadInput, match=f"{keys[0].id} or {keys[1].id}"):
+        opened.unlock(stranger)
+    with pytest.raises(UsageError, match="same key"):
+        box(original, original.net, [keys[0], keys[0]], task, config)
 
 
 def test_the_box_step_counts_its_forward_passes(work, digits, splits):
@@ -284,7 +306,7 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
     for objective in OBJECTIVES:
         seen.clear()
         config = BoxConfig(objective, views=2)
-        step = box_step(original.net, Key.load(work / "k.bin"), task, config)
+        step = box_step(original.net, [Key.load(work / "k.bin")], task, config)
         handle = torch.nn.modules.module.register_module_forward_hook(hook)
         step(original.net, batch)
         handle.remove()

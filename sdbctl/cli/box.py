@@ -38,8 +38,12 @@ def parse_parameters(given: list[str] | None) -> dict[str, float]:
 def box(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The trained classifier.")],
     key_file: Annotated[
-        Path,
-        typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
+        list[Path],
+        typer.Option(
+            "--key-file",
+            metavar="FILE",
+            help="Secret key made by keygen; - reads standard input. Repeat it to give each partner a key.",
+        ),
     ],
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
@@ -108,7 +112,9 @@ def box(
     if not resume:
         files.claim(reference_path, force=force)
 
-    key = read_key(key_file, insecure_key_file, devices * nodes)
+    if sum(str(path) == "-" for path in key_file) > 1:
+        raise UsageError("standard input holds one key", "give --key-file FILE for the others")
+    keys = [read_key(path, insecure_key_file, devices * nodes) for path in key_file]
 
     from dataclasses import asdict, replace
 
@@ -116,9 +122,11 @@ def box(
     from sdbctl.box import BoxConfig, Task, check_above_chance, estimate, fine_tune
     from sdbctl.box import box as make_box
     from sdbctl.boxfile import Metadata
+    from sdbctl.key import ids_of
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.training import scaled
 
+    ids_of(keys)
     usual = BoxConfig(objective)
     presets = OBJECTIVES[objective].presets
     check_known(f"preset of {objective}", preset, presets)
@@ -208,14 +216,14 @@ def box(
                 versions=boxfile.versions(),
             )
             boxfile.save(reference_path, original.file_state(reference), reference_meta, force=True)
-        made = make_box(original, reference, key, task, config, progress=progress, resume_from=state)
+        made = make_box(original, reference, keys, task, config, progress=progress, resume_from=state)
     if team.rank() > 0:
         return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
     boxfile.save(output, made.state_dict, meta, force=force)
     cost, measured = made.cost, made.measured
     emit(
-        {"box": str(output), "reference": str(reference_path), "key_id": meta.key_id, "cost_top1": cost, **measured},
+        {"box": str(output), "reference": str(reference_path), "key_ids": meta.key_ids, "cost_top1": cost, **measured},
         json_,
         pairs(
             "",

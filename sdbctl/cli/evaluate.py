@@ -235,7 +235,7 @@ def gather(
         if meta is None or meta.kind != "box":
             raise BadInput(f"{box} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
         check_key(meta, key)
-        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, meta.key_id)
+        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, key.id)
         generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
         patterns = {"wrong": wrong(secret, generator)}
         patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}

@@ -110,7 +110,7 @@ def inspect(
         }
     fits = None
     if key is not None:
-        fits = meta is not None and key.id == meta.key_id
+        fits = meta is not None and key.id in meta.key_ids
     result = {"file": path.name, **extra, "metadata": box_fields(meta) if meta else None, "key_fits": fits}
     rows: dict[str, Any] = {"file": path.name, **extra}
     if meta is None:
@@ -124,7 +124,7 @@ def inspect(
             "input": f"{size[0]}x{size[1]}x{size[2]}",
             "normalisation": f"mean {_short(meta.preprocess.mean)}, std {_short(meta.preprocess.std)}",
             "objective": meta.objective or "-",
-            "key": f"{meta.key_id}, λ = {meta.strength:g}" if meta.key_id else "none",
+            "key": f"{', '.join(meta.key_ids)}, λ = {meta.strength:g}" if meta.key_ids else "none",
             "data": f"{meta.data.get('name', '-')}",
             **{str(name): value for name, value in meta.measured.items() if name != "seconds"},
             "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),

@@ -152,7 +152,7 @@ def sweep(
                     files.write(own, shared.read_bytes())
                 box.box(
                     checkpoint,
-                    key_file,
+                    [key_file],
                     data=data,
                     data_root=data_root,
                     owner_size=owner_size,
