@@ -20,7 +20,7 @@ from sdbctl.key import Key, embed, ids_of, near
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
-from sdbctl.training import Engine, Progress, Recipe, Step, fit, place, predict, seeded, step_seconds
+from sdbctl.training import Engine, Progress, Recipe, Resume, Step, fit, place, predict, seeded, step_seconds
 from sdbctl.wrappers import serving
 
 SHOWN_IMAGES = 1000
@@ -219,6 +219,7 @@ def fine_tune(
             "use the data it was trained on",
         )
     net = copy.deepcopy(original.net)
+    run = str([original.sha256, task.name, task.data.describe(), task.preprocess])
     fit(
         net,
         plain_step(),
@@ -228,7 +229,7 @@ def fine_tune(
         task.engine,
         name="reference",
         progress=progress,
-        resume_from=resume_from,
+        resume_from=Resume(resume_from, run) if resume_from else None,
     )
     return net
 
@@ -293,7 +294,7 @@ def box(
         engine,
         name="box",
         progress=progress,
-        resume_from=resume_from,
+        resume_from=Resume(resume_from, meta.run) if resume_from else None,
         after_epoch=watch,
     )
     seconds = time.perf_counter() - begin

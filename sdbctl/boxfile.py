@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,6 +71,11 @@ class Metadata:
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True, allow_nan=False)
+
+    @property
+    def run(self) -> str:
+        """What decides a training run, as text: everything but what was measured, and by which version."""
+        return replace(self, measured={}, versions={}).to_json()
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Metadata:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from sdbctl import models
 from sdbctl.attacks import Attack, Attacker, Config
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.teacher import Access, Oracle, Record, Teacher
-from sdbctl.training import Engine, Progress, Recipe, seeded
+from sdbctl.training import Engine, Progress, Recipe, Resume, seeded
 
 
 def build_student(name: str, classes: int, channels: int, seed: int) -> nn.Module:
@@ -55,7 +54,7 @@ def distill(
     views: int | None = None,
     record: Record | None = None,
     progress: Progress | None = None,
-    resume_from: Path | None = None,
+    resume_from: Resume | None = None,
 ) -> Distilled:
     """Train a student.
 
@@ -79,7 +78,7 @@ def distill(
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         record: Where answers are kept for other students.
         progress: Where progress goes.
-        resume_from: File of the state after each epoch.
+        resume_from: Where the state after each epoch is kept.
 
     Raises:
         UsageError: The attack needs what there is not, such as weights.

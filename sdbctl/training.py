@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,18 @@ class Recipe:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}", "use 1 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"learning rate is {self.lr}", "use a positive number")
+
+
+class Resume(NamedTuple):
+    """Where an interrupted run goes on.
+
+    Attributes:
+        path: File of the state after the last whole epoch.
+        run: What decides the result beside the recipe, as text; the state of another run is refused.
+    """
+
+    path: Path
+    run: str
 
 
 class Progress(Protocol):
@@ -227,7 +239,7 @@ def fit(
     *,
     name: str = "training",
     progress: Progress | None = None,
-    resume_from: Path | None = None,
+    resume_from: Resume | None = None,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
 ) -> float:
     """Train ``model`` in place.
@@ -241,7 +253,7 @@ def fit(
         engine: Device and precision.
         name: What the progress display calls this run.
         progress: Where progress goes.
-        resume_from: A file that holds the state after each epoch; if it exists, training goes on from there.
+        resume_from: Where the state after each epoch is kept; if there is one, training goes on from there.
             It is removed at the end.
         after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
 
@@ -269,12 +281,14 @@ def fit(
     per_epoch = steps_per_epoch(size, recipe.batch_size)
     total = recipe.epochs * per_epoch
     identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
+    identity["run"] = resume_from.run if resume_from else ""
+    state = resume_from.path if resume_from else None
     begin_epoch = 0
     seconds = 0.0
     extra: Mapping[str, float] = {}
     with seeded(recipe.seed), _profiled(engine.profile) as stepped:
-        if resume_from is not None and resume_from.exists():
-            begin_epoch = _restore(resume_from, identity, model, optimiser, generator)
+        if state is not None and state.exists():
+            begin_epoch = _restore(state, identity, model, optimiser, generator)
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
         progress.start(name, total - begin_epoch * per_epoch)
         for epoch in range(begin_epoch, recipe.epochs):
@@ -311,10 +325,10 @@ def fit(
             if after_epoch is not None:
                 extra = after_epoch(epoch)
                 progress.advance(0, extra)
-            if resume_from is not None and epoch + 1 < recipe.epochs and team.rank() == 0:
-                _save(resume_from, identity, epoch + 1, model, optimiser, generator)
-    if resume_from is not None and team.rank() == 0:
-        resume_from.unlink(missing_ok=True)
+            if state is not None and epoch + 1 < recipe.epochs and team.rank() == 0:
+                _save(state, identity, epoch + 1, model, optimiser, generator)
+    if state is not None and team.rank() == 0:
+        state.unlink(missing_ok=True)
     return seconds
 
 

@@ -24,7 +24,7 @@ from sdbctl.key import Key, embed
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
-from sdbctl.training import Engine, Recipe, Silent, fit, learning_rate, predict, seeded
+from sdbctl.training import Engine, Recipe, Resume, Silent, fit, learning_rate, predict, seeded
 from tests.conftest import run_cli
 
 CPU = torch.device("cpu")
@@ -191,7 +191,8 @@ def train(splits, recipe, resume=None, stop_after=None):
             raise KeyboardInterrupt
         return {}
 
-    fit(net, plain_step(), splits.owner, preprocess, recipe, ENGINE, resume_from=resume, after_epoch=after)
+    where = Resume(resume, "run") if resume else None
+    fit(net, plain_step(), splits.owner, preprocess, recipe, ENGINE, resume_from=where, after_epoch=after)
     return net.state_dict()
 
 
@@ -204,6 +205,33 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(splits, tmp_pa
     resumed = train(splits, recipe, state)
     assert not state.exists()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class StopAfterTwo(Silent):
+    """Interrupts when the second epoch is measured."""
+
+    epochs = 0
+
+    def advance(self, steps, values):
+        self.epochs += steps == 0
+        if self.epochs == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits, tmp_path):
+    original, key, state = boxfile.load(work / "teacher.safetensors"), Key.load(work / "k.bin"), tmp_path / "state"
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    config = BoxConfig(recipe=Recipe(epochs=3, batch_size=128, lr=0.01))
+    args = (original, original.net)
+    with pytest.raises(KeyboardInterrupt):
+        box(*args, [key], task, config, progress=StopAfterTwo(), resume_from=state)
+    kept = state.read_bytes()
+    for keys, other in (([Key.generate()], config), ([key], replace(config, parameters={"hide": 1.0}))):
+        with pytest.raises(BadInput, match="other settings"):
+            box(*args, keys, task, other, resume_from=state)
+    assert state.read_bytes() == kept
+    box(*args, [key], task, config, resume_from=state)
+    assert not state.exists()
 
 
 def test_a_damaged_resume_file_is_refused(splits, tmp_path):

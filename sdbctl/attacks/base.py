@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from sdbctl.data import Batch, ImageSet, Preprocess, view
 from sdbctl.teacher import Access, Oracle
-from sdbctl.training import Engine, Progress, Recipe, fit, scaled
+from sdbctl.training import Engine, Progress, Recipe, Resume, fit, scaled
 
 Config = Mapping[str, float]
 Loss = Callable[[Tensor, Tensor | None, Tensor | None, Config], Tensor]
@@ -44,7 +43,7 @@ class Attacker:
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         progress: Where progress goes.
         name: What the progress display calls the student.
-        resume_from: File of the state after each epoch.
+        resume_from: Where the state after each epoch is kept.
 
     Attributes:
         seconds: Time spent training.
@@ -68,7 +67,7 @@ class Attacker:
         views: int | None = None,
         progress: Progress | None = None,
         name: str = "student",
-        resume_from: Path | None = None,
+        resume_from: Resume | None = None,
     ) -> None:
         self.student, self.build, self.preprocess, self.recipe, self.engine = student, build, preprocess, recipe, engine
         self.oracle, self.labels, self.weights, self.surrogate = oracle, labels, weights, surrogate

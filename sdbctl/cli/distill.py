@@ -71,6 +71,8 @@ def distill(
     files.claim(output, force=force)
     key = read_key(key_file, insecure_key_file, devices * nodes) if key_file else None
 
+    from dataclasses import replace
+
     import torch
 
     from sdbctl import boxfile, metrics
@@ -79,7 +81,7 @@ def distill(
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, predict, step_seconds
+    from sdbctl.training import Recipe, Resume, predict, step_seconds
 
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
@@ -126,6 +128,22 @@ def distill(
     state = output.with_name(f".{output.stem}.resume")
     if not resume:
         state.unlink(missing_ok=True)
+    made = Metadata(
+        kind="student",
+        architecture=student,
+        classes=dataset.classes,
+        preprocess=preprocess,
+        objective="kd" if labels else "kd_unlabelled",
+        parameters={
+            **config,
+            "recipe": vars(recipe),
+            "authorized": key is not None,
+            "key_id": key.id if key else "",
+            "teacher_sha256": files.sha256(files.read(teacher, "teacher")),
+        },
+        data={"name": dataset.name, **splits.describe()},
+        versions=boxfile.versions(),
+    )
     with Live() as progress:
         net, seconds, queries, _ = train_student(
             attack,
@@ -138,7 +156,7 @@ def distill(
             recipe,
             engine,
             progress=progress,
-            resume_from=state,
+            resume_from=Resume(state, made.run),
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
     measured = {
@@ -147,18 +165,7 @@ def distill(
         "seconds": round(seconds, 1),
         "queries": queries,
     }
-    made = Metadata(
-        kind="student",
-        architecture=student,
-        classes=dataset.classes,
-        preprocess=preprocess,
-        objective="kd" if labels else "kd_unlabelled",
-        parameters={**config, "recipe": vars(recipe), "authorized": key is not None},
-        data={"name": dataset.name, **splits.describe()},
-        measured=measured,
-        versions=boxfile.versions(),
-    )
-    boxfile.save(output, net.state_dict(), made, force=force)
+    boxfile.save(output, net.state_dict(), replace(made, measured=measured), force=force)
     result: dict[str, Any] = {
         "student": str(output),
         "teacher_top1": round(accuracy, 3),
@@ -210,12 +217,14 @@ def train(
     from sdbctl import boxfile, files, metrics
 
     files.claim(output, force=force)
+    from dataclasses import replace
+
     import torch
 
     from sdbctl.box import plain_step
     from sdbctl.boxfile import Metadata
     from sdbctl.distill import build_student
-    from sdbctl.training import Recipe, fit, predict, step_seconds
+    from sdbctl.training import Recipe, Resume, fit, predict, step_seconds
 
     dataset = open_data(data, data_root, download=download, size=image_size)
     splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)
@@ -240,6 +249,16 @@ def train(
     state = output.with_name(f".{output.stem}.resume")
     if not resume:
         state.unlink(missing_ok=True)
+    meta = Metadata(
+        kind="teacher",
+        architecture=arch,
+        classes=dataset.classes,
+        preprocess=preprocess,
+        objective="cross_entropy",
+        parameters={"recipe": vars(recipe)},
+        data={"name": dataset.name, **splits.describe()},
+        versions=boxfile.versions(),
+    )
     with Live() as progress:
         seconds = fit(
             net,
@@ -250,23 +269,12 @@ def train(
             engine,
             name=arch,
             progress=progress,
-            resume_from=state,
+            resume_from=Resume(state, meta.run),
             after_epoch=lambda _: {"validation": metrics.top1(predict(net, some, preprocess, engine), some.labels)},
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
     measured = {"top1": round(top1, 3), "n": len(splits.test), "seconds": round(seconds, 1)}
-    meta = Metadata(
-        kind="teacher",
-        architecture=arch,
-        classes=dataset.classes,
-        preprocess=preprocess,
-        objective="cross_entropy",
-        parameters={"recipe": vars(recipe)},
-        data={"name": dataset.name, **splits.describe()},
-        measured=measured,
-        versions=boxfile.versions(),
-    )
-    boxfile.save(output, net.state_dict(), meta, force=force)
+    boxfile.save(output, net.state_dict(), replace(meta, measured=measured), force=force)
     emit(
         {"model": str(output), **measured},
         json_,

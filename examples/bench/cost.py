@@ -1,0 +1,107 @@
+"""How time and memory of boxing and of students grow: measured, against what ``--dry-run`` announces.
+
+    python examples/bench/cost.py [--json]
+
+Every point runs in a fresh process on noise images, since neither time nor memory depends on what is learned. One
+thing is varied at a time around a base point: images, epochs, classes, the size of the network, views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True)
+class Point:
+    """One box run."""
+
+    arch: str = "resnet8"
+    images: int = 2048
+    epochs: int = 2
+    classes: int = 10
+    views: int = 2
+
+
+BASE = Point()
+GRID = (
+    BASE,
+    replace(BASE, images=4096),
+    replace(BASE, images=8192),
+    replace(BASE, epochs=4),
+    replace(BASE, classes=100),
+    replace(BASE, classes=1000),
+    replace(BASE, views=0),
+    replace(BASE, arch="resnet20"),
+    replace(BASE, arch="wrn-16-2"),
+)
+
+
+def measure(point: Point) -> dict[str, float]:
+    """Box once in this process: announced and measured seconds, and peak MiB."""
+    import torch
+
+    from sdbctl import models
+    from sdbctl.box import BoxConfig, Task, box, estimate, fine_tune
+    from sdbctl.boxfile import Loaded
+    from sdbctl.data import ImageSet, Preprocess, Splits
+    from sdbctl.key import Key
+    from sdbctl.training import Recipe, peak_memory, pick_engine, place
+
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(count: int) -> ImageSet:
+        pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return ImageSet.of(pixels, torch.arange(count) % point.classes)
+
+    few = noise(256)
+    splits = Splits(noise(point.images), few, few, few, 0, "noise")
+    preprocess = Preprocess((0.5,) * 3, (0.5,) * 3, (3, 32, 32))
+    net = models.build(point.arch, point.classes, 3)
+    engine, _ = pick_engine("auto", "auto", net, torch.zeros(128, 3, 32, 32))
+    net = place(net, engine.device)
+    names = tuple(str(number) for number in range(point.classes))
+    task = Task("noise", names, splits, preprocess, engine)
+    config = BoxConfig(views=point.views, recipe=Recipe(epochs=point.epochs))
+    announced = estimate(config, net, preprocess, point.images, engine)
+    keys = {name: name for name in net.state_dict()}
+    original = Loaded(net, keys, None, point.arch, point.classes, 3, "")
+    begin = time.perf_counter()
+    reference = fine_tune(original, task, config.recipe)
+    middle = time.perf_counter()
+    box(original, reference, [Key.generate()], task, config)
+    return {
+        "reference_announced_s": round(announced["reference"], 1),
+        "reference_s": round(middle - begin, 1),
+        "box_announced_s": round(announced["box"], 1),
+        "box_s": round(time.perf_counter() - middle, 1),
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "peak_mib": round(peak_memory() / 2**20, 1),
+    }
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description="Time and memory of boxing, against what is announced.")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.point:
+        print(json.dumps(measure(Point(**json.loads(given.point)))))
+        return
+    results = []
+    for point in GRID:
+        command = [sys.executable, __file__, "--point", json.dumps(asdict(point))]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        results.append({**asdict(point), **json.loads(done.stdout.splitlines()[-1])})
+        print(results[-1], file=sys.stderr)
+    if given.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
