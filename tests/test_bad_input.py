@@ -318,3 +318,12 @@ def test_two_keys_that_are_one(work, tmp_path):
     check(run_cli(*box, "--key-file", key, "--key-file", key), 2, "same key")
     check(run_cli(*box, "--key-file", "-", "--key-file", "-", stdin=key.read_bytes()), 2, "standard input")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", [("--set", "hide=nan"), ("--set", "hide=inf"), ("--max-cost", "nan")])
+def test_numbers_that_nothing_can_be_compared_with(option, work, tmp_path):
+    box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    done = run_cli(*box, *option, "--epochs", 1)
+    assert done.returncode == 2
+    assert option[1].encode() in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from sdbctl.cli.common import (
     announce,
     check_classes,
     check_known,
+    finite,
     open_data,
     pick,
     preprocess_of,
@@ -29,7 +30,7 @@ def parse_parameters(given: list[str] | None) -> dict[str, float]:
     for item in given or []:
         name, _, value = item.partition("=")
         try:
-            parameters[name.strip()] = float(value)
+            parameters[name.strip()] = finite(value)
         except ValueError:
             raise UsageError(f"--set {item} is not NAME=NUMBER", "for example --set hide=2") from None
     return parameters
@@ -87,7 +88,8 @@ def box(
     profile: o.Profile = None,
     dry_run: o.DryRun = False,
     max_cost: Annotated[
-        float | None, typer.Option("--max-cost", help="Exit with 3 if the box costs more top-1 points.")
+        float | None,
+        typer.Option("--max-cost", metavar="POINTS", parser=finite, help="Exit with 3 if the box costs more top-1."),
     ] = None,
     output: o.Output = None,
     resume: o.Resume = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from sdbctl.key import Key
     from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import Engine, Recipe
+
+
+def finite(value: str | float) -> float:
+    """A number that can be compared with another.
+
+    Raises:
+        ValueError: It is none, or not finite.
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is not a finite number")
+    return number
 
 
 def read_key(path: Path, insecure: bool, processes: int = 1) -> Key:

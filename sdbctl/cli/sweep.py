@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import check_known
+from sdbctl.cli.common import check_known, finite
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import UsageError
 
@@ -26,7 +26,7 @@ def grid(given: list[str]) -> list[dict[str, str]]:
         name, _, values = item.partition("=")
         found = [value.strip() for value in values.split(",") if value.strip()]
         try:
-            [float(value) for value in found]
+            [finite(value) for value in found]
         except ValueError:
             found = []
         if not found or not name.strip():
