@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Point:
 
 
 BASE = Point()
+VARIED = ("images", "epochs")
 GRID = (
     BASE,
     replace(BASE, images=4096),
@@ -84,6 +87,26 @@ def measure(point: Point) -> dict[str, float]:
     }
 
 
+def fit(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds = per_image · images · epochs + fixed, over the points that differ from the base in nothing else."""
+    import numpy as np
+
+    plain = [r for r in results if all(r[name] == value for name, value in asdict(BASE).items() if name not in VARIED)]
+    shown = np.array([r["images"] * r["epochs"] for r in plain])
+    found = {}
+    for name in ("reference_s", "box_s"):
+        seconds = np.array([r[name] for r in plain])
+        slope, fixed = np.polyfit(shown, seconds, 1)
+        left = ((seconds - slope * shown - fixed) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+        found[name] = {
+            "ms_per_image": round(1e3 * slope, 3),
+            "fixed_s": round(fixed, 1),
+            "explained": round(1 - left, 3),
+            "points": len(plain),
+        }
+    return found
+
+
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description="Time and memory of boxing, against what is announced.")
@@ -100,7 +123,10 @@ def main() -> None:
         results.append({**asdict(point), **json.loads(done.stdout.splitlines()[-1])})
         print(results[-1], file=sys.stderr)
     if given.json:
-        print(json.dumps(results, indent=2))
+        import torch
+
+        where = {"torch": torch.__version__, "cores": os.cpu_count(), "cuda": torch.cuda.is_available()}
+        print(json.dumps({**where, "fit": fit(results), "points": results}, indent=2))
 
 
 if __name__ == "__main__":
