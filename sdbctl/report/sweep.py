@@ -23,6 +23,7 @@ _COLUMNS = (
     Column("Advantage, API"),
     Column("95 % bounds"),
     Column("Without labels"),
+    Column("Wrong key"),
     Column("Authorized gain"),
     Column("95 % bounds"),
 )
@@ -36,12 +37,16 @@ def table(reports: Mapping[str, Report]) -> Table:
     """
     rows = tuple(_row(name, report) for name, report in reports.items())
     return Table(
-        "Settings", _COLUMNS, rows, "Costs against N_ft; the advantage is over the best of the floor, in points."
+        "Settings",
+        _COLUMNS,
+        rows,
+        "Costs against N_ft; advantages, and KD with a wrong key, over the best of the floor, in points.",
     )
 
 
 def _row(name: str, report: Report) -> tuple[str, ...]:
     cost, advantage, boxed = report.inference_cost, report.unauthorized_advantage.api, report.models.get("boxed")
+    wrong = report.students.get("authorized_wrong_key")
     return (
         clean(name),
         number(cost.top1.mean, sign=True),
@@ -51,6 +56,7 @@ def _row(name: str, report: Report) -> tuple[str, ...]:
         number(advantage.labelled.mean, sign=True),
         bounds(advantage.labelled),
         number(advantage.unlabelled.mean, sign=True),
+        number(wrong.difference.mean if wrong else None, sign=True),
         number(report.authorized_gain.mean, sign=True),
         bounds(report.authorized_gain),
     )
