@@ -91,7 +91,8 @@ class Metadata:
                 raise BadInput(f"{where} has format {version}, this is {FORMAT_VERSION}", "upgrade sdbctl")
             preprocess = Preprocess.from_dict(values.pop("preprocess"))
             classes = values.pop("classes")
-            key_ids = tuple(values.pop("key_ids"))
+            single = values.pop("key_id", "")  # files from before a box could have several keys
+            key_ids = tuple(values.pop("key_ids", [single] if single else []))
             made = cls(preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=key_ids, **values)
             _check(made, where)
         except (ValueError, TypeError, KeyError, AttributeError):
