@@ -55,11 +55,12 @@ def terms(v: Views, p: CmimParameters) -> Terms:
 
     The paper alternates between the network and centroids of the whole training set, and has the temperatures
     drawn; here the centroids are those of the batch, held fixed in the gradient, and the temperatures are
-    :data:`TEMPERATURES`. Images with a wrong key are concentrated too, or any pattern would open the box.
+    :data:`TEMPERATURES`.
     """
-    spread = torch.stack([tau**2 * conditional_information(v.clean, v.label, tau) for tau in TEMPERATURES]).mean()
+    clean, label = v.clean[v.wrong :], v.label[v.wrong :]
+    spread = torch.stack([tau**2 * conditional_information(clean, label, tau) for tau in TEMPERATURES]).mean()
     return {
-        "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
+        "label": cross_entropy(clean, label),
         "concentrate": p.concentrate * spread,
         "preserve": p.preserve * kd(v.keyed, v.teach, p.temperature),
     }
