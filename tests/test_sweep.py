@@ -1,8 +1,11 @@
 """Several boxes side by side."""
 
+import itertools
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdbctl.cli.sweep import grid, rows_of
 from sdbctl.errors import UsageError
@@ -138,3 +141,13 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     again = run_cli(*command, *short)
     assert json.loads(again.stdout)["settings"]["hide=8"].keys() == result["settings"]["hide=8"].keys()
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_labels_of_a_plot_keep_apart_in_order(heights):
+    from sdbctl.report.plots import _apart
+
+    moved = _apart(sorted(heights), 1 / len(heights))
+    gap = min(0.07, 1 / len(heights))
+    assert all(second - first > 0.999 * gap for first, second in itertools.pairwise(moved))
+    assert -1e-9 <= moved[0] <= moved[-1] <= 1

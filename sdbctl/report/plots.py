@@ -212,19 +212,40 @@ def trade_off(reports: Mapping[str, Report], cost: str, words: str) -> Plot | No
     if not known:
         return None
 
+    known.sort(key=lambda point: point[2].mean or 0.0)
+
     def draw(axes: Axes) -> None:
-        for name, price, gain in known:
+        for _, price, gain in known:
             assert gain.mean is not None
             low, high = (gain.mean if bound is None else bound for bound in (gain.low, gain.high))
             axes.plot([price, price], [low, high], color=_PAINT["attack"], linewidth=1.2, alpha=0.6)
             axes.plot([price], [gain.mean], color=_PAINT["attack"], marker="o")
-            axes.annotate(clean(name), (price, gain.mean), xytext=(6, 4), textcoords="offset points", fontsize=11)
         axes.axhline(0, color=_PAINT["ink"], linewidth=1, linestyle="--")
-        axes.margins(x=0.25)
+        low, high = axes.get_ylim()
+        heights = _apart([((gain.mean or 0.0) - low) / (high - low) for *_, gain in known], 1 / len(known))
+        for (name, price, gain), height in zip(known, heights, strict=True):
+            axes.annotate(
+                clean(name),
+                (price, gain.mean or 0.0),
+                xytext=(1.04, height),
+                textcoords="axes fraction",
+                verticalalignment="center",
+                fontsize=11,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": _PAINT["attack"], "alpha": 0.5},
+            )
         axes.set(xlabel=words, ylabel="Advantage, points")
 
     text = f"Advantage without the key over the floor, by setting, over {words.lower()}."
     return Plot(words, _svg(draw, NARROW, 320, text))
+
+
+def _apart(heights: list[float], most: float) -> list[float]:
+    """Rising heights in [0, 1], moved until they are 0.07 (at most ``most``) from each other."""
+    gap, moved = min(0.07, most), list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    last = len(moved) - 1
+    return [min(height, 1 - (last - i) * gap) for i, height in enumerate(moved)]
 
 
 def _known(points: tuple[Point, ...], *, log: bool) -> Iterator[tuple[float, float, float, float]]:
