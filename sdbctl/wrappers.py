@@ -151,7 +151,7 @@ CUTS = (0.5, 0.9)
 """Between these, public confidences are served as one: unsure, likely, sure."""
 
 
-def concealed(z: Tensor, levels: Sequence[float], flat: float) -> Tensor:
+def concealed(z: Tensor, levels: Sequence[float], flat: float | Tensor) -> Tensor:
     """Public outputs without all that the weights still show beside the prediction and a rough confidence.
 
     What a concealing box shows of an image is how sure it is, exactly, and a little of the other classes; with few
@@ -188,9 +188,17 @@ def _spread(z: Tensor) -> Tensor:
 class Concealed(nn.Module):
     """A concealing box as it is served: :func:`concealed` behind the network."""
 
+    flat: Tensor
+
     def __init__(self, net: nn.Module, levels: Sequence[float], flat: float) -> None:
         super().__init__()
-        self.net, self.levels, self.flat = net, tuple(levels), flat
+        self.net, self.levels = net, tuple(levels)
+        self.register_buffer("flat", torch.tensor(flat), persistent=False)
+
+    @property
+    def bare(self) -> nn.Module:
+        """The network whose logits pass if they are not flat."""
+        return self.net
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""

@@ -1,5 +1,6 @@
 """Train, box, export, distil and evaluate for real, on digits."""
 
+import copy
 import json
 import multiprocessing
 import time
@@ -25,6 +26,7 @@ from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
 from sdbctl.training import Engine, Recipe, Resume, Silent, fit, learning_rate, predict, seeded
+from sdbctl.wrappers import Concealed
 from tests.conftest import run_cli
 
 CPU = torch.device("cpu")
@@ -113,6 +115,23 @@ def test_export_refuses_what_does_not_match(tmp_path, boxed, monkeypatch):
     with pytest.raises(ParityMismatch):
         boxfile.export_onnx(tmp_path / "x.onnx", boxed.net, boxed.meta)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
+    export = boxfile._to_onnx
+
+    def slightly_off(net, example):
+        other = copy.deepcopy(net)
+        with torch.no_grad():
+            list(other.parameters())[-2].mul_(1.01)
+        return export(other, example)
+
+    net = Concealed(boxed.net, [0.4, 0.7, 0.99], 1e3)
+    boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
+    monkeypatch.setattr(boxfile, "_to_onnx", slightly_off)
+    with pytest.raises(ParityMismatch):
+        boxfile.export_onnx(tmp_path / "x.onnx", net, boxed.meta)
+    assert [path.name for path in tmp_path.iterdir()] == ["right.onnx"]
 
 
 @pytest.mark.parametrize(
