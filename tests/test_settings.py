@@ -22,7 +22,7 @@ def test_a_missing_file_sets_nothing(tmp_path):
 
 def test_common_and_own_keys(tmp_path):
     defaults = read(tmp_path, 'data = "digits"\n[box]\nepochs = 3\nkey-file = "k.bin"\n[eval]\ndata = "cifar10"\n')
-    assert defaults["box"] == {"data": "digits", "epochs": 3, "key_file": "k.bin"}
+    assert defaults["box"] == {"data": "digits", "epochs": 3, "key_file": ["k.bin"]}
     assert defaults["eval"]["data"] == "cifar10"
     assert defaults["train"] == {"data": "digits"}
     assert defaults["keygen"] == {}
@@ -40,6 +40,12 @@ def test_common_and_own_keys(tmp_path):
 def test_unknown_keys_name_the_nearest(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
         read(tmp_path, text)
+
+
+def test_one_value_of_an_option_that_may_be_repeated(tmp_path):
+    defaults = read(tmp_path, 'key-file = "a.bin"\n[box]\nkey-file = ["a.bin", "b.bin"]\nset = "hide=2"\n')
+    assert defaults["box"] == {"key_file": ["a.bin", "b.bin"], "set_": ["hide=2"]}
+    assert defaults["distill"] == {"key_file": "a.bin"}
 
 
 def test_broken_toml(tmp_path):

@@ -53,6 +53,11 @@ def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
         for key, value in table.items():
             where = f"{path}, [{command}]"
             defaults[command][_lookup(key, options[command], where, options[command])] = value
+    for name, command in root.commands.items():
+        repeatable = {parameter.name for parameter in command.params if getattr(parameter, "multiple", False)}
+        for parameter in repeatable & defaults[name].keys():
+            value = defaults[name][parameter]
+            defaults[name][parameter] = value if isinstance(value, list) else [value]
     return defaults
 
 
