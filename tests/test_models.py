@@ -5,6 +5,7 @@ import torch
 
 from sdbctl import models
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.models.stages import Stages, head, width
 
 OWN = [*models.OWN, "wrn-16-1", "wrn-16-2", "wrn-28-10"]
 
@@ -40,6 +41,26 @@ def test_own_networks_run_on_small_images(name, size):
 def test_torchvision_networks_are_recognised(name):
     found = models.identify(meta(name, 37).state_dict())
     assert (found.name, found.classes) == (name, 37)
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("resnet20", 64), ("wrn-16-2", 128), ("vgg16", 4096), ("vit_b_16", 768), ("squeezenet1_1", 512)],
+)
+def test_the_width_is_that_of_the_last_layer(name, features):
+    assert width(meta(name, 37)) == features
+
+
+def test_features_of_a_network_that_ends_in_a_convolution():
+    net = models.build("squeezenet1_1", 5).eval()
+    stages = Stages(net)
+    with torch.no_grad():
+        logits = net(torch.rand(2, 3, 64, 64))
+        assert stages.features.shape == (2, 512)
+        # the logits are rectified before they are averaged
+        bound = head(net)(stages.features[..., None, None]).flatten(1).relu()
+    assert (logits >= bound - 1e-6).all()
+    stages.close()
 
 
 RENAMED = {

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, metrics
+from sdbctl import boxfile, data, evaluate, metrics, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
@@ -546,6 +546,16 @@ def test_a_dry_run_plans_and_writes_nothing(work, tmp_path):
         assert b"time estimate" in done.stderr
         assert b"GiB; nothing was written" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_features_for_flat_outputs_are_said(work, tmp_path):
+    net = models.build("resnet20", 70, 1)
+    torch.save(net.state_dict(), tmp_path / "many.pt")
+    box = ("box", tmp_path / "many.pt", "--key-file", work / "k.bin", "--data", "digits")
+    done = run_cli(*box)
+    assert b"64 features cannot flatten the outputs of 70 classes (69 can)" in done.stderr
+    assert done.returncode == 2  # ten digits
+    assert b"features" not in run_cli("box", work / "teacher.safetensors", *box[2:], "--dry-run").stderr
 
 
 def test_a_profile_is_a_trace_of_training_steps(tmp_path):

@@ -14,7 +14,7 @@ from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
-from sdbctl.models.stages import Stages
+from sdbctl.models.stages import Stages, head
 from sdbctl.teacher import Access
 from sdbctl.training import place, scaled, seeded
 
@@ -47,7 +47,7 @@ def _train_box(attacker: Attacker, net: nn.Module, images: ImageSet) -> None:
 def rehead(attacker: Attacker, config: Config) -> None:
     """A new last layer on the box's features, trained on the labels, brings back what only the outputs hid."""
     net = held(attacker)
-    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    last = head(net)
     net.requires_grad_(False)
     with seeded(attacker.recipe.seed):
         last.reset_parameters()

@@ -125,6 +125,7 @@ def box(
     from sdbctl.box import box as make_box
     from sdbctl.boxfile import Metadata
     from sdbctl.key import ids_of
+    from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.training import scaled
 
@@ -151,6 +152,11 @@ def box(
     )
     original = boxfile.load(checkpoint, arch=arch, trust=trust)
     say(f"checkpoint: {original.architecture}, {original.classes} classes")
+    if (features := width(original.net)) < original.classes - 1:
+        say(
+            f"note: {features} features cannot flatten the outputs of {original.classes} classes "
+            f"({original.classes - 1} can): the file will show more than the exported graph, and cost more"
+        )
     recorded = original.meta
     shape = recorded.preprocess.size if recorded else None
     dataset = open_data(

@@ -4,6 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sdbctl.errors import UsageError
+
+
+def head(net: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer that makes logits of features: the last linear one, or without one the last convolution.
+
+    Raises:
+        UsageError: The network has neither.
+    """
+    for kind in (nn.Linear, nn.Conv2d):
+        found = [module for module in net.modules() if isinstance(module, kind)]
+        if found:
+            return found[-1]
+    raise UsageError("the network has neither a linear layer nor a convolution")
+
+
+def width(net: nn.Module) -> int:
+    """How many features the logits are made of."""
+    layer = head(net)
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
 
 class Stages:
     """Remembers, at each forward pass of a network, its last feature map of each height and width.
@@ -12,22 +33,21 @@ class Stages:
         net: Any convolutional network.
 
     Attributes:
-        maps: [B, C, H, W] by size, largest first, after a forward pass; the inputs of the last linear layer
+        maps: [B, C, H, W] by size, largest first, after a forward pass; the inputs of the last layer
             [B, D] under ``features``.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.features: Tensor | None = None
-        linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+        last = head(net)
         self._handles = [
             module.register_forward_hook(self._keep)
             for module in net.modules()
-            if module is not net and not isinstance(module, nn.Linear)
+            if module is not net and module is not last and not isinstance(module, nn.Linear)
         ]
         self._handles.append(net.register_forward_pre_hook(self._clear))
-        if linear:
-            self._handles.append(linear[-1].register_forward_pre_hook(self._keep_features))
+        self._handles.append(last.register_forward_pre_hook(self._keep_features))
 
     def close(self) -> None:
         """Leave the network as it was."""
@@ -42,4 +62,4 @@ class Stages:
             self.maps[(output.shape[2], output.shape[3])] = output
 
     def _keep_features(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.features = inputs[0]
+        self.features = inputs[0] if inputs[0].ndim == 2 else inputs[0].flatten(2).mean(2)
