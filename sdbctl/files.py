@@ -43,15 +43,18 @@ def claim(path: Path, *, force: bool) -> Path:
     return path
 
 
-def write(path: Path, content: bytes | str | Callable[[Path], None], *, force: bool = True) -> Path:
+def write(
+    path: Path, content: bytes | str | Callable[[Path], None], *, force: bool = True, everywhere: bool = False
+) -> Path:
     """Write a file atomically: temporary file in the same folder, fsync, rename.
 
-    Of several processes that train together only the first writes.
+    Of several processes that train together usually only the first writes.
 
     Args:
         path: The file to write.
         content: Its bytes or text, or a function that writes them to the path it is given.
         force: Whether an existing file may be replaced.
+        everywhere: Whether every process writes, and not only the first.
 
     Returns:
         ``path``.
@@ -60,7 +63,7 @@ def write(path: Path, content: bytes | str | Callable[[Path], None], *, force: b
         UsageError: The file exists and ``force`` is off.
         EnvironmentFailure: The disk is full or the folder cannot be written to.
     """
-    if team.rank() > 0:
+    if team.rank() > 0 and not everywhere:
         return path
     claim(path, force=force)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def seeded(seed=0):
@@ -456,13 +462,13 @@ def test_default_augmentation():
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_streaming_gives_the_same_batches(tmp_path, monkeypatch, cores):
-    monkeypatch.setattr(data, "_cores", lambda: cores)
+    monkeypatch.setattr("sdbctl.data.batching.cores", lambda: cores)
     write_parquet(tmp_path / "train.parquet", map(encoded, pixels(30)), [0, 1] * 15)
     memory, stream = load(f"parquet:{tmp_path}"), load(f"parquet:{tmp_path}", memory_limit=100)
     assert memory.train.in_memory and not stream.train.in_memory and memory.fingerprint == stream.fingerprint
-    kept = data.Stream(data.Rows([tmp_path / "train.parquet"], ["img"], keep=True), (3, 8, 8), None, "some")
+    rows = data.Stream(data.Rows([tmp_path / "train.parquet"], ["img"]), (3, 8, 8), None, "some")
     state, found = torch.get_rng_state(), []
-    for images in (memory.train, stream.train, dataclasses.replace(stream.train, source=kept)):
+    for images in (memory.train, stream.train, dataclasses.replace(stream.train, source=rows)):
         view = images.take(range(3, 28))
         found.append(make(view, generator=seeded(3), augment="crop-flip", shuffle=True))
     assert torch.equal(torch.get_rng_state(), state)
@@ -470,19 +476,46 @@ def test_streaming_gives_the_same_batches(tmp_path, monkeypatch, cores):
         assert all(torch.equal(one, two) for other in others for one, two in zip(batch, other, strict=True))
 
 
-def test_streaming_keeps_little_and_can_be_pickled(tmp_path):
-    write_parquet(tmp_path / "train.parquet", map(encoded, pixels(40)), [0, 1] * 20)
-    stream = load(f"parquet:{tmp_path}", memory_limit=100).train
-    assert all(torch.equal(stream[i], stream[i]) for i in range(40))
-    assert len(stream.source.images._cached) <= 2
-    assert torch.equal(pickle.loads(pickle.dumps(stream))[31], stream[31])
+def test_parquet_files_are_copied_once_for_access_in_any_order(tmp_path):
+    images = [None if i == 7 else encoded(x) for i, x in enumerate(pixels(40))]
+    write_parquet(tmp_path / "train.parquet", images, [0, 1] * 20)
+    rows, notices = data.Rows([tmp_path / "train.parquet"], ["img"]), []
+    flat = rows.flat(notices.append)
+    assert [flat[i] for i in reversed(range(40))] == images[::-1] == [rows[i] for i in reversed(range(40))]
+    assert len(flat) == 40 and len(rows._cached) <= 2
+    assert pickle.loads(pickle.dumps(flat))[31] == images[31]
+    assert rows.flat(notices.append).path == flat.path and len(notices) == 1
+    flat.path.unlink()
+    with pytest.raises(EnvironmentFailure, match="cannot be read"):
+        flat[3]
+    assert rows.flat(notices.append)[3] == images[3] and len(notices) == 2
+    write_parquet(tmp_path / "train.parquet", images[:39], [0, 1, 1] * 13)
+    changed = data.Rows([tmp_path / "train.parquet"], ["img"]).flat(notices.append)
+    assert changed.path != flat.path and changed[38] == images[38]
+
+
+def test_a_copy_that_cannot_be_made_or_read_is_one_line(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "train.parquet", map(encoded, pixels(6)), [0, 1] * 3)
+    rows = data.Rows([tmp_path / "train.parquet"], ["img"])
+    rows.flat(print).path.with_suffix(".npy").write_bytes(b"junk")
+    with pytest.raises(EnvironmentFailure, match="cannot use"):
+        rows.flat(print)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "small"))
+    with pytest.raises(EnvironmentFailure, match="do not fit"):
+        rows.flat(print)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EnvironmentFailure, match="cannot use") as caught:
+        rows.flat(print)
+    assert "XDG_CACHE_HOME" in caught.value.hint
 
 
 def test_a_damaged_image_in_a_worker_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_cores", lambda: 2)
+    monkeypatch.setattr("sdbctl.data.batching.cores", lambda: 2)
     write_parquet(tmp_path / "train.parquet", [*map(encoded, pixels(20)), b"junk"] * 2, [0, 1] * 21)
     labels = torch.zeros(42, dtype=torch.int64)
-    rows = data.Rows([tmp_path / "train.parquet"], ["img"], keep=False)
+    rows = data.Rows([tmp_path / "train.parquet"], ["img"])
     source = data.Stream(rows, (3, 8, 8), None, "some")
     with pytest.raises(BadInput) as caught:
         make(ImageSet(labels, source, torch.arange(42)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -45,12 +46,14 @@ def write(folder: Path, images: int, rows: int) -> None:
 
 
 def epoch(folder: Path, limit: int) -> dict[str, float]:
-    """One shuffled epoch in this process: images/s, and resident MiB before, and at the peak."""
+    """Load and run through one shuffled epoch in this process: times, and resident MiB before and at the peak."""
     import torch
 
     from sdbctl import data
 
+    begin = time.perf_counter()
     found = data.load(f"parquet:{folder}", root=folder, memory_limit=limit)
+    loading = time.perf_counter() - begin
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     preprocess = data.Preprocess((0.5,) * 3, (0.5,) * 3, found.train.shape)
     begin, seen = time.perf_counter(), 0
@@ -67,6 +70,7 @@ def epoch(folder: Path, limit: int) -> dict[str, float]:
     usage = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "images": seen,
+        "loading_seconds": round(loading, 1),
         "images_per_second": round(seen / (time.perf_counter() - begin), 1),
         "loaded_mib": round(before, 1),
         "peak_mib": round(usage[0], 1),
@@ -92,7 +96,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), times * limit // (3 * SIDE**2), given.rows)
             again = [sys.executable, __file__, "--folder", folder, "--limit", str(given.limit)]
-            results[f"{times} x {given.limit} MiB"] = json.loads(subprocess.run(again, check=True, stdout=-1).stdout)
+            done = subprocess.run(again, check=True, stdout=-1, env={**os.environ, "XDG_CACHE_HOME": folder})
+            results[f"{times} x {given.limit} MiB"] = json.loads(done.stdout)
     if given.json:
         print(json.dumps(results, indent=2))
         return

@@ -59,7 +59,7 @@ def open_data(
     spec = data.resolve(spec, recorded_name=recorded, classes=classes, shape=shape, root=root)
     channels = shape[0] if shape else None
     dataset = data.load(
-        spec, root=root, size=size or (shape[1] if shape else None), channels=channels, download=download
+        spec, root=root, size=size or (shape[1] if shape else None), channels=channels, download=download, notice=say
     )
     c, h, w = dataset.train.shape
     say(f"data: {dataset.name}, {len(dataset.train):,} training images, {len(dataset.classes)} classes, {c}x{h}x{w}")

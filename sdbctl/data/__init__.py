@@ -1,0 +1,37 @@
+"""Images: where they come from, how they are split, normalised, augmented and batched."""
+
+from sdbctl.data.batching import AUGMENT, Augment, Batch, batches, default_augment, like, normalised, view
+from sdbctl.data.images import Dataset, ImageSet, Memory, Shape, Stream
+from sdbctl.data.parquet import Flat, Rows
+from sdbctl.data.preprocess import PRESETS, Preprocess, presets
+from sdbctl.data.reading import MEMORY_LIMIT, SOURCES, TORCHVISION, load, resolve, sources
+from sdbctl.data.splits import Splits, split
+
+__all__ = [
+    "AUGMENT",
+    "MEMORY_LIMIT",
+    "PRESETS",
+    "SOURCES",
+    "TORCHVISION",
+    "Augment",
+    "Batch",
+    "Dataset",
+    "Flat",
+    "ImageSet",
+    "Memory",
+    "Preprocess",
+    "Rows",
+    "Shape",
+    "Splits",
+    "Stream",
+    "batches",
+    "default_augment",
+    "like",
+    "load",
+    "normalised",
+    "presets",
+    "resolve",
+    "sources",
+    "split",
+    "view",
+]

@@ -1,0 +1,206 @@
+"""Labelled images, in memory or decoded when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdbctl.errors import BadInput, UsageError
+
+Shape = tuple[int, int, int]
+Array = np.ndarray[Any, Any]
+
+
+class Encoded(Protocol):
+    """Images by position, each a file, encoded bytes, or an array [H, W] or [H, W, C] of uint8."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Any: ...
+
+
+class Memory:
+    """Decoded images, shared by all views of them.
+
+    Args:
+        pixels: uint8 [N, C, H, W].
+    """
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+        self.shape: Shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self.pixels[position]
+
+    def on(self, device: torch.device) -> Tensor:
+        """The pixels on a device, where they are copied once."""
+        if device == self.pixels.device:
+            return self.pixels
+        if device not in self._copies:
+            self._copies[device] = self.pixels.to(device)
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Images that are decoded whenever they are asked for."""
+
+    images: Encoded
+    shape: Shape
+    size: int | None
+    name: str
+
+    def __getitem__(self, position: int) -> Tensor:
+        pixels = decode(self.images[position], self.size, self.shape[0], self.name, position)
+        if pixels.shape != self.shape:
+            raise BadInput(
+                f"{self.name}: image {position} is {sized(pixels.shape)}, others are {sized(self.shape)}",
+                "resize them with --image-size",
+            )
+        return torch.from_numpy(pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images, in memory or decoded on demand; views share them.
+
+    Attributes:
+        labels: Class indices int64 [N].
+        source: The images that this set and others choose from.
+        positions: Where each image is in ``source``, int64 [N].
+        name: The data set's name, or "".
+    """
+
+    labels: Tensor
+    source: Memory | Stream
+    positions: Tensor
+    name: str = ""
+
+    @classmethod
+    def of(cls, pixels: Tensor, labels: Tensor, name: str = "") -> ImageSet:
+        """A set in memory: uint8 [N, C, H, W] with int64 [N].
+
+        Raises:
+            BadInput: They are not, or do not belong together.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or len(pixels) != len(labels) or labels.ndim != 1:
+            raise BadInput(
+                f"images {pixels.dtype} {sized(pixels.shape)} with labels {sized(labels.shape)}",
+                "uint8 [N, C, H, W] and int64 [N] are needed",
+            )
+        return cls(labels.to(torch.int64), Memory(pixels), torch.arange(len(labels)), name)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image, uint8 [C, H, W]."""
+        return self.source[int(self.positions[index])]
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of every image."""
+        return self.source.shape
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are decoded already."""
+        return isinstance(self.source, Memory)
+
+    def take(self, indices: Sequence[int] | range | Array | Tensor) -> ImageSet:
+        """A view of the images at ``indices``."""
+        chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
+        return replace(self, labels=self.labels[chosen], positions=self.positions[chosen])
+
+    @property
+    def pixels(self) -> Tensor:
+        """All images of a set in memory, uint8 [N, C, H, W].
+
+        Raises:
+            UsageError: The set is decoded on demand.
+        """
+        if not isinstance(self.source, Memory):
+            raise UsageError(f"{self.name or 'the set'} is too large to be held in memory", "use --transfer-size")
+        return self.source.pixels[self.positions]
+
+    def digest(self) -> str:
+        """Hash of the pixels of a set in memory, in order."""
+        content = self.pixels.contiguous()
+        return hashlib.sha256(f"{tuple(content.shape)}".encode() + content.numpy().tobytes()).hexdigest()
+
+    def unlabelled(self) -> ImageSet:
+        """The same images with −1 for every label."""
+        return replace(self, labels=torch.full_like(self.labels, -1))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as it was found.
+
+    Attributes:
+        name: Its name, never a path.
+        train: Training images.
+        test: Test images, or None if the source has one part only.
+        classes: Class names.
+        fingerprint: Hash of sizes, labels and a sample of the decoded images.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet | None
+    classes: tuple[str, ...]
+    fingerprint: str
+
+
+def decode(source: Any, size: int | None, channels: int | None, name: str, position: int) -> Array:
+    """uint8 [C, H, W] from a file, encoded bytes, or an array [H, W] or [H, W, C].
+
+    Raises:
+        BadInput: It is no image.
+    """
+    from PIL import Image, ImageOps
+
+    if source is None:
+        raise BadInput(f"{name}: image {position} has no bytes, only a path", "embed the images in the file")
+    try:
+        if isinstance(source, np.ndarray):
+            image = Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source)
+        else:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.mode.startswith("I"):
+            # 16 bits; Pillow would clip instead of scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = image.mode in ("1", "L", "LA") if channels is None else channels == 1
+        image = image.convert("L" if grey else "RGB")
+        if size is not None and image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        array = np.array(image, dtype=np.uint8)
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        where = f" ({source.parent.name}/{source.name})" if isinstance(source, Path) else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split("<")[0].split("'/")[0].strip()
+        raise BadInput(f"{name}: image {position}{where} cannot be read: {reason}", "remove or replace it") from None
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def sized(shape: Sequence[int]) -> str:
+    """As people write it: 3x32x32."""
+    return "x".join(map(str, shape))
+
+
+def cores() -> int:
+    """Processors that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
