@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -93,8 +92,12 @@ class Metadata:
             preprocess = Preprocess.from_dict(values.pop("preprocess"))
             classes = values.pop("classes")
             single = values.pop("key_id", "")  # files from before a box could have several keys
-            key_ids = tuple(values.pop("key_ids", [single] if single else []))
-            made = cls(preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=key_ids, **values)
+            key_ids = values.pop("key_ids", [single] if single else [])
+            if not isinstance(key_ids, list) or not isinstance(classes, list):
+                raise TypeError
+            made = cls(
+                preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=tuple(key_ids), **values
+            )
             _check(made, where)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise BadInput(f"{where} has damaged sdbctl metadata", "write the file again") from None
@@ -108,8 +111,10 @@ def _check(meta: Metadata, where: str) -> None:
         raise TypeError
     if meta.kind not in ("box", "student", "teacher", "reference") or len(meta.classes) < 2:
         raise TypeError
-    strength = float(meta.strength)
-    if not (math.isfinite(strength) and 0 <= strength < 1) or (meta.kind == "box") != bool(meta.key_ids):
+    if isinstance(meta.strength, bool) or not isinstance(meta.strength, int | float):
+        raise TypeError
+    # also false for NaN
+    if not 0 <= meta.strength < 1 or (meta.kind == "box") != bool(meta.key_ids):
         raise BadInput(f"{where} has an impossible key strength or key id", "write the file again")
 
 

@@ -39,6 +39,7 @@ class Source:
         strength: λ of the embedding.
         sha256: Identity of the weights, for caching.
         held: The network inside the ONNX file, for attackers who hold it, or None.
+        held_sha256: Identity of its weights.
         wrapper: Name in :data:`sdbctl.wrappers.WRAPPERS` that answers pass, or "".
     """
 
@@ -48,6 +49,7 @@ class Source:
     strength: float = 0.0
     sha256: str = ""
     held: nn.Module | None = None
+    held_sha256: str = ""
     wrapper: str = ""
 
     @property
@@ -104,6 +106,11 @@ class EvalConfig:
     def reported(self) -> int:
         """Students per reported row."""
         return (suite(self.suite).seeds if self.suite else None) or self.seeds
+
+
+def on_key(attack: str) -> bool:
+    """Whether an attack looks for the key."""
+    return attack.endswith(("_key", "_keys"))
 
 
 @dataclass(frozen=True)
@@ -191,27 +198,33 @@ class Bench:
             possible = (bool(teachers) or not row.teachers) and (
                 row.access == "api" or (boxed is not None and boxed.weights is not None)
             )
-            if possible and (self.strength > 0 or not row.attack.endswith(("_keys", "_key"))):
+            if possible and (self.strength > 0 or not on_key(row.attack)):
                 rows.append(replace(row, teachers=teachers))
         return rows
 
     def key(self, cell: Cell) -> str:
         """Content hash of a cell, under which its outcome is kept."""
         source = self.sources[cell.teacher].sha256 if cell.teacher else ""
+        attack = BY_NAME[cell.row].attack
+        images = [self.transfer, self.validation, self.test, self.surrogate]
         parts = [
             boxfile.versions(),
             self.engine.precision,
-            BY_NAME[cell.row].attack,
+            attack,
             source,
+            # what a key is compared with, and the weights in an ONNX file
+            self.sources["keyed"].sha256 if "keyed" in self.sources and on_key(attack) else "",
+            self.sources[cell.teacher].held_sha256 if cell.teacher else "",
             dict(cell.config),
             asdict(scaled(self.config.recipe, seed=cell.seed, epochs=cell.epochs)),
             cell.final,
             cell.images,
             self.config.student,
             self.fingerprint,
-            len(self.surrogate) if self.surrogate is not None else 0,
+            self.preprocess.to_dict(),
+            [some.identity if some is not None else "" for some in images],
         ]
-        text = json.dumps([*parts, len(self.transfer), len(self.validation), len(self.test)], sort_keys=True)
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property

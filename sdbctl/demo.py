@@ -103,7 +103,7 @@ def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | N
     }
     bench = Bench(
         sources,
-        splits.transfer,
+        splits.transfer.alone(),
         splits.validation,
         splits.test,
         preprocess,

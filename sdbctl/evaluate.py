@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -137,40 +138,51 @@ def evaluate(
 def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     """The numbers in front: advantage, gain, and whether there is something to protect."""
 
-    def difference(one: str, other: str) -> Interval:
-        if one not in students or other not in students:
-            return Interval()
-        return paired(students[one].values, students[other].values)
+    def best(role: Role, access: Sequence[str] = ("api",), labels: Sequence[bool | None] | None = None) -> list[float]:
+        """By seed, the best of several rows that compete."""
+        rows = [
+            student
+            for name, student in students.items()
+            if student.role == role
+            and student.mean is not None
+            and student.access in access
+            and (labels is None or student.labels in labels)
+            and not name.startswith("control")
+        ]
+        if not rows:
+            return []
+        most = max(student.n for student in rows)
+        rows = [student for student in rows if student.n == most]
+        known = [student.validations or (student.validation,) * most for student in rows]
+        return metrics.crossfit(
+            [[value or 0.0 for value in values] for values in known],
+            [[value or 0.0 for value in student.values] for student in rows],
+        )
 
-    def best(role: Role) -> str:
-        """The best of several ways to distil from one teacher, chosen on validation data."""
-        own = [s for s in students.values() if s.role == role and s.mean is not None]
-        known = [s for s in own if s.n == max(s.n for s in own)]
-        return max(known, key=lambda s: s.validation or 0.0).name if known else ""
-
-    def worst(access: Sequence[str], labels: Sequence[bool]) -> str:
-        """The best attack of those that the attacker can run, chosen on validation data."""
-        attacks = [s for s in students.values() if s.role == "attack" and s.access in access and s.labels in labels]
-        known = [s for s in attacks if s.n == max(s.n for s in attacks) and s.mean is not None]
-        return max(known, key=lambda s: s.validation or 0.0).name if known else ""
+    def over(values: list[float], control: str) -> Interval:
+        return paired(values, students[control].values) if values and control in students else Interval()
 
     def advantage(access: Sequence[str]) -> Advantage:
-        own = [s for s in students.values() if s.role == "attack" and s.access == access[0] and s.mean is not None]
-        if not own:
+        if not any(s.role == "attack" and s.access == access[0] and s.mean is not None for s in students.values()):
             return Advantage()
-        unlabelled = difference(worst(access, [False]), "control_unlabelled") if access[0] == "api" else Interval()
-        return Advantage(difference(worst(access, [True, False]), "control"), unlabelled)
+        unlabelled = over(best("attack", access, [False]), "control_unlabelled") if access[0] == "api" else Interval()
+        return Advantage(over(best("attack", access), "control"), unlabelled)
 
+    original, authorized = best("reference"), best("authorized")
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
-        "authorized_gain": difference(best("authorized"), best("reference")),
-        "protectable": difference(best("reference"), "control"),
+        "authorized_gain": paired(authorized, original) if authorized and original else Interval(),
+        "protectable": over(original, "control"),
     }
 
 
 def verdict(report: Report) -> str:
     """One sentence: what this box protects against, and what it does not."""
-    advantage, protectable = report.unauthorized_advantage.api.labelled, report.protectable
+    api, protectable = report.unauthorized_advantage.api, report.protectable
+    advantage, who = api.labelled, ""
+    if api.unlabelled.mean is not None and _most(api.unlabelled) > _most(api.labelled):
+        # each is compared with a floor of its own
+        advantage, who = api.unlabelled, " without labels"
     if advantage.mean is None:
         return "No student was trained, so nothing is known about protection; use --attack."
     if protectable.mean is None:
@@ -179,23 +191,26 @@ def verdict(report: Report) -> str:
             "is unknown without --original."
         )
     if protectable.mean < PROTECTABLE_LIMIT or (protectable.low is not None and protectable.low <= 0):
-        return (
+        finding = (
             f"Nothing to protect here: distilling the original is worth only {protectable.mean:+.1f} points over "
             "what an attacker has anyway."
         )
+        if (api.unlabelled.low or 0) > ADVANTAGE_LIMIT:
+            finding += f" Attackers without labels gain {api.unlabelled.mean:+.1f} points over their own floor."
+        return finding
     if advantage.high is None:
-        finding = f"One seed only: distilling the box gains {advantage.mean:+.1f} points over the floor"
+        finding = f"One seed only: distilling the box{who} gains {advantage.mean:+.1f} points over the floor"
     elif advantage.high <= ADVANTAGE_LIMIT:
         finding = (
             f"Undistillable through its outputs by the attacks tried: at most {advantage.high:+.1f} points over the "
-            "floor (95 %)"
+            f"floor{who} (95 %)"
         )
     elif advantage.low is not None and advantage.low > ADVANTAGE_LIMIT:
-        finding = f"Not protected: distilling the box gains {advantage.mean:+.1f} points over the floor"
+        finding = f"Not protected: distilling the box{who} gains {advantage.mean:+.1f} points over the floor"
     else:
         finding = (
-            f"Not shown to be undistillable: distilling the box gains {advantage.mean:+.1f} points over the floor, "
-            f"at most {advantage.high:+.1f} (95 %)"
+            f"Not shown to be undistillable: distilling the box{who} gains {advantage.mean:+.1f} points over the "
+            f"floor, at most {advantage.high:+.1f} (95 %)"
         )
     worth = f"the original gives {protectable.mean:+.1f}"
     gain = report.authorized_gain
@@ -207,6 +222,12 @@ def verdict(report: Report) -> str:
         most = f", at most {held.high:+.1f}" if held.high is not None else ""
         file = f"Who holds the file gains {held.mean:+.1f}{most}"
     return f"{finding}; {worth}{key}. {file}."
+
+
+def _most(interval: Interval) -> float:
+    """The upper bound, or for lack of one the mean."""
+    known = interval.mean if interval.high is None else interval.high
+    return -math.inf if known is None else known
 
 
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:

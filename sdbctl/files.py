@@ -44,7 +44,12 @@ def claim(path: Path, *, force: bool) -> Path:
 
 
 def write(
-    path: Path, content: bytes | str | Callable[[Path], None], *, force: bool = True, everywhere: bool = False
+    path: Path,
+    content: bytes | str | Callable[[Path], None],
+    *,
+    force: bool = True,
+    everywhere: bool = False,
+    private: bool = False,
 ) -> Path:
     """Write a file atomically: temporary file in the same folder, fsync, rename.
 
@@ -55,6 +60,7 @@ def write(
         content: Its bytes or text, or a function that writes them to the path it is given.
         force: Whether an existing file may be replaced.
         everywhere: Whether every process writes, and not only the first.
+        private: Whether only its owner may read it.
 
     Returns:
         ``path``.
@@ -78,7 +84,7 @@ def write(
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        part.chmod(0o666 & ~mask)
+        part.chmod(0o600 if private else 0o666 & ~mask)
         part.replace(path)
     except OSError as error:
         raise EnvironmentFailure(

@@ -1,7 +1,8 @@
 """How settings are chosen and students reported.
 
 Settings are chosen on the validation split with one set of seeds; the chosen ones are trained again with fresh,
-paired seeds, and only those, after their last epoch, are measured on the test split.
+paired seeds, and only those, after their last epoch, are measured on the test split. Which row is the control, and
+which the best attack, is decided for each seed by the validation accuracy of all other seeds.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, run_cells
+from sdbctl.cells import Bench, Cell, Outcome, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, MINOR, TUNED, UNLABELLED_FLOOR, Option, suite
+from sdbctl.suites import ALWAYS, BY_NAME, MINOR, TUNED, Option, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -161,9 +162,9 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
         # rows that won their group have all seeds
         return max(names, key=lambda name: (len(cells[name]), validation[name]))
 
-    floor = best(name for name in finished if BY_NAME[name].role == "floor")
-    unlabelled = best(name for name in finished if name in UNLABELLED_FLOOR)
-    control = [outcome.test or 0.0 for outcome in finished[floor]]
+    floor = [name for name in finished if BY_NAME[name].role == "floor"]
+    unlabelled = [name for name in floor if not BY_NAME[name].labels]
+    control = _chosen([finished[name] for name in floor])
     students = {}
     for row in bench.rows():
         if row.name not in finished:
@@ -190,6 +191,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
             n=len(values),
             values=tuple(values),
+            validations=tuple(outcome.validation for outcome in runs),
             difference=paired(values, control),
             config={
                 **({"teacher": option.teacher} if option.teacher else {}),
@@ -203,14 +205,31 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             validation=validation[row.name],
             note="not tuned" if row.role == "disturb" else "",
         )
-    for name, chosen, note in (
+    for name, rivals, note in (
         ("control_unlabelled", unlabelled, "the control without labels"),
         ("control", floor, "the control"),
     ):
-        students[name] = replace(students[chosen], name=name)
-        before = f"{students[chosen].note}, " if students[chosen].note else ""
-        students[chosen] = replace(students[chosen], note=f"{before}{note}")
+        winner, values = best(rivals), _chosen([finished[rival] for rival in rivals])
+        students[name] = replace(
+            students[winner],
+            name=name,
+            mean=float(np.mean(values)),
+            sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            values=tuple(values),
+            difference=paired(values, control),
+        )
+        before = f"{students[winner].note}, " if students[winner].note else ""
+        students[winner] = replace(students[winner], note=f"{before}{note}")
     return students
+
+
+def _chosen(rows: Sequence[Sequence[Outcome]]) -> list[float]:
+    """The best of rows that compete, by seed; see :func:`sdbctl.metrics.crossfit`."""
+    most = max(len(runs) for runs in rows)
+    known = [runs for runs in rows if len(runs) == most]
+    return metrics.crossfit(
+        [[run.validation for run in runs] for runs in known], [[run.test or 0.0 for run in runs] for runs in known]
+    )
 
 
 def paired(values: Sequence[float | None], control: Sequence[float | None]) -> Interval:

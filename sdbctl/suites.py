@@ -77,7 +77,6 @@ ALL = (*CORE, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
 MINOR = {"trivial defence", *(row.name for row in NEAR)}
 """Groups that are no headline."""
-UNLABELLED_FLOOR = ("hard_label", "hard_constant", "copycat")
 TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}
 """Configurations at most of rows that are shown beside the comparison: plain distillation, as most papers report."""
 ALWAYS = ("cross_entropy", "label_smoothing")
@@ -92,7 +91,7 @@ class Suite:
         summary: One line for people.
         rows: Which rows.
         tune: Configurations per row at most; None for all.
-        screen: Share of the epochs after which three quarters of the candidates are dropped; None for no
+        screen: Share of the epochs after which most of the candidates are dropped; None for no
             screening.
         elect: Whether the attacks of one threat compete, so that only the best of each gets all seeds.
         seeds: Students per reported row, or None for the user's choice.

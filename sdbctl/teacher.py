@@ -152,7 +152,7 @@ class Record:
             return known
         except (OSError, KeyError, safetensors.SafetensorError):
             logits = ask()
-            files.write(path, safetensors.torch.save({"logits": logits.contiguous()}))
+            files.write(path, safetensors.torch.save({"logits": logits.contiguous()}), private=True)
             return logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import resource
@@ -399,7 +400,10 @@ def _save(
         "cpu_rng": torch.random.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    files.write(path, lambda part: torch.save(state, part))
+    # torch hides from files.write what the system says of a full disk
+    content = io.BytesIO()
+    torch.save(state, content)
+    files.write(path, content.getvalue())
 
 
 def _restore(

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, protocol
-from sdbctl.attacks import ATTACKS, base, keys, soft
-from sdbctl.cells import Bench, EvalConfig, Source
+from sdbctl.attacks import ATTACKS, base, file, keys, soft
+from sdbctl.cells import Bench, Cell, EvalConfig, Source
 from sdbctl.data import like, view
-from sdbctl.distill import distill
+from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation
-from sdbctl.report import Report
+from sdbctl.report import Report, Student
 from sdbctl.suites import ALL, SUITES
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
@@ -184,6 +184,42 @@ def test_views_are_fixed_and_differ(transfer):
 def test_attacks_on_the_file_need_the_file(teacher, boxed, transfer):
     with pytest.raises(UsageError, match="weights"):
         attack_with("rehead", teacher, boxed, transfer, weights=None)
+
+
+@pytest.mark.parametrize("name", ["fine_tuned", "rehead", "pruned", "recalibrated", "averaged_views"])
+def test_targets_of_an_attack_are_used_whatever_the_size_of_the_set(name, teacher, boxed, transfer, monkeypatch):
+    usual = attack_with(name, teacher, boxed, transfer)
+    monkeypatch.setattr(base, "COPY_BYTES", 100)
+    again = attack_with(name, teacher, boxed, transfer)
+    assert again.queries == usual.queries
+    pairs = zip(usual.student.parameters(), again.student.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_new_head_leaves_the_features_alone(teacher, boxed, transfer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(file, "_from", lambda attacker, nets, config: seen.extend(nets))
+    attack_with("rehead", teacher, boxed, transfer)
+    before, after = boxed.net.state_dict(), seen[0].state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[0] for name in changed} == {next(reversed(before)).rpartition(".")[0]}
+
+
+def test_features_of_networks_without_a_size_in_common():
+    student, box = build_student("cnn-tiny", 5, 3, 0), build_student("squeezenet1_1", 5, 3, 0)
+    images = torch.rand(4, 3, 40, 40)
+    pair = file.Pair(student, box, images)
+    pair(images)
+    assert not set(pair.mine.maps) & set(pair._theirs.maps)
+    for distance in (file.fitnet, file.attention, file.similarity, file.contrast):
+        assert torch.isfinite(distance(pair))
+    pair.close()
+
+
+def test_what_needs_no_soft_output_is_the_floor():
+    assert {name for name, attack in ATTACKS.items() if attack.access <= Access.LABELS} == {
+        name for name, attack in ATTACKS.items() if attack.role == "floor"
+    }
 
 
 # --- losses ------------------------------------------------------------------------------------------------------
@@ -357,6 +393,60 @@ def test_damaged_confidences_are_bad_input(boxed, levels):
         served(boxed.net, meta)
 
 
+def test_results_are_kept_apart_by_all_that_decides_them(work, splits, boxed, pattern):
+    plain = bench(work, splits, boxed, "standard", pattern)
+    other = plain.sources["boxed"].keyed(1 - pattern, boxed.meta.strength, "another key")
+    held = replace(plain.sources["boxed"], held_sha256="held")
+    shifted = replace(plain.preprocess, mean=(0.4,))
+    changes = [
+        {"preprocess": shifted},
+        {"surrogate": splits.test.take(range(20))},
+        {"surrogate": splits.test.take(range(20, 40))},
+        {"transfer": splits.transfer.take(range(1, 41))},
+        {"sources": {**plain.sources, "boxed": held}},
+        {"sources": {**plain.sources, "keyed": other}},
+    ]
+    cell = Cell("searched_key", "boxed", {}, 0, True)
+    keys_ = [replace(plain, **change).key(cell) for change in ({}, *changes)]
+    assert len(set(keys_)) == len(keys_)
+    again = replace(plain, transfer=plain.transfer.alone())
+    assert again.key(cell) == replace(again, transfer=splits.transfer.take(range(40)).alone()).key(cell)
+
+
+def made_of(*students):
+    return {one.name: one for one in students}
+
+
+def some(name, role, values, validations=None, **more):
+    known = tuple(validations or values)
+    return Student(name=name, label=name, role=role, mean=float(np.mean(values)), n=len(values), values=tuple(values),
+                   validations=known, validation=float(np.mean(known)), **more)  # fmt: skip
+
+
+def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
+    floor = (50.0, 51.0, 52.0)
+    students = made_of(
+        some("control", "floor", floor),
+        some("control_unlabelled", "floor", (40.0, 41.0, 42.0), labels=False),
+        some("a", "attack", (49.0, 50.1, 51.0), labels=True),
+        some("b", "attack", (46.0, 47.1, 48.0), labels=False),
+        some("kd_original", "reference", (55.0, 56.1, 57.0)),
+    )
+    numbers = evaluate.headline(students)
+    api = numbers["unauthorized_advantage"].api
+    assert (api.labelled.mean, api.unlabelled.mean) == pytest.approx((-0.967, 6.033), abs=0.01)
+    assert numbers["protectable"].mean == pytest.approx(5.03, abs=0.01)
+    report = Report(title="x", created="", tool="", verdict="", **numbers)
+    assert evaluate.verdict(report).startswith("Not protected: distilling the box without labels gains +6.0")
+
+
+def test_the_best_attack_is_not_chosen_by_the_students_that_are_reported():
+    attack = [some("a", "attack", (9.0, 1.0, 1.0)), some("b", "attack", (2.0, 2.0, 2.0))]
+    numbers = evaluate.headline(made_of(some("control", "floor", (0.0, 0.0, 0.0)), *attack))
+    # seed 0 takes b, which is better elsewhere; the others take a
+    assert numbers["unauthorized_advantage"].api.labelled.mean == pytest.approx((2 + 1 + 1) / 3)
+
+
 def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(work, splits, boxed):
     names = {row.name for row in bench(work, splits, boxed, "standard", strength=0.0).rows()}
     assert not any("_key" in name for name in names)
@@ -373,7 +463,7 @@ def test_key_curves(work, splits, boxed, pattern):
     assert near[1.0] == max(near.values())
     leak = [point.y for point in found["leak"].series["mean of the queries"]]
     assert leak == sorted(leak)
-    assert leak[-1] > 0.8
+    assert leak[-1] > 0.7
     assert curves.key_curves(bench(work, splits, boxed, "core")) == {}
 
 

@@ -386,7 +386,7 @@ def test_untrusted_normalisation(change):
 
 def test_batches_in_order_are_the_images():
     images = image_set(20)
-    found = list(data.normalised(images, plain(), CPU, 6))
+    found = make(images, augment=None)
     assert [len(batch.y) for batch in found] == [6, 6, 6, 2]
     torch.testing.assert_close(
         torch.cat([b.x for b in found]), plain()(torch.stack([images[i] for i in range(20)]) / 255)
@@ -406,12 +406,9 @@ def test_shuffled_batches_of_a_view():
     torch.testing.assert_close(found[0].x[3], plain()(images[int(index[3])][None] / 255)[0])
 
 
-@pytest.mark.parametrize(("n", "size", "drop", "sizes"), [
-    (13, 6, False, [6, 6]), (14, 6, False, [6, 6, 2]), (14, 6, True, [6, 6]), (3, 1, False, [1, 1, 1]),
-    (1, 4, False, []),
-])  # fmt: skip
-def test_the_last_batch(n, size, drop, sizes):
-    found = make(image_set(n), generator=seeded(), shuffle=True, batch_size=size, drop_last=drop)
+@pytest.mark.parametrize(("n", "size", "sizes"), [(13, 6, [6, 6]), (14, 6, [6, 6, 2]), (3, 1, [1, 1, 1]), (1, 4, [])])
+def test_the_last_batch(n, size, sizes):
+    found = make(image_set(n), generator=seeded(), shuffle=True, batch_size=size)
     assert [len(batch.y) for batch in found] == sizes
 
 
@@ -534,7 +531,7 @@ def test_image_sets():
 @pytest.mark.gpu
 def test_batches_on_a_gpu_do_not_wait():
     gpu, images = torch.device("cuda"), image_set(64)
-    list(data.normalised(images, plain(), gpu, 8))
+    list(data.batches(images, plain(), batch_size=8, device=gpu, generator=None, augment=None, shuffle=False))
     for generator in (seeded(1), torch.Generator(gpu).manual_seed(1)):
         stream = data.batches(images, plain(), batch_size=8, device=gpu, generator=generator, augment="crop-flip",
                               shuffle=True)  # fmt: skip

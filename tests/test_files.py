@@ -83,3 +83,8 @@ def test_read_says_what_is_wrong(tmp_path, make, message):
     make(path)
     with pytest.raises(BadInput, match=message):
         files.read(path, "checkpoint")
+
+
+def test_private_files_are_their_owners(tmp_path):
+    assert files.write(tmp_path / "a", b"x", private=True).stat().st_mode & 0o777 == 0o600
+    assert files.write(tmp_path / "b", b"x").stat().st_mode & 0o044 == 0o044

@@ -73,3 +73,21 @@ def test_bootstrap_interval_covers_the_normal_interval():
 
 def test_bootstrap_ece_of_equal_models_is_zero():
     assert metrics.bootstrap_ece(LOGITS, LOGITS, LABELS, resamples=5) == (0.0, 0.0, 0.0)
+
+
+def test_crossfit_chooses_by_the_other_seeds():
+    validation = [[90.0, 50.0, 50.0], [60.0, 70.0, 60.0]]
+    # seed 0: the first row has (50 + 50) / 2 elsewhere, the second (70 + 60) / 2
+    assert metrics.crossfit(validation, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]) == [4.0, 2.0, 3.0]
+    assert metrics.crossfit([[90.0], [60.0]], [[1.0], [4.0]]) == [1.0]
+
+
+def test_crossfit_does_not_flatter_the_best_of_equals():
+    rng = np.random.default_rng(0)
+    chosen, plain = [], []
+    for _ in range(2000):
+        # validation and test share what a seed's student learned
+        skill = rng.normal(size=(7, 5))
+        chosen.append(np.mean(metrics.crossfit(skill, skill)))
+        plain.append(skill[skill.mean(1).argmax()].mean())
+    assert abs(np.mean(chosen)) < 0.04 < 0.5 < np.mean(plain)

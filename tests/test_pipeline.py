@@ -1,6 +1,7 @@
 """Train, box, export, distil and evaluate for real, on digits."""
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import time
@@ -19,6 +20,7 @@ from sdbctl.attacks.base import PerBatch
 from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
+from sdbctl.cli.common import split_like
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
 from sdbctl.key import Key, embed
@@ -556,6 +558,86 @@ def test_too_few_features_for_flat_outputs_are_said(work, tmp_path):
     assert b"64 features cannot flatten the outputs of 70 classes (69 can)" in done.stderr
     assert done.returncode == 2  # ten digits
     assert b"features" not in run_cli("box", work / "teacher.safetensors", *box[2:], "--dry-run").stderr
+
+
+def test_images_of_the_attacker_are_never_those_of_the_owner(digits):
+    recorded = data.split(digits, owner=300, transfer=128, validation=200, test=300)
+    same = split_like(digits, recorded.describe())
+    assert torch.equal(same.transfer.positions, recorded.transfer.positions)
+    few = split_like(digits, recorded.describe(), transfer=50, test=100)
+    assert torch.equal(few.transfer.positions, recorded.transfer.positions[:50])
+    assert set(few.test.positions.tolist()) < set(recorded.test.positions.tolist())
+    assert set(few.transfer.positions.tolist()).isdisjoint(recorded.owner.positions.tolist())
+    for name in ("transfer", "test", "owner"):
+        with pytest.raises(UsageError, match="was made with"):
+            split_like(digits, recorded.describe(), **{name: 400})
+    assert len(split_like(digits, None, transfer=400).transfer) == 400
+
+
+def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path):
+    onnx_box = tmp_path / "boxed.onnx"
+    onnx_box.write_bytes((work / "boxed.onnx").read_bytes())
+    command = (
+        "eval",
+        onnx_box,
+        "--attack",
+        "--suite",
+        "quick",
+        "--data",
+        "digits",
+        "--student",
+        "cnn-tiny",
+        "--epochs",
+    )
+    options = ("--json", "--force", "--report", tmp_path / "report")
+    for beside, told in (("boxed", None), ("teacher", "is not what was exported"), (None, "is not there")):
+        onnx_box.with_suffix(".safetensors").unlink(missing_ok=True)
+        if beside:
+            weights = (work / f"{beside}.safetensors").read_bytes()
+            onnx_box.with_suffix(".safetensors").write_bytes(weights)
+        result = json.loads(run_cli(*command, *options).stdout)
+        assert ("fine_tuned" in result["students"]) == (told is None)
+        assert any(told in note for note in result["notes"]) if told else True
+    answers = list((tmp_path / "report" / "answers").iterdir())
+    assert answers and all(path.stat().st_mode & 0o077 == 0 for path in answers)
+
+
+def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(work, tmp_path):
+    out = tmp_path / "x.safetensors"
+    box_ = (
+        "box",
+        work / "teacher.safetensors",
+        "--key-file",
+        work / "k.bin",
+        "--data",
+        "digits",
+        "-o",
+        out,
+        "--epochs",
+    )
+    assert run_cli(*box_, 1).returncode == 0
+    reference = out.with_suffix(".reference.safetensors")
+    first = reference.read_bytes()
+    out.unlink()
+    refused = run_cli(*box_, 2, "--resume")
+    assert refused.returncode == 2 and b"was made with other settings" in refused.stderr
+    assert run_cli(*box_, 1, "--resume").returncode == 0
+    assert run_cli(*box_, 2, "--reference", reference, "--force").returncode == 0
+    assert reference.read_bytes() == first
+    assert boxfile.load(out).meta.reference_sha256 == hashlib.sha256(first).hexdigest()
+    wrong = run_cli(*box_, 1, "--reference", work / "boxed.safetensors", "--force")
+    assert wrong.returncode == 4 and b"is no reference of this checkpoint" in wrong.stderr
+
+
+def test_published_presets_add_nothing_of_ours(work, tmp_path):
+    out = tmp_path / "x.safetensors"
+    for name in ("nasty:paper", "sdb:paper", "sdb:release", "cmim:unkeyed"):
+        objective, _, preset = name.partition(":")
+        command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
+        options = ("--objective", objective, "--preset", preset, "--epochs", 1, "--force")
+        assert run_cli(*command, *options).returncode == 0
+        parameters = boxfile.load(out).meta.parameters
+        assert (parameters["wrong_share"], parameters["views"]) == (0.0, 0)
 
 
 def test_a_profile_is_a_trace_of_training_steps(tmp_path):

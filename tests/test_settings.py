@@ -51,3 +51,10 @@ def test_one_value_of_an_option_that_may_be_repeated(tmp_path):
 def test_broken_toml(tmp_path):
     with pytest.raises(BadInput, match="not TOML"):
         read(tmp_path, "data = ")
+
+
+def test_a_key_at_the_top_is_each_commands_own_option(tmp_path):
+    defaults = read(tmp_path, 'output = "x.safetensors"\nreport = "rep"\n')
+    assert {"box", "distill", "export", "train"} <= {name for name, own in defaults.items() if "output" in own}
+    # the parameter behind --report has another name here
+    assert defaults["report"] == {"folder": "rep"}

@@ -1,5 +1,6 @@
 """Several boxes side by side."""
 
+import hashlib
 import itertools
 import json
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdbctl import boxfile
 from sdbctl.cli.sweep import grid, rows_of
 from sdbctl.errors import UsageError
 from tests.conftest import run_cli
@@ -134,13 +136,17 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     assert page.count("hide=8") >= 3
     assert "hide=8" in (out / "sweep.md").read_text()
     assert done.stderr.count(b"students were trained before") == 1  # what does not depend on the row
-    references = {(out / f"hide={n}" / "box.reference.safetensors").read_bytes() for n in (1, 8)}
-    assert len(references) == 1
+    shared = hashlib.sha256((out / "reference.safetensors").read_bytes()).hexdigest()
+    assert {boxfile.load(out / f"hide={n}" / "box.safetensors").meta.reference_sha256 for n in (1, 8)} == {shared}
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     (out / "hide=8" / "report" / "report.json").unlink()
     again = run_cli(*command, *short)
     assert json.loads(again.stdout)["settings"]["hide=8"].keys() == result["settings"]["hide=8"].keys()
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    other = run_cli(*command, *short, "--seeds", 3)
+    assert other.returncode == 2 and b"holds a sweep with other students" in other.stderr
+    (out / "run.json").write_text("junk")
+    assert run_cli(*command, *short).returncode == 4
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))

@@ -140,11 +140,11 @@ class Attacker:
             loss: (logits [B, C], answer or None, labels [B] or None) → scalar.
             net: The network; None for the student.
             sets: The images of each epoch; None for :meth:`view`.
-            targets: Answers to a set, in order; None for :meth:`ask`.
+            targets: Answers to a set, in order, which takes copies in memory; None for :meth:`ask`.
             recipe: Optimisation; None for the attacker's.
         """
         net, recipe = net or self.student, recipe or self.recipe
-        if sets is None and not self._fixed_views():
+        if sets is None and targets is None and not self._fixed_views():
 
             def live(model: nn.Module, batch: Batch) -> Tensor:
                 return loss(model(batch.x), self._live(batch), self._known(batch))

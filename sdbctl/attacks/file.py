@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss, normalize
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, normalize
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.kd import soft_labels
@@ -39,9 +39,11 @@ def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
     attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), targets=mean)
 
 
-def _train_box(attacker: Attacker, net: nn.Module, images: ImageSet) -> None:
+def _train_box(
+    attacker: Attacker, net: nn.Module, images: ImageSet, mode: Callable[[nn.Module], nn.Module] = nn.Module.train
+) -> None:
     recipe = scaled(attacker.recipe, epochs=TUNE_EPOCHS, lr=TUNE_RATE, batch_size=min(64, len(images)))
-    attacker.fit(net, lambda model, batch: cross_entropy(model(batch.x), batch.y), images, recipe=recipe)
+    attacker.fit(net, lambda model, batch: cross_entropy(mode(model)(batch.x), batch.y), images, recipe=recipe)
 
 
 def rehead(attacker: Attacker, config: Config) -> None:
@@ -52,7 +54,8 @@ def rehead(attacker: Attacker, config: Config) -> None:
     with seeded(attacker.recipe.seed):
         last.reset_parameters()
     last.requires_grad_(True)
-    _train_box(attacker, net, attacker.images)
+    # statistics of BatchNorm are part of the features
+    _train_box(attacker, net, attacker.images, nn.Module.eval)
     _from(attacker, [net], config)
 
 
@@ -129,12 +132,13 @@ class Pair(nn.Module):
         with torch.no_grad():
             student.eval()(example)
             teacher(example)
-        self.sizes = [size for size in self.mine.maps if size in self._theirs.maps]
+        sizes = [(size, size) for size in self.mine.maps if size in self._theirs.maps]
+        # without a size in common the last maps of both, averaged to the smaller
+        self.sizes = sizes or [(list(self.mine.maps)[-1], list(self._theirs.maps)[-1])]
         self.projections = nn.ModuleList(
-            nn.Conv2d(self.mine.maps[size].shape[1], self._theirs.maps[size].shape[1], 1) for size in self.sizes
+            nn.Conv2d(self.mine.maps[own].shape[1], self._theirs.maps[other].shape[1], 1) for own, other in self.sizes
         )
-        own, other = self.mine.features, self._theirs.features
-        assert own is not None and other is not None
+        own, other = self.features()
         self.embed_own, self.embed_other = nn.Linear(own.shape[1], 64), nn.Linear(other.shape[1], 64)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,8 +149,12 @@ class Pair(nn.Module):
 
     def maps(self) -> list[tuple[Tensor, Tensor, nn.Module]]:
         """Feature maps of one size: the student's, the box's, and the projection."""
-        sizes = zip(self.sizes, self.projections, strict=True)
-        return [(self.mine.maps[size].float(), self._theirs.maps[size].float(), layer) for size, layer in sizes]
+        found = []
+        for (mine, theirs), layer in zip(self.sizes, self.projections, strict=True):
+            own, other = self.mine.maps[mine].float(), self._theirs.maps[theirs].float()
+            size = min(mine[0], theirs[0]), min(mine[1], theirs[1])
+            found.append((adaptive_avg_pool2d(own, size), adaptive_avg_pool2d(other, size), layer))
+        return found
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Inputs of the last layers: the student's [B, D] and the box's [B, E]."""

@@ -185,8 +185,8 @@ _TAU4 = {"temperature": 4.0, "alpha": 0.9}
 _ALONE = {"temperature": 4.0, "alpha": 1.0}
 
 
-def _attack(summary: str, source: str, train: Train, labels: bool, *grid: Config, access: int = 2) -> Attack:
-    return Attack(summary, source, "attack", Access(access), labels, grid, train)
+def _attack(summary: str, source: str, train: Train, labels: bool, *grid: Config) -> Attack:
+    return Attack(summary, source, "attack", Access.PROBABILITIES, labels, grid, train)
 
 
 AVERAGED_VIEWS = _attack("answers averaged over augmented copies", "own", averaged_views, True, _TAU4)
@@ -206,8 +206,14 @@ KNOCKOFF = _attack(
     {"temperature": 1.0, "alpha": 1.0},
     _ALONE,
 )
-COPYCAT = _attack(
-    "Copycat CNN: top-1 answers on another data set", "Correia-Silva et al., IJCNN 2018", copycat, False, {}, access=1
+COPYCAT = Attack(
+    "Copycat CNN: top-1 answers on another data set",
+    "Correia-Silva et al., IJCNN 2018",
+    "floor",
+    Access.LABELS,
+    False,
+    ({},),
+    copycat,
 )
 DATA_FREE = _attack(
     "queries made by a generator", "compare Sanyal et al., CVPR 2022", data_free, False, {"temperature": 1.0}

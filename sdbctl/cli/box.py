@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from sdbctl.cli.common import (
     split_like,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
-from sdbctl.errors import GateFailed, UsageError
+from sdbctl.errors import BadInput, GateFailed, UsageError
 
 
 def parse_parameters(given: list[str] | None) -> dict[str, float]:
@@ -76,6 +76,10 @@ def box(
     views: Annotated[
         int | None, typer.Option("--views", help="Extra views that the keyed branch's targets are averaged over.")
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", help="An N_ft that box made of this checkpoint before, to be used again."),
+    ] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.LearningRate = None,
@@ -108,10 +112,10 @@ def box(
         raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
     from sdbctl import files
 
-    reference_path = output.with_suffix(".reference.safetensors")
+    reference_path = reference or output.with_suffix(".reference.safetensors")
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
     files.claim(output, force=force)
-    if not resume:
+    if not resume and reference is None:
         files.claim(reference_path, force=force)
 
     if sum(str(path) == "-" for path in key_file) > 1:
@@ -134,12 +138,15 @@ def box(
     presets = OBJECTIVES[objective].presets
     check_known(f"preset of {objective}", preset, presets)
     base = presets[preset or "default"]
+    asked: dict[str, Any] = {"strength": strength, "wrong_share": wrong_share, "views": views}
+    settings = {
+        name: next(value for value in (given, getattr(base, name), getattr(usual, name)) if value is not None)
+        for name, given in asked.items()
+    }
     config = BoxConfig(
         objective,
         {**base.parameters, **parse_parameters(set_)},
-        strength=next(value for value in (strength, base.strength, usual.strength) if value is not None),
-        wrong_share=usual.wrong_share if wrong_share is None else wrong_share,
-        views=usual.views if views is None else views,
+        **settings,
         disturb=disturb,
         recipe=recipe_of(
             scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
@@ -193,15 +200,31 @@ def box(
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
     say(f"original: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
 
-    reference = None
-    if resume and reference_path.exists():
+    reference_meta = Metadata(
+        kind="reference",
+        architecture=original.architecture,
+        classes=dataset.classes,
+        preprocess=preprocess,
+        objective="cross_entropy",
+        parameters={"recipe": asdict(config.recipe)},
+        data={"name": dataset.name, **splits.describe()},
+        original_sha256=original.sha256,
+        versions=boxfile.versions(),
+    )
+    tuned = None
+    if reference is not None or (resume and reference_path.exists()):
         found = boxfile.load(reference_path)
-        if found.meta is None or found.meta.original_sha256 != original.sha256:
-            raise UsageError(f"{reference_path} was made from another checkpoint", "leave --resume out, use --force")
-        reference = found.net
+        if found.meta is None or found.meta.kind != "reference" or found.meta.original_sha256 != original.sha256:
+            raise BadInput(f"{reference_path} is no reference of this checkpoint", "name the one that box wrote")
+        # one that was asked for may be of another recipe
+        if reference is None and replace(found.meta, versions={}) != replace(reference_meta, versions={}):
+            raise UsageError(
+                f"{reference_path} was made with other settings", "use those, delete it, or give it with --reference"
+            )
+        tuned = found.net
         say("the reference was finished before")
     expected = estimate(config, original.net, preprocess, len(splits.owner), engine)
-    if reference is not None:
+    if tuned is not None:
         expected.pop("reference")
     announce(expected, dry_run=dry_run)
     if not resume:
@@ -210,21 +233,10 @@ def box(
 
     task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
     with Live() as progress:
-        if reference is None:
-            reference = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
-            reference_meta = Metadata(
-                kind="reference",
-                architecture=original.architecture,
-                classes=dataset.classes,
-                preprocess=preprocess,
-                objective="cross_entropy",
-                parameters={"recipe": asdict(config.recipe)},
-                data={"name": dataset.name, **splits.describe()},
-                original_sha256=original.sha256,
-                versions=boxfile.versions(),
-            )
-            boxfile.save(reference_path, original.file_state(reference), reference_meta, force=True)
-        made = make_box(original, reference, keys, task, config, progress=progress, resume_from=state)
+        if tuned is None:
+            tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
+            boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
+        made = make_box(original, tuned, keys, task, config, progress=progress, resume_from=state)
     if team.rank() > 0:
         return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))

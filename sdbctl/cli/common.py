@@ -76,19 +76,42 @@ def check_classes(dataset: Dataset, classes: int, what: str) -> None:
 
 
 def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: int | None) -> Splits:
-    """Split a data set as a file records it, so that what was disjoint stays disjoint."""
+    """Split a data set as a file records it, so that what was disjoint stays disjoint.
+
+    Args:
+        dataset: The data set.
+        recorded: What the file says of its splits.
+        sizes: Sizes asked for; of a recorded part its first images.
+
+    Raises:
+        UsageError: A part is to be larger than recorded: the rest may be what the model was trained on.
+    """
     from sdbctl import data
 
     recorded = recorded or {}
     if recorded.get("fingerprint") not in (None, dataset.fingerprint):
         say("warning: this is not the data that the file was made with; splits may overlap")
         recorded = {}
-    chosen = {}
-    for name in ("owner", "transfer", "validation", "test"):
-        kept = recorded.get(name)
-        chosen[name] = sizes.get(name) or (kept if isinstance(kept, int) else None)
+    asked = {name: size for name, size in sizes.items() if size is not None}
+    kept = {
+        name: size
+        for name in ("owner", "transfer", "validation", "test")
+        if isinstance(size := recorded.get(name), int)
+    }
+    if dataset.test is not None and "test" in asked:
+        # nobody trains on a test part
+        kept.pop("test", None)
     seed = recorded.get("seed")
-    return data.split(dataset, seed=seed if isinstance(seed, int) else 0, **chosen)
+    splits = data.split(dataset, seed=seed if isinstance(seed, int) else 0, **(asked | kept))
+    for name in asked.keys() & kept.keys():
+        part = getattr(splits, name)
+        if asked[name] > len(part):
+            raise UsageError(
+                f"{asked[name]} {name} images were asked for, but the file was made with {len(part)}",
+                "ask for fewer; the others may be what it was trained on",
+            )
+        splits = replace(splits, **{name: part.take(range(asked[name]))})
+    return splits
 
 
 def pick(

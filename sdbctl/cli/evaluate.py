@@ -149,7 +149,10 @@ def evaluate(
         other_images = load_data(surrogate, root=data_root, size=size[1], channels=size[0], download=download).train
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
-        jobs = (torch.get_num_threads() if pick_device(device).type == "cpu" else 1) if splits.transfer.in_memory else 1
+        jobs = torch.get_num_threads() if pick_device(device).type == "cpu" else 1
+    # attackers hold their images and no others
+    transfer = splits.transfer.alone()
+    other_images = other_images.alone() if other_images is not None else None
     config = EvalConfig(
         student=student,
         recipe=scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr),
@@ -164,7 +167,7 @@ def evaluate(
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     bench = Bench(
         sources,
-        splits.transfer,
+        transfer,
         splits.validation,
         splits.test,
         preprocess,
@@ -180,7 +183,7 @@ def evaluate(
     if attack:
         planned = plan(bench)
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *size), engine)
-        images = len(splits.transfer) * config.recipe.epochs
+        images = len(transfer) * config.recipe.epochs
         say(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
             f"{jobs} side by side"
@@ -226,10 +229,14 @@ def gather(
     if opened.loaded is not None:
         boxed = replace(boxed, net=opened.loaded.net)
     else:
-        beside = box.with_suffix(".safetensors")
-        boxed = replace(boxed, onnx=box, held=boxfile.load(beside).net if beside.exists() else None)
-        if boxed.held is None:
-            notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} is not there.")
+        beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
+        held = boxfile.load(beside) if beside.exists() else None
+        unboxed = meta is None or meta.kind != "box"
+        if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
+            boxed = replace(boxed, held=held.net, held_sha256=held.sha256)
+        else:
+            why = "is not there" if held is None else "is not what was exported"
+            notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} {why}.")
     sources = {"boxed": boxed}
     if key is not None:
         if meta is None or meta.kind != "box":
@@ -240,7 +247,7 @@ def gather(
         patterns = {"wrong": wrong(secret, generator)}
         patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
         for name, other in patterns.items():
-            sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} key 1")
+            sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
     if original is not None:
         loaded = boxfile.load(original, trust=trust)
         if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:

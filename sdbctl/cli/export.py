@@ -33,8 +33,8 @@ def export(
 ) -> None:
     """Write a model as ONNX or safetensors, after checking that it computes the same.
 
-    The ONNX graph of a box serves public confidences of 90 % and more as one, their mean; what comes through the
-    key passes unchanged.
+    The ONNX graph of a box serves the predicted class with one of three confidences and nothing of the other
+    classes; what comes through the key passes unchanged.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:

@@ -33,7 +33,9 @@ PrecisionOption = Annotated[str, typer.Option("--precision", help="auto (measure
 Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training images.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=2, help="Images per step.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of initialisation, order and augmentation.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of initialisation, order and augmentation.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Arch = Annotated[
     str | None, typer.Option("--arch", metavar="NAME", help="Architecture, if it is not to be identified.")

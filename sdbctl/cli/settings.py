@@ -37,16 +37,16 @@ def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not TOML: {error}", "fix that line") from None
     options = {name: _options(command) for name, command in root.commands.items()}
-    everywhere = {option: name for known in options.values() for option, name in known.items()}
+    everywhere = {option: option for known in options.values() for option in known}
     defaults: dict[str, dict[str, Any]] = {name: {} for name in options}
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}
     for key, value in content.items():
         if key in tables:
             continue
-        parameter = _lookup(key, everywhere, f"{path}", [*everywhere, *options])
+        option = _lookup(key, everywhere, f"{path}", [*everywhere, *options])
         for name, known in options.items():
-            if parameter in known.values():
-                defaults[name][parameter] = value
+            if option in known:
+                defaults[name][known[option]] = value
     for command, table in tables.items():
         if command not in options:
             raise UsageError(f"{path}: unknown command [{command}]", _nearest(command, options))

@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import check_known, finite
+from sdbctl.cli.common import check_known, finite, read_key
 from sdbctl.cli.output import emit, say
-from sdbctl.errors import UsageError
+from sdbctl.errors import BadInput, UsageError
 
 
 def grid(given: list[str]) -> list[dict[str, str]]:
@@ -137,6 +137,26 @@ def sweep(
         check_known("wrapper", row.wrapper, WRAPPERS)
         if row.objective:
             check_known(f"preset of {row.objective}", row.preset, OBJECTIVES[row.objective].presets)
+    run = {
+        "checkpoint": files.sha256(files.read(checkpoint, "checkpoint")),
+        "key": read_key(key_file, False).id,
+        "data": data,
+        "splits": [owner_size, transfer_size, test_size],
+        "training": [epochs, batch_size],
+        "students": [student, student_epochs, student_batch_size, seeds, suite, tune],
+        "precision": precision,
+    }
+    report.mkdir(parents=True, exist_ok=True)
+    begun = report / "run.json"
+    if begun.exists():
+        try:
+            old = dict(json.loads(files.read(begun, "record of the sweep")))
+        except (ValueError, TypeError):
+            raise BadInput(f"{begun} is damaged", "name another --report") from None
+        other = [name for name in run if old.get(name) != run[name]]
+        if other:
+            raise UsageError(f"{report} holds a sweep with other {', '.join(other)}", "name another --report")
+    files.write(begun, json.dumps(run, indent=2))
     shared = report / "reference.safetensors"
     reports: dict[str, Report] = {}
     for number, row in enumerate(rows, 1):
@@ -148,8 +168,6 @@ def sweep(
         own = boxed.with_suffix(".reference.safetensors")
         with contextlib.redirect_stdout(sys.stderr):
             if row.objective and not boxed.exists():
-                if shared.exists() and not own.exists():
-                    files.write(own, shared.read_bytes())
                 box.box(
                     checkpoint,
                     [key_file],
@@ -158,6 +176,7 @@ def sweep(
                     owner_size=owner_size,
                     transfer_size=transfer_size,
                     test_size=test_size,
+                    reference=shared if shared.exists() else None,
                     objective=row.objective,
                     preset=row.preset,
                     set_=[f"{key}={value}" for key, value in row.parameters.items()],

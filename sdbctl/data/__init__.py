@@ -1,10 +1,10 @@
 """Images: where they come from, how they are split, normalised, augmented and batched."""
 
-from sdbctl.data.batching import AUGMENT, Augment, Batch, batches, default_augment, like, normalised, view
-from sdbctl.data.images import Dataset, ImageSet, Memory, Shape, Stream
+from sdbctl.data.batching import AUGMENT, Augment, Batch, batches, default_augment, like, view
+from sdbctl.data.images import MEMORY_LIMIT, Dataset, ImageSet, Memory, Shape, Stream
 from sdbctl.data.parquet import Flat, Rows
 from sdbctl.data.preprocess import PRESETS, Preprocess, presets
-from sdbctl.data.reading import MEMORY_LIMIT, SOURCES, TORCHVISION, load, resolve, sources
+from sdbctl.data.reading import SOURCES, TORCHVISION, load, resolve, sources
 from sdbctl.data.splits import Splits, split
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "default_augment",
     "like",
     "load",
-    "normalised",
     "presets",
     "resolve",
     "sources",

@@ -127,7 +127,6 @@ def batches(
     generator: torch.Generator | None,
     augment: str | None,
     shuffle: bool,
-    drop_last: bool = False,
     channels_last: bool = True,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
@@ -143,7 +142,6 @@ def batches(
         generator: Of order and augmentation, on the CPU or on ``device``; None if nothing is random.
         augment: Name in :data:`AUGMENT`; None takes the usual one if there is a generator, else none.
         shuffle: Whether in random order.
-        drop_last: Whether to leave out a last batch that is not full.
         channels_last: Memory format of the batches.
         share: (i, n) for the i-th of n equal parts of each batch; what cannot be shared evenly is left out.
 
@@ -169,7 +167,7 @@ def batches(
         order = torch.randperm(n, generator=generator, device=generator.device)
     else:
         order = torch.arange(n)
-    smallest = batch_size if drop_last else min(2, batch_size) if shuffle else 1
+    smallest = min(2, batch_size) if shuffle else 1
     # chunks of one tensor on the device: no copy per batch
     chunks = [chunk for chunk in _chunks(order.to(device), batch_size) if len(chunk) >= smallest]
     part, parts = share
@@ -185,13 +183,6 @@ def batches(
             yield Batch(x.contiguous(memory_format=torch.channels_last) if channels_last else x, labels, index)
 
     return run()
-
-
-def normalised(images: ImageSet, preprocess: Preprocess, device: torch.device, batch_size: int) -> Iterator[Batch]:
-    """Batches in order, as they are; see :func:`batches`."""
-    return batches(
-        images, preprocess, batch_size=batch_size, device=device, generator=None, augment=None, shuffle=False
-    )
 
 
 def _chunks(order: Tensor, size: int) -> list[Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from sdbctl.errors import BadInput, UsageError
 
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes of uint8 pixels up to which a set is decoded once and kept in memory."""
 Shape = tuple[int, int, int]
 Array = np.ndarray[Any, Any]
 
@@ -134,8 +139,44 @@ class ImageSet:
             UsageError: The set is decoded on demand.
         """
         if not isinstance(self.source, Memory):
-            raise UsageError(f"{self.name or 'the set'} is too large to be held in memory", "use --transfer-size")
+            raise UsageError(f"{self.name or 'the set'} is not held in memory", "use fewer images")
         return self.source.pixels[self.positions]
+
+    def alone(self) -> ImageSet:
+        """The same images in memory, without those that they were chosen from.
+
+        Raises:
+            UsageError: They are larger than :data:`MEMORY_LIMIT`.
+        """
+        size = len(self) * math.prod(self.shape)
+        if size > MEMORY_LIMIT:
+            raise UsageError(
+                f"{len(self):,} images of {sized(self.shape)} take {size / 2**30:.1f} GiB of memory",
+                "use fewer; --transfer-size has the attacker's",
+            )
+        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+
+        def fill(start: int) -> None:
+            for index in range(start, min(start + 256, len(self))):
+                pixels[index] = self[index]
+
+        if isinstance(self.source, Memory):
+            pixels.copy_(self.pixels)
+        else:
+            with ThreadPoolExecutor(cores()) as pool:
+                for _ in pool.map(fill, range(0, len(self), 256)):
+                    pass
+        return ImageSet.of(pixels, self.labels, self.name)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of size, labels, positions and a sample of the images, by which results are told apart."""
+        digest = hashlib.sha256(f"{len(self)} {sized(self.shape)} ".encode())
+        for numbers in (self.labels, self.positions):
+            digest.update(numbers.numpy().astype("<i8").tobytes())
+        for step in range(64):
+            digest.update(self[step * (len(self) - 1) // 63].numpy().tobytes())
+        return digest.hexdigest()
 
     def digest(self) -> str:
         """Hash of the pixels of a set in memory, in order."""

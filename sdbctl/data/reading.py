@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sdbctl.data.images import Array, Dataset, Encoded, ImageSet, Memory, Shape, Stream, cores, decode, sized
+from sdbctl.data.images import MEMORY_LIMIT, Array, Dataset, Encoded, ImageSet, Shape, Stream, decode, sized
 from sdbctl.data.parquet import Rows
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
-
-MEMORY_LIMIT = 4 * 2**30
-"""Bytes of uint8 pixels up to which a set is decoded once and kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -318,26 +314,17 @@ def _images(
         channels = max(decode(part.images[i], None, None, name, i).shape[0] for i in some)
     first = decode(part.images[0], size, channels, name, 0)
     stream = Stream(part.images, (first.shape[0], first.shape[1], first.shape[2]), size, name)
-    labels, positions = torch.from_numpy(part.labels.astype(np.int64)), torch.arange(total)
+    images = ImageSet(torch.from_numpy(part.labels.astype(np.int64)), stream, torch.arange(total), name)
     if total * first.size > memory_limit:
         if isinstance(part.images, Rows):
             stream = replace(stream, images=part.images.flat(notice))
-        return ImageSet(labels, stream, positions, name)
-    pixels = torch.empty(total, *first.shape, dtype=torch.uint8)
-
-    def fill(start: int) -> None:
-        for position in range(start, min(start + 256, total)):
-            pixels[position] = stream[position]
-
+        return replace(images, source=stream)
     array = part.images if isinstance(part.images, np.ndarray) else None
     if array is not None and array[0].size == first.size and array.shape[1:3] == first.shape[1:]:
         # neither resized nor of other colours
-        pixels.copy_(torch.from_numpy(array.reshape(total, *first.shape[1:], first.shape[0])).permute(0, 3, 1, 2))
-    else:
-        with ThreadPoolExecutor(cores()) as pool:
-            for _ in pool.map(fill, range(0, total, 256)):
-                pass
-    return ImageSet(labels, Memory(pixels), positions, name)
+        pixels = torch.from_numpy(array.reshape(total, *first.shape[1:], first.shape[0])).permute(0, 3, 1, 2)
+        return ImageSet.of(pixels.contiguous(), images.labels, name)
+    return images.alone()
 
 
 def _fingerprint(train: ImageSet, test: ImageSet | None) -> str:

@@ -48,12 +48,16 @@ class Preset:
     Attributes:
         parameters: Parameters of the objective that differ from their defaults.
         strength: λ of the key embedding, or None for the usual one.
+        wrong_share: Share of the public batch that is mixed with wrong keys, or None.
+        views: Views over which the keyed targets are averaged beside the image itself, or None.
         epochs: Or None.
         lr: Peak learning rate, or None.
     """
 
     parameters: Mapping[str, float] = field(default_factory=dict)
     strength: float | None = None
+    wrong_share: float | None = None
+    views: int | None = None
     epochs: int | None = None
     lr: float | None = None
 

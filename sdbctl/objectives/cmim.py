@@ -71,5 +71,5 @@ CMIM = Objective(
     CmimParameters,
     terms,
     needs_random=False,
-    presets={"default": Preset(), "unkeyed": Preset({"preserve": 0.0})},
+    presets={"default": Preset(), "unkeyed": Preset({"preserve": 0.0}, wrong_share=0.0, views=0)},
 )

@@ -73,7 +73,7 @@ SDB = Objective(
     needs_random=True,
     presets={
         "default": Preset(),
-        "paper": Preset({"omega": 1.0}, strength=0.5, epochs=200, lr=0.1),
-        "release": Preset({"omega": 1.0, "away": -1.0}, strength=0.9, epochs=200, lr=0.1),
+        "paper": Preset({"omega": 1.0}, strength=0.5, wrong_share=0.0, views=0, epochs=200, lr=0.1),
+        "release": Preset({"omega": 1.0, "away": -1.0}, strength=0.9, wrong_share=0.0, views=0, epochs=200, lr=0.1),
     },
 )

@@ -164,6 +164,7 @@ class Student:
         sd: Standard deviation over seeds; null for one seed.
         n: How many seeds.
         values: Test accuracy of each seed in percent.
+        validations: Validation accuracy of each seed in percent.
         difference: Paired difference to ``control`` in points.
         config: The tuned settings: teacher, temperature, alpha, epochs, …
         seconds: Time for one student.
@@ -181,6 +182,7 @@ class Student:
     sd: float | None = None
     n: int = 0
     values: tuple[float | None, ...] = ()
+    validations: tuple[float | None, ...] = ()
     difference: Interval = Interval()
     config: dict[str, object] = field(default_factory=dict)
     seconds: float | None = None
@@ -326,6 +328,11 @@ class Report:
                 f"{what} has schema version {str(version)[:20]!r}, this sdbctl reads {SCHEMA_VERSION}",
                 "use the sdbctl that wrote it",
             )
+        students = content.get("students")
+        for student in students.values() if isinstance(students, dict) else ():
+            if isinstance(student, dict):
+                # reports from before these were kept
+                student.setdefault("validations", [])
         try:
             return codec.decode(cls, content)
         except (ValueError, RecursionError) as error:

@@ -17,15 +17,15 @@ COSTS = {
 _COLUMNS = (
     Column("Setting", numeric=False),
     Column("Top-1 cost"),
-    Column("ECE"),
-    Column("NLL of prediction"),
-    Column("Dark knowledge"),
+    Column("ECE", wide=True),
+    Column("NLL of prediction", wide=True),
+    Column("Dark knowledge", wide=True),
     Column("Advantage, API"),
     Column("95 % bounds"),
     Column("Without labels"),
     Column("Wrong key"),
     Column("Authorized gain"),
-    Column("95 % bounds"),
+    Column("95 % bounds", wide=True),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich import box
 from rich.console import Group, JustifyMethod, RenderableType
@@ -13,6 +14,8 @@ from sdbctl.report import Report
 from sdbctl.report.gates import GateResult
 from sdbctl.report.view import NOT_MEASURED, Table, compare, headline, view
 
+NARROW = 10
+"""Characters of a line of a numeric column's title, and the least that a column of words keeps."""
 _STYLES = {
     "pass": "green",
     "fail": "red",
@@ -49,16 +52,22 @@ def rich_table(table: Table) -> RichTable:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
-    for column in table.columns:
-        if not column.wide:
-            justify: JustifyMethod = "right" if column.numeric else "left"
-            rich.add_column(Text(column.title), justify=justify, no_wrap=column.numeric, overflow="fold")
+    cells = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
+    for column, content in zip(table.columns, cells, strict=True):
+        if column.wide:
+            continue
+        # numbers stay on one line, so their titles break, and words give way
+        justify: JustifyMethod = "right" if column.numeric else "left"
+        title = fill(column.title, NARROW) if column.numeric else column.title
+        least = None if column.numeric else min(NARROW, max(map(len, (column.title, *content))))
+        rich.add_column(Text(title), justify=justify, no_wrap=column.numeric, overflow="fold", min_width=least)
     marks = table.marks or ("",) * len(table.rows)
     for row, mark in zip(table.rows, marks, strict=True):
-        cells = zip(table.columns, row, strict=True)
+        shown = [cell for column, cell in zip(table.columns, row, strict=True) if not column.wide]
         rich.add_row(
-            *(Text(cell, "dim" if cell == NOT_MEASURED else "") for column, cell in cells if not column.wide),
+            *(Text(cell, "dim" if cell == NOT_MEASURED else "") for cell in shown),
             style=_STYLES.get(mark, ""),
         )
     return rich

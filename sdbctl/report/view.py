@@ -63,9 +63,9 @@ ABOUT = (
     ),
     (
         "Selection",
-        "attack, control and settings are chosen on validation data; the chosen pair is then run again with"
-        " fresh seeds and tested once. Bounds are 95 %; “surely” means that the bound, not only the mean,"
-        " says so.",
+        "settings are chosen on validation data; the chosen ones are then run again with fresh seeds and tested"
+        " once. Which row is the control, and which the best attack, is decided for each seed by the validation"
+        " accuracy of all other seeds. Bounds are 95 %; “surely” means that the bound, not only the mean, says so.",
     ),
     (
         "What is not promised",
@@ -230,7 +230,7 @@ def _cards(report: Report) -> Iterator[Card]:
         ("Advantage without key, file, unlabelled", advantage.file.unlabelled, False),
     ):
         status, words = _at_most(interval, ADVANTAGE_LIMIT)
-        if nothing and interval.mean is not None:
+        if nothing and interval.mean is not None and not title.endswith("unlabelled"):
             status, words = "neutral", "nothing to protect here"
         if always or interval.mean is not None:
             yield _card(title, interval, status, words)
