@@ -70,7 +70,8 @@ def measure(
     y = torch.randint(0, classes, (batch_size,), generator=generator).to(engine.device)
     batch = Batch(x, y, torch.arange(batch_size, device=engine.device))
     key = Key.generate()
-    none = ImageSet.of(torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    black = torch.zeros(batch_size, *shape, dtype=torch.uint8)
+    none = ImageSet.of(black, torch.zeros(batch_size, dtype=torch.int64))
     names = tuple(map(str, range(classes)))
     task = Task("bench", names, Splits(none, none, none, none, 0, ""), preprocess, engine)
     runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step(), batch, engine)}
@@ -136,18 +137,27 @@ def measure(
     return timings
 
 
+class _Cast(nn.Module):
+    """A network that computes in the engine's precision, as Fabric's wrapper makes it."""
+
+    def __init__(self, net: nn.Module, engine: Engine) -> None:
+        super().__init__()
+        self.net, self.engine = net, engine
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return self.net(x).float()  # type: ignore[no-any-return]
+
+
 def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callable[[], None]:
     import copy
 
-    net = place(copy.deepcopy(net), engine.device).train()
+    net = place(copy.deepcopy(net), engine.device)
+    model = _Cast(net, engine).train()
     optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
-    def forward(x: Tensor) -> Tensor:
-        with engine.autocast():
-            return net(x).float()  # type: ignore[no-any-return]
-
     def run() -> None:
-        loss = torch.stack(list(step(forward, batch).values())).sum()  # type: ignore[arg-type]
+        loss = torch.stack(list(step(model, batch).values())).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, metrics
 from sdbctl.boxfile import Box, Loaded, Metadata
-from sdbctl.data import Batch, ImageSet, Preprocess, Splits, default_augment, presets
+from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, embed, ids_of, near
 from sdbctl.losses import cross_entropy
@@ -25,6 +25,9 @@ from sdbctl.wrappers import serving
 
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
+PGD_EPSILON = 0.3
+PGD_STEPS = 10
+"""A quarter of the published number, with steps four times as large."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,6 @@ class BoxConfig:
         parameters: Its parameters, by name; those not given keep their defaults.
         strength: λ of the key embedding x_k = λx + (1 − λ)K, in (0, 1).
         wrong_share: Share of the public batch that is mixed with wrong keys.
-        views: Random shifts (and flips, where the augmentation flips) over which the targets of the keyed branch
-            are averaged, beside the image itself. Averaged targets are smoother, which small students learn better.
         disturb: 0, or how far to lead plain distillation astray, up to 1, at a price in calibration.
         recipe: Training of the box, and of the reference N_ft before it.
     """
@@ -46,7 +47,6 @@ class BoxConfig:
     parameters: Mapping[str, float] = field(default_factory=dict)
     strength: float = 0.7
     wrong_share: float = 0.4
-    views: int = 2
     disturb: float = 0.0
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.05))
 
@@ -57,8 +57,6 @@ class BoxConfig:
             raise UsageError(f"key strength is {self.strength}", "use a number between 0 and 1, such as 0.5")
         if not 0 <= self.disturb <= 1:
             raise UsageError(f"disturb is {self.disturb}", "use a number from 0 (off) to 1")
-        if self.views < 0:
-            raise UsageError(f"views is {self.views}", "use 0 or more")
         if not 0 <= self.wrong_share <= 1:
             raise UsageError(f"wrong share is {self.wrong_share}", "use a number from 0 to 1")
         self.resolved()
@@ -78,7 +76,8 @@ class BoxConfig:
 
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
-        return 2, 1 + self.views + OBJECTIVES[self.objective].needs_random
+        objective = OBJECTIVES[self.objective]
+        return 2, 1 + objective.needs_random + objective.needs_adversarial
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
@@ -87,7 +86,6 @@ class BoxConfig:
             **asdict(self.resolved()),
             "strength": self.strength,
             "wrong_share": self.wrong_share,
-            "views": self.views,
             "disturb": self.disturb,
             "recipe": asdict(self.recipe),
         }
@@ -164,7 +162,8 @@ def estimate(
     one = step_seconds(copy.deepcopy(net), example, engine) / size
     trainable, frozen = config.trainable_and_frozen()
     plain = one * images * config.recipe.epochs
-    return {"reference": plain, "box": plain * (3 * trainable + frozen) / 3}
+    before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
+    return {"reference": plain, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
 @dataclass(frozen=True)
@@ -337,8 +336,8 @@ def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxC
     secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
     patterns = preprocess(secrets)
     random = _random_twin(reference, config.recipe.seed, engine) if objective.needs_random else None
+    misleading = adversarial(frozen, task) if objective.needs_adversarial else None
     strength = config.strength
-    flip = "flip" in (config.recipe.augment or default_augment(task.name, preprocess.size))
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         x, wrong = batch.x, round(config.wrong_share * len(batch.x))
@@ -347,8 +346,6 @@ def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxC
         with torch.no_grad(), engine.autocast():
             original = frozen(x).float()
             other = random(keyed).float() if random else None
-            seen = [original, *(frozen(shifted(x, flip)).float() for _ in range(config.views))]
-        teach = torch.stack(seen).mean(0)
         public = (
             torch.cat([embed(x[:wrong], _wrong_keys(secrets, preprocess)[turn[:wrong]], strength), x[wrong:]])
             if wrong
@@ -356,27 +353,48 @@ def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxC
         )
         outputs = model(torch.cat([public, keyed])).float()
         clean, unlocked = outputs.chunk(2)
+        misled = None
+        if misleading is not None:
+            model.eval()
+            with torch.no_grad():
+                misled = model(preprocess(misleading[batch.index].float() / 255)).float()
+            model.train()
         predicted = original.argmax(1)
         confidence = original.softmax(1).gather(1, predicted[:, None]).squeeze(1)
         offset, confidence = disturbed(predicted, confidence, original.shape[1], config.disturb)
-        views = Views(clean, unlocked, original, teach, other, batch.y, offset, confidence, wrong)
+        views = Views(clean, unlocked, original, other, misled, batch.y, offset, confidence, wrong)
         return objective.terms(views, parameters)
 
     return step
 
 
-def shifted(x: Tensor, flip: bool) -> Tensor:
-    """One random view of a batch: all images moved alike by up to a sixteenth, edges repeated, perhaps mirrored.
+def adversarial(net: nn.Module, task: Task) -> Tensor:
+    """Copies of the owner's images that mislead a network: uint8 [N, C, H, W], on the device.
 
-    Args:
-        x: Images [B, C, H, W].
-        flip: Whether mirrored images mean the same.
+    Projected gradient ascent on the cross-entropy within ε = :data:`PGD_EPSILON` of each pixel (Madry et al., ICLR
+    2018), from the image itself, with steps of 2.5·ε over their number.
+
+    Raises:
+        UsageError: The images are too many to be held in memory.
     """
-    h, w = x.shape[2:]
-    reach = max(1, h // 16)
-    down, right = (int(torch.randint(0, 2 * reach + 1, ())) for _ in range(2))
-    moved = torch.nn.functional.pad(x, (reach,) * 4, mode="replicate")[:, :, down : down + h, right : right + w]
-    return moved.flip(3) if flip and bool(torch.rand(()) < 0.5) else moved
+    images, engine = task.data.owner, task.engine
+    if not images.in_memory:
+        raise UsageError("this objective holds a copy of every image in memory", "use --owner-size, or another")
+    copies = []
+    for batch in batches(
+        images, task.preprocess, batch_size=500, device=engine.device, generator=None, augment="none", shuffle=False
+    ):
+        begin = task.preprocess.undo(batch.x)
+        pixels = begin
+        for _ in range(PGD_STEPS):
+            pixels = pixels.detach().requires_grad_()
+            with engine.autocast():
+                loss = cross_entropy(net(task.preprocess(pixels)).float(), batch.y)
+            (slope,) = torch.autograd.grad(loss, pixels)
+            moved = pixels.detach() + 2.5 * PGD_EPSILON / PGD_STEPS * slope.sign()
+            pixels = (begin + (moved - begin).clamp(-PGD_EPSILON, PGD_EPSILON)).clamp(0, 1)
+        copies.append((255 * pixels).round().to(torch.uint8))
+    return torch.cat(copies)
 
 
 def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: float) -> tuple[Tensor, Tensor]:

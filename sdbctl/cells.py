@@ -233,8 +233,7 @@ class Bench:
         pattern = self.sources["keyed"].pattern if "keyed" in self.sources else None
         if pattern is None:
             return None
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.preprocess.mean, self.preprocess.std))
-        return pattern * std + mean
+        return self.preprocess.undo(pattern)
 
     def record(self, teacher: str) -> Record | None:
         """Where this teacher's answers are kept."""

@@ -10,6 +10,7 @@ from scipy.special import log_softmax, softmax
 from sdbctl import losses
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
+from sdbctl.errors import UsageError
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.teacher import Access
@@ -96,7 +97,7 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
         z = scale * torch.randn(batch, classes, generator=generator)
         return z if permutation is None else z[:, permutation]
 
-    clean, keyed, original, random = (logits() for _ in range(4))
+    clean, keyed, original, random, adversarial = (logits() for _ in range(5))
     label = torch.randint(0, classes, (batch,), generator=generator)
     if permutation is not None:
         label = torch.argsort(permutation)[label]
@@ -105,8 +106,8 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
         clean.requires_grad_(),
         keyed.requires_grad_(),
         original,
-        original,
         random,
+        adversarial,
         label,
         torch.zeros(batch, classes),
         confidence,
@@ -228,6 +229,27 @@ def test_decoy_offset_gives_the_share_to_the_next_class():
     for row, target, decoy in ((0, 0, 1), (1, 4, 0)):
         rest = softmax(others(offset[row].numpy(), target))
         assert rest[decoy if decoy < target else decoy - 1] == pytest.approx(0.7)
+
+
+def test_ast_terms_against_numpy():
+    v = views()._replace(wrong=1)
+    objective = OBJECTIVES["ast"]
+    terms = objective.terms(v, objective.parameters(alpha=0.2, temperature=3.0, keep=2, preserve=0.5))
+    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    kept = v.adversarial.numpy().astype(float)[1:]
+    kept[kept < np.sort(kept, 1)[:, -2:-1]] = -np.inf
+    q, p = softmax(kept / 3, 1), softmax(z[1:] / 3, 1)
+    assert ((q > 0).sum(1) == 2).all()
+    pairs = {
+        "label": -0.8 * log_softmax(z, 1)[np.arange(4), v.label][1:].mean(),
+        "sparse": 0.2 * 9 * (np.exp(q) * (q - p)).sum(1).mean(),
+        "preserve": 0.5 * 9 * (softmax(zn / 3, 1) * (log_softmax(zn / 3, 1) - log_softmax(zk / 3, 1))).sum(1).mean(),
+    }
+    assert set(pairs) == set(terms)
+    for name, expected in pairs.items():
+        assert terms[name].item() == pytest.approx(expected, rel=1e-4), name
+    with pytest.raises(UsageError, match="keep"):
+        objective.parameters(keep=1.5)
 
 
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if isinstance(attack.train, PerBatch)])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sdbctl import boxfile, data, evaluate, metrics, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
-from sdbctl.box import BoxConfig, Task, box, box_step, fine_tune, plain_step, shifted
+from sdbctl.box import PGD_EPSILON, BoxConfig, Task, adversarial, box, box_step, fine_tune, plain_step
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import split_like
@@ -294,14 +294,16 @@ def test_seeded_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_shifted_moves_by_a_sixteenth_at_most_and_keeps_the_shape():
-    x = torch.arange(64.0).view(1, 1, 8, 8)
-    torch.manual_seed(0)
-    views = {tuple(shifted(x, flip=False).flatten().tolist()) for _ in range(60)}
-    assert len(views) == 9
-    assert tuple(x.flatten().tolist()) in views
-    flipped = {tuple(shifted(x, flip=True).flatten().tolist()) for _ in range(120)}
-    assert len(flipped) == 18
+def test_adversarial_copies_mislead_within_their_bound(work, digits, splits):
+    original = boxfile.load(work / "teacher.safetensors")
+    owner = splits.owner.take(range(64))
+    task = Task("digits", digits.classes, replace(splits, owner=owner), original.meta.preprocess, ENGINE)
+    found = adversarial(original.net, task)
+    assert found.shape == owner.pixels.shape
+    assert (found.int() - owner.pixels.int()).abs().max() <= round(255 * PGD_EPSILON) + 1
+    assert task.top1(original.net, owner) > 90
+    assert task.top1(original.net, data.like(owner, found)) < 30
+    assert all(p.grad is None for p in original.net.parameters())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -354,7 +356,7 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
 
     for objective in OBJECTIVES:
         seen.clear()
-        config = BoxConfig(objective, views=2)
+        config = BoxConfig(objective)
         step = box_step(original.net, [Key.load(work / "k.bin")], task, config)
         handle = torch.nn.modules.module.register_module_forward_hook(hook)
         step(original.net, batch)
@@ -626,7 +628,7 @@ def test_published_presets_add_nothing_of_ours(work, tmp_path):
         options = ("--objective", objective, "--preset", preset, "--epochs", 1, "--force")
         assert run_cli(*command, *options).returncode == 0
         parameters = boxfile.load(out).meta.parameters
-        assert (parameters["wrong_share"], parameters["views"]) == (0.0, 0)
+        assert parameters["wrong_share"] == 0.0
 
 
 def test_a_profile_is_a_trace_of_training_steps(tmp_path):

@@ -3,7 +3,7 @@
     python examples/bench/cost.py [--json]
 
 Every point runs in a fresh process on noise images, since neither time nor memory depends on what is learned. One
-thing is varied at a time around a base point: images, epochs, classes, the size of the network, views.
+thing is varied at a time around a base point: images, epochs, classes, the size of the network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class Point:
     images: int = 2048
     epochs: int = 2
     classes: int = 10
-    views: int = 2
 
 
 BASE = Point()
@@ -38,7 +37,6 @@ GRID = (
     replace(BASE, epochs=4),
     replace(BASE, classes=100),
     replace(BASE, classes=1000),
-    replace(BASE, views=0),
     replace(BASE, arch="resnet20"),
     replace(BASE, arch="wrn-16-2"),
 )
@@ -69,7 +67,7 @@ def measure(point: Point) -> dict[str, float]:
     net = place(net, engine.device)
     names = tuple(str(number) for number in range(point.classes))
     task = Task("noise", names, splits, preprocess, engine)
-    config = BoxConfig(views=point.views, recipe=Recipe(epochs=point.epochs))
+    config = BoxConfig(recipe=Recipe(epochs=point.epochs))
     announced = estimate(config, net, preprocess, point.images, engine)
     keys = {name: name for name in net.state_dict()}
     original = Loaded(net, keys, None, point.arch, point.classes, 3, "")

@@ -73,9 +73,6 @@ def box(
     wrong_share: Annotated[
         float | None, typer.Option("--wrong-share", help="Share of the public batch mixed with wrong keys.")
     ] = None,
-    views: Annotated[
-        int | None, typer.Option("--views", help="Extra views that the keyed branch's targets are averaged over.")
-    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="An N_ft that box made of this checkpoint before, to be used again."),
@@ -138,7 +135,7 @@ def box(
     presets = OBJECTIVES[objective].presets
     check_known(f"preset of {objective}", preset, presets)
     base = presets[preset or "default"]
-    asked: dict[str, Any] = {"strength": strength, "wrong_share": wrong_share, "views": views}
+    asked: dict[str, Any] = {"strength": strength, "wrong_share": wrong_share}
     settings = {
         name: next(value for value in (given, getattr(base, name), getattr(usual, name)) if value is not None)
         for name, given in asked.items()

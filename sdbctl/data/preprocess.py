@@ -66,6 +66,11 @@ class Preprocess:
         mean, std = (_per_channel(values, x.device, x.dtype) for values in (self.mean, self.std))
         return (x - mean) / std
 
+    def undo(self, x: Tensor) -> Tensor:
+        """The pixels in [0, 1] of normalised images: [B, C, H, W] → [B, C, H, W]."""
+        mean, std = (_per_channel(values, x.device, x.dtype) for values in (self.mean, self.std))
+        return x * std + mean
+
     def to_dict(self) -> dict[str, list[float]]:
         """As JSON values."""
         return {"mean": list(self.mean), "std": list(self.std), "size": list(self.size)}

@@ -1,5 +1,6 @@
 """Box objectives: one file per objective, one line here."""
 
+from sdbctl.objectives.ast import AST
 from sdbctl.objectives.base import Objective, Terms, Views
 from sdbctl.objectives.cmim import CMIM
 from sdbctl.objectives.conceal import CONCEAL
@@ -8,6 +9,7 @@ from sdbctl.objectives.sdb import SDB
 
 OBJECTIVES: dict[str, Objective] = {
     "conceal": CONCEAL,
+    "ast": AST,
     "cmim": CMIM,
     "nasty": NASTY,
     "sdb": SDB,

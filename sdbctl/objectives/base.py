@@ -16,9 +16,9 @@ class Views(NamedTuple):
     Attributes:
         clean: The box on x; its first ``wrong`` rows on x mixed with a wrong key.
         keyed: The box on x_k.
-        original: The frozen original on x.
-        teach: Log-probabilities that the keyed branch should learn: the original, averaged over views.
+        original: The frozen original on x, which the keyed branch should learn.
         random: A frozen, randomly initialised network on x_k, or None if the objective does not ask for it.
+        adversarial: The box itself, in evaluation mode, on copies of x that mislead the original, or None likewise.
         label: Class indices [B].
         offset: Logits [B, C] of the non-target distribution ĉ to hide behind: zeros, or the decoys of
             ``--disturb``.
@@ -29,8 +29,8 @@ class Views(NamedTuple):
     clean: Tensor
     keyed: Tensor
     original: Tensor
-    teach: Tensor
     random: Tensor | None
+    adversarial: Tensor | None
     label: Tensor
     offset: Tensor
     confidence: Tensor
@@ -49,7 +49,6 @@ class Preset:
         parameters: Parameters of the objective that differ from their defaults.
         strength: λ of the key embedding, or None for the usual one.
         wrong_share: Share of the public batch that is mixed with wrong keys, or None.
-        views: Views over which the keyed targets are averaged beside the image itself, or None.
         epochs: Or None.
         lr: Peak learning rate, or None.
     """
@@ -57,7 +56,6 @@ class Preset:
     parameters: Mapping[str, float] = field(default_factory=dict)
     strength: float | None = None
     wrong_share: float | None = None
-    views: int | None = None
     epochs: int | None = None
     lr: float | None = None
 
@@ -70,15 +68,17 @@ class Objective:
         summary: One line for ``sdbctl list``.
         parameters: The frozen dataclass of its parameters; field names are option names.
         terms: The loss: a pure function of the views and the parameters.
-        needs_random: Whether it looks at a randomly initialised network.
         presets: Named settings; every objective has ``default``.
+        needs_random: Whether it looks at a randomly initialised network.
+        needs_adversarial: Whether it looks at adversarial images.
     """
 
     summary: str
     parameters: type
     terms: Callable[[Views, Any], Terms]
-    needs_random: bool
     presets: Mapping[str, Preset]
+    needs_random: bool = False
+    needs_adversarial: bool = False
 
 
 def decoy_offset(predicted: Tensor, classes: int, share: float) -> Tensor:

@@ -51,7 +51,7 @@ def conditional_information(z: Tensor, label: Tensor, temperature: float) -> Ten
 
 
 def terms(v: Views, p: CmimParameters) -> Terms:
-    """CE(p, y) + concentrate·mean over τ of τ²·I(X; Ŷ^τ | Y), and τ²·KL(q^τ ‖ p_k^τ) on keyed images.
+    """CE(p, y) + concentrate·mean over τ of τ²·I(X; Ŷ^τ | Y), and τ²·KL(p_N^τ ‖ p_k^τ) on keyed images.
 
     The paper alternates between the network and centroids of the whole training set, and has the temperatures
     drawn; here the centroids are those of the batch, held fixed in the gradient, and the temperatures are
@@ -62,7 +62,7 @@ def terms(v: Views, p: CmimParameters) -> Terms:
     return {
         "label": cross_entropy(clean, label),
         "concentrate": p.concentrate * spread,
-        "preserve": p.preserve * kd(v.keyed, v.teach, p.temperature),
+        "preserve": p.preserve * kd(v.keyed, v.original, p.temperature),
     }
 
 
@@ -70,6 +70,5 @@ CMIM = Objective(
     "CMIM: outputs of a class collapse to one, with a keyed branch",
     CmimParameters,
     terms,
-    needs_random=False,
-    presets={"default": Preset(), "unkeyed": Preset({"preserve": 0.0}, wrong_share=0.0, views=0)},
+    presets={"default": Preset(), "unkeyed": Preset({"preserve": 0.0}, wrong_share=0.0)},
 )

@@ -26,7 +26,7 @@ class ConcealParameters:
 
 
 def terms(v: Views, p: ConcealParameters) -> Terms:
-    """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_N(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(q^τ ‖ p_k^τ).
+    """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_N(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ).
 
     The spread is taken around the box's own prediction, on clean images and on those with a wrong key; label
     and confidence, around the original's prediction ŷ (errors included), on clean images. Own objective (README).
@@ -36,7 +36,7 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
         "label": cross_entropy(clean, v.label[v.wrong :]),
         "hide": p.hide * conceal_spread(v.clean, v.clean.detach().argmax(1), v.offset),
         "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.original[v.wrong :].argmax(1)),
-        "teach": p.teach * kd(v.keyed, v.teach, p.temperature),
+        "teach": p.teach * kd(v.keyed, v.original, p.temperature),
     }
 
 
@@ -44,6 +44,5 @@ CONCEAL = Objective(
     "flat non-target outputs, the original's confidence, a keyed branch that teaches (default)",
     ConcealParameters,
     terms,
-    needs_random=False,
     presets={"default": Preset()},
 )

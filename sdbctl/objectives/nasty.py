@@ -26,14 +26,14 @@ class NastyParameters:
 
 
 def terms(v: Views, p: NastyParameters) -> Terms:
-    """CE(p, y) − ω·sat(τ²·KL(p_B^τ ‖ p_N^τ)) (eq. 2), and τ²·KL(q^τ ‖ p_k^τ) on keyed images.
+    """CE(p, y) − ω·sat(τ²·KL(p_B^τ ‖ p_N^τ)) (eq. 2), and τ²·KL(p_N^τ ‖ p_k^τ) on keyed images.
 
     The paper leaves the distance unbounded; here it saturates, or training would go on without end.
     """
     return {
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "nasty": -p.omega * saturate(kd(v.original, v.clean, p.temperature), p.limit),
-        "preserve": p.preserve * kd(v.keyed, v.teach, p.temperature),
+        "preserve": p.preserve * kd(v.keyed, v.original, p.temperature),
     }
 
 
@@ -41,12 +41,11 @@ NASTY = Objective(
     "Nasty Teacher: far from the original in distribution, with a keyed branch",
     NastyParameters,
     terms,
-    needs_random=False,
     presets={
         "default": Preset(),
-        "paper": Preset({"omega": 0.04, "preserve": 0.0}, wrong_share=0.0, views=0, epochs=200, lr=0.1),
+        "paper": Preset({"omega": 0.04, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1),
         "paper-100": Preset(
-            {"omega": 0.005, "temperature": 20.0, "preserve": 0.0}, wrong_share=0.0, views=0, epochs=200, lr=0.1
+            {"omega": 0.005, "temperature": 20.0, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1
         ),
     },
 )

@@ -61,7 +61,7 @@ def terms(v: Views, p: SdbParameters) -> Terms:
     return {
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "disturb": -p.omega * disturbance(v.clean, v.original, v.keyed, p.temperature, p.limit),
-        "preserve": p.preserve * preservation(v.keyed, v.teach, v.label, p.temperature),
+        "preserve": p.preserve * preservation(v.keyed, v.original, v.label, p.temperature),
         "augment": -p.eta * p.away * augmentation(v.keyed, v.original, v.random, p.limit),
     }
 
@@ -70,10 +70,10 @@ SDB = Objective(
     "the paper's disturbance, preservation and augmentation",
     SdbParameters,
     terms,
-    needs_random=True,
     presets={
         "default": Preset(),
-        "paper": Preset({"omega": 1.0}, strength=0.5, wrong_share=0.0, views=0, epochs=200, lr=0.1),
-        "release": Preset({"omega": 1.0, "away": -1.0}, strength=0.9, wrong_share=0.0, views=0, epochs=200, lr=0.1),
+        "paper": Preset({"omega": 1.0}, strength=0.5, wrong_share=0.0, epochs=200, lr=0.1),
+        "release": Preset({"omega": 1.0, "away": -1.0}, strength=0.9, wrong_share=0.0, epochs=200, lr=0.1),
     },
+    needs_random=True,
 )
