@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -293,7 +294,7 @@ def box(
         engine,
         name="box",
         progress=progress,
-        resume_from=Resume(resume_from, meta.run) if resume_from else None,
+        resume_from=Resume(resume_from, f"{meta.run} {_digest(reference)}") if resume_from else None,
         after_epoch=watch,
     )
     seconds = time.perf_counter() - begin
@@ -423,6 +424,14 @@ def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
     """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to 0.9."""
     correlation = float(torch.empty(()).uniform_(-1.0, 0.9))
     return preprocess(near(secrets, correlation, None))
+
+
+def _digest(model: nn.Module) -> str:
+    """Hash of a network's weights."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pickle
@@ -57,14 +58,14 @@ class Source:
         """What an attacker who holds the file can train."""
         return self.held if self.net is None else self.net
 
-    def open(self, engine: Engine, classes: int) -> Teacher:
-        """Start the teacher on the engine's device."""
+    def open(self, device: torch.device, classes: int) -> Teacher:
+        """Start the teacher on a device, in full precision, as ONNX Runtime has it: none is better for its rounding."""
         teacher: Teacher
         if self.onnx is not None:
-            teacher = OnnxTeacher(self.onnx, engine.device)
+            teacher = OnnxTeacher(self.onnx, device)
         else:
             assert self.net is not None
-            teacher = TorchTeacher(self.net, classes, engine.autocast, engine.device)
+            teacher = TorchTeacher(self.net, classes, Engine(device).autocast, device)
         if self.pattern is not None:
             teacher = KeyedTeacher(teacher, self.pattern, self.strength)
         return WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
@@ -106,6 +107,32 @@ class EvalConfig:
     def reported(self) -> int:
         """Students per reported row."""
         return (suite(self.suite).seeds if self.suite else None) or self.seeds
+
+
+@functools.cache
+def code() -> str:
+    """Hash of the modules that decide what a student becomes, so that a changed attack is run again."""
+    root, hashed = Path(__file__).parent, hashlib.sha256()
+    names = (
+        "attacks",
+        "data",
+        "models",
+        "distill.py",
+        "key.py",
+        "losses.py",
+        "teacher.py",
+        "training.py",
+        "wrappers.py",
+    )
+    for name in names:
+        path = root / name
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()
+
+
+MOST_PASSES = 10
+"""How many times more epochs a student of few images is trained at most."""
 
 
 def on_key(attack: str) -> bool:
@@ -202,6 +229,14 @@ class Bench:
                 rows.append(replace(row, teachers=teachers))
         return rows
 
+    def recipe(self, cell: Cell) -> Recipe:
+        """How a student is trained: of few images on more passes over the same queries, or it would learn nothing."""
+        recipe = scaled(self.config.recipe, seed=cell.seed, epochs=cell.epochs)
+        if cell.images is None:
+            return recipe
+        more = min(MOST_PASSES, len(self.transfer) // cell.images)
+        return scaled(recipe, epochs=recipe.epochs * more, batch_size=min(recipe.batch_size, max(8, cell.images // 4)))
+
     def key(self, cell: Cell) -> str:
         """Content hash of a cell, under which its outcome is kept."""
         source = self.sources[cell.teacher].sha256 if cell.teacher else ""
@@ -209,6 +244,7 @@ class Bench:
         images = [self.transfer, self.validation, self.test, self.surrogate]
         parts = [
             boxfile.versions(),
+            code(),
             self.engine.precision,
             attack,
             source,
@@ -216,7 +252,7 @@ class Bench:
             self.sources["keyed"].sha256 if "keyed" in self.sources and on_key(attack) else "",
             self.sources[cell.teacher].held_sha256 if cell.teacher else "",
             dict(cell.config),
-            asdict(scaled(self.config.recipe, seed=cell.seed, epochs=cell.epochs)),
+            asdict(self.recipe(cell)),
             cell.final,
             cell.images,
             self.config.student,
@@ -245,7 +281,7 @@ class Bench:
     def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:
         """Train and measure one student."""
         config, source = self.config, self.sources[cell.teacher] if cell.teacher else None
-        teacher = source.open(self.engine, self.classes) if source else None
+        teacher = source.open(self.engine.device, self.classes) if source else None
         student, seconds, queries, guess = distill(
             ATTACKS[BY_NAME[cell.row].attack],
             cell.config,
@@ -254,11 +290,12 @@ class Bench:
             self.classes,
             self.transfer if cell.images is None else self.transfer.take(range(cell.images)),
             self.preprocess,
-            scaled(config.recipe, seed=cell.seed, epochs=cell.epochs),
+            self.recipe(cell),
             self.engine,
             weights=source.weights if source else None,
             surrogate=self.surrogate,
             strength=self.strength,
+            views=cell.epochs or config.recipe.epochs,
             record=self.record(cell.teacher),
             progress=progress,
         )

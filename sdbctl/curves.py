@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
@@ -21,7 +24,7 @@ from sdbctl.training import Progress, predict
 BUDGETS = (1000, 5000, 10_000)
 FEW_SHOT = (0.01, 0.05, 0.1)
 """Transfer images of the budget curve, in number and as shares of all."""
-BUDGET_ROWS = ("cross_entropy", "kd_original", "unauthorized", "authorized")
+BUDGET_ROWS = ("cross_entropy", "hard_constant", "kd_original", "unauthorized", "authorized")
 NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
 """Correlations, in percent, of the keys that are nearly right."""
 LEAKS = (1, 10, 100, 1000)
@@ -68,6 +71,31 @@ def budget_curve(
     }
 
 
+def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
+    """The secret pattern, estimated from keyed queries of unknown images by a Wiener filter.
+
+    The pattern is white noise and photographs are smooth, so that a linear filter tells them apart: at each frequency,
+    P·(P + (λ/(1 − λ))²·C/n)⁻¹ with the power P of a uniform pattern and the covariance C over the channels of one's
+    own images.
+
+    Args:
+        queries: Keyed images [n, C, H, W] in [0, 1].
+        own: Other images of the kind [N, C, H, W] in [0, 1].
+        strength: λ.
+
+    Returns:
+        Pattern [C, H, W] in [0, 1].
+    """
+    mean = own.mean(0)
+    heard = (queries.mean(0) - strength * mean) / (1 - strength) - 0.5
+    spectra = torch.fft.fft2(own - mean).flatten(2).permute(2, 1, 0)  # [HW, C, N]
+    noise = (strength / (1 - strength)) ** 2 * spectra @ spectra.mH / (len(own) * len(queries))
+    power = torch.eye(len(mean)) * heard[0].numel() / 12
+    filtered = power.to(noise.dtype) @ torch.linalg.solve(power + noise, torch.fft.fft2(heard).flatten(1).T[:, :, None])
+    pattern: Tensor = torch.fft.ifft2(filtered[:, :, 0].T.view(heard.shape)).real + 0.5
+    return pattern.clamp(0, 1)
+
+
 def key_curves(bench: Bench) -> dict[str, Curve]:
     """How much a key that is nearly right opens, and how fast listening to keyed queries gives the key away."""
     secret = bench.secret
@@ -77,7 +105,7 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
     opened = []
     for name, source in bench.sources.items():
         if source.pattern is not None and name != "disturbed":
-            teacher = source.open(bench.engine, bench.classes)
+            teacher = source.open(bench.engine.device, bench.classes)
             outputs = predict(teacher.logits, some, bench.preprocess, bench.engine)
             pattern = replace(bench, sources={"keyed": source}).secret
             assert pattern is not None
@@ -90,20 +118,17 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
             series={"box": tuple(sorted(opened, key=lambda point: point.x or 0.0))},
         )
     }
-    if bench.transfer.in_memory and bench.strength > 0:
-        own = bench.transfer.pixels.float().mean(0) / 255
-        heard = bench.validation.pixels.float() / 255 if bench.validation.in_memory else None
-        if heard is not None:
-            points = []
-            for count in (count for count in LEAKS if count <= len(heard)):
-                mean = embed(heard[:count], secret, bench.strength).mean(0)
-                guess = (mean - bench.strength * own) / (1 - bench.strength)
-                points.append(Point(count, round(correlation(guess, secret), 4)))
-            curves["leak"] = Curve(
-                title="Listening to key holders",
-                x_label="Keyed queries overheard",
-                y_label="Correlation of the recovered key",
-                x_log=True,
-                series={"mean of the queries": tuple(points)},
-            )
+    if bench.transfer.in_memory and bench.validation.in_memory and bench.strength > 0:
+        own, images = (some.pixels[: LEAKS[-1]].float() / 255 for some in (bench.transfer, bench.validation))
+        points = []
+        for count in (count for count in LEAKS if count <= len(images)):
+            guess = overheard(embed(images[:count], secret, bench.strength), own, bench.strength)
+            points.append(Point(count, round(correlation(guess, secret), 4)))
+        curves["leak"] = Curve(
+            title="Listening to key holders",
+            x_label="Keyed queries overheard",
+            y_label="Correlation of the recovered key",
+            x_log=True,
+            series={"Wiener filter": tuple(points)},
+        )
     return curves

@@ -49,7 +49,7 @@ def measure_models(bench: Bench) -> tuple[dict[str, Model], dict[str, Tensor]]:
     for name, label in MODEL_LABELS.items():
         if name not in bench.sources:
             continue
-        teacher = bench.sources[name].open(bench.engine, bench.classes)
+        teacher = bench.sources[name].open(bench.engine.device, bench.classes)
         outputs[name] = predict(teacher.logits, bench.test, bench.preprocess, bench.engine)
         scores = asdict(metrics.score(outputs[name], bench.test.labels))
         bins = tuple(Bin(*values) for values in scores.pop("reliability"))
@@ -143,7 +143,8 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
         rows = [
             student
             for name, student in students.items()
-            if student.role == role
+            # a pattern of one's own is an attack like any other
+            if (student.role == role or (role == "attack" and name == "authorized_wrong_key"))
             and student.mean is not None
             and student.access in access
             and (labels is None or student.labels in labels)
@@ -165,8 +166,8 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     def advantage(access: Sequence[str]) -> Advantage:
         if not any(s.role == "attack" and s.access == access[0] and s.mean is not None for s in students.values()):
             return Advantage()
-        unlabelled = over(best("attack", access, [False]), "control_unlabelled") if access[0] == "api" else Interval()
-        return Advantage(over(best("attack", access), "control"), unlabelled)
+        unlabelled = best("attack", access, [False])
+        return Advantage(over(best("attack", access), "control"), over(unlabelled, "control_unlabelled"))
 
     original, authorized = best("reference"), best("authorized")
     return {

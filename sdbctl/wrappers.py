@@ -214,21 +214,23 @@ def serving(public: Tensor, keyed: Tensor) -> dict[str, Any]:
 
     Returns:
         ``confidences``, the mean public confidence between each two of :data:`CUTS`, and ``flat_spread``, between
-        the spreads of public and keyed outputs; nothing if these overlap by more than a twentieth of either, as
-        from an objective that does not conceal.
+        the spreads of public and keyed outputs: above all but a thousandth of the public ones, unless more than a
+        twentieth of the keyed ones are below; nothing if more than a twentieth of either are beyond the other, as from
+        an objective that does not conceal.
     """
     if public.shape[1] < 3:
         return {}
-    own = float(_spread(public.float()).quantile(0.95))
+    own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 0.999))
     other = float(_spread(keyed.float()).quantile(0.05))
     if own > other:
         return {}
+    flat = min(max(math.sqrt(own * other), 1.01 * most), other)
     confidence, edges = public.softmax(1).amax(1), (1 / public.shape[1], *CUTS, 1.0)
     levels = []
     for low, high in pairwise(edges):
         between = confidence[(confidence >= low) & (confidence < high)] if high < 1 else confidence[confidence >= low]
         levels.append(min(float(between.mean()), 1 - 1e-4) if len(between) else (low + high) / 2)
-    return {"confidences": levels, "flat_spread": math.sqrt(own * other)}
+    return {"confidences": levels, "flat_spread": flat}
 
 
 def served(net: nn.Module, meta: Metadata) -> nn.Module:

@@ -12,7 +12,7 @@ from sdbctl.cells import Bench, Cell, EvalConfig, Source
 from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.key import Key, correlation
+from sdbctl.key import Key, correlation, embed
 from sdbctl.report import Report, Student
 from sdbctl.suites import ALL, SUITES
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
@@ -361,7 +361,9 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
         assert report.get("unauthorized_advantage.api.unlabelled.mean") is not None
         best = [s for s in report.students.values() if s.role == "attack" and s.n == 2]
-        assert {(s.access, s.labels) for s in best} == {("api", True), ("api", False), ("file", True)}
+        assert {(s.access, s.labels) for s in best} == {
+            (access, labels) for access in ("api", "file") for labels in (True, False)
+        }
 
 
 def test_public_outputs_are_served_with_few_confidences_and_nothing_else():
@@ -447,6 +449,34 @@ def test_the_best_attack_is_not_chosen_by_the_students_that_are_reported():
     assert numbers["unauthorized_advantage"].api.labelled.mean == pytest.approx((2 + 1 + 1) / 3)
 
 
+def test_a_pattern_of_ones_own_is_an_attack_but_a_nearly_right_one_is_not():
+    floor, opened = some("control", "floor", (50.0, 50.0)), some("authorized_wrong_key", "wrong_key", (53.0, 54.0))
+    near = some("near_key_90", "wrong_key", (60.0, 60.0))
+    numbers = evaluate.headline(made_of(floor, some("a", "attack", (49.0, 50.0)), opened, near))
+    assert numbers["unauthorized_advantage"].api.labelled.mean == pytest.approx(3.5)
+
+
+def test_a_changed_attack_is_run_again(work, splits, boxed, monkeypatch):
+    made, cell = bench(work, splits, boxed, "core"), Cell("unauthorized", "boxed", {}, 0, True)
+    before = made.key(cell)
+    monkeypatch.setattr("sdbctl.cells.code", lambda: "changed")
+    assert made.key(cell) != before
+
+
+@pytest.mark.parametrize("name", ["stripped", "stripped_dist", "stripped_unlabelled"])
+def test_who_holds_the_file_distils_what_the_graph_would_not_show(name, work, splits, boxed, transfer):
+    """Bare weights teach another student than the served outputs, without a query."""
+    flat = WrappedTeacher(TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device), "top1")
+    bare = attack_with(name, flat, boxed, transfer)
+    config = ATTACKS[name].grid[0]
+    api = {"stripped": "kd", "stripped_dist": "dist", "stripped_unlabelled": "kd_unlabelled"}[name]
+    plain = TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device)
+    same = attack_with(api, plain, boxed, transfer, config)
+    assert bare.queries == 0
+    x = splits.validation.pixels[:20].float() / 255
+    assert torch.allclose(bare.student(x), same.student(x), atol=1e-3)
+
+
 def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(work, splits, boxed):
     names = {row.name for row in bench(work, splits, boxed, "standard", strength=0.0).rows()}
     assert not any("_key" in name for name in names)
@@ -461,10 +491,33 @@ def test_key_curves(work, splits, boxed, pattern):
     found = curves.key_curves(made)
     near = {point.x: point.y for point in found["near_keys"].series["box"]}
     assert near[1.0] == max(near.values())
-    leak = [point.y for point in found["leak"].series["mean of the queries"]]
+    leak = [point.y for point in found["leak"].series["Wiener filter"]]
     assert leak == sorted(leak)
     assert leak[-1] > 0.7
     assert curves.key_curves(bench(work, splits, boxed, "core")) == {}
+
+
+def test_one_overheard_query_gives_most_of_the_key_away():
+    generator = torch.Generator().manual_seed(0)
+    rough = torch.rand(301, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(rough, size=(32, 32), mode="bicubic").clamp(0, 1)
+    secret = torch.rand(3, 32, 32, generator=generator)
+    own, heard = smooth[1:], embed(smooth[:1], secret, 0.7)
+    plain = (heard[0] - 0.7 * own.mean(0)) / 0.3
+    assert correlation(plain, secret) < 0.6
+    found = curves.overheard(heard, own, 0.7)
+    assert correlation(found, secret) > 0.9
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+def test_students_of_few_images_take_more_passes_over_the_same_queries(work, splits, boxed):
+    made = bench(work, splits, boxed, "full")
+    size = len(made.transfer)
+    whole, few = (Cell("unauthorized", "boxed", ATTACKS["kd"].grid[0], 0, True, images=n) for n in (None, size // 4))
+    assert made.recipe(whole).epochs == made.config.recipe.epochs
+    assert made.recipe(few).epochs == 4 * made.config.recipe.epochs
+    assert made.run(few).queries == size // 4 * made.config.recipe.epochs
 
 
 def test_every_attack_is_in_the_suites():

@@ -250,6 +250,9 @@ def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits
     for keys, other in (([Key.generate()], config), ([key], replace(config, parameters={"hide": 1.0}))):
         with pytest.raises(BadInput, match="other settings"):
             box(*args, keys, task, other, resume_from=state)
+    other = build_student("cnn", 10, 1, 5)
+    with pytest.raises(BadInput, match="other settings"):
+        box(original, other, [key], task, config, resume_from=state)
     assert state.read_bytes() == kept
     box(*args, [key], task, config, resume_from=state)
     assert not state.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -220,3 +220,8 @@ class Attack:
     labels: bool
     grid: tuple[Config, ...]
     train: Train
+
+
+def without_labels(attack: Attack) -> Attack:
+    """The same attack by somebody who has no labels, which its loss must allow."""
+    return replace(attack, summary=f"{attack.summary}, no labels", labels=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, normalize
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Train
-from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
+from sdbctl.attacks.kd import KD, KD_UNLABELLED, soft_labels
+from sdbctl.attacks.soft import DIST, dist
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
@@ -18,9 +20,10 @@ from sdbctl.models.stages import Stages, head
 from sdbctl.teacher import Access
 from sdbctl.training import place, scaled, seeded
 
-TUNE_EPOCHS = 10
-TUNE_RATE = 0.01
-"""Of whatever an attacker trains of the box itself."""
+TUNE_EPOCHS, TUNE_STEPS = 10, 300
+"""How long, at least, an attacker trains the box itself."""
+FEW = 256
+"""Images below which statistics of BatchNorm are not to be had from them."""
 
 
 def held(attacker: Attacker) -> nn.Module:
@@ -31,18 +34,30 @@ def held(attacker: Attacker) -> nn.Module:
 
 
 def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
-    """Distil the student from the mean log-probabilities of changed boxes."""
+    """Distil the student from the mean log-probabilities of boxes; by DIST if the configuration has its weight."""
 
     def mean(images: ImageSet) -> Tensor:
         return torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
 
-    attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), targets=mean)
+    loss = dist if "weight" in config else soft_labels
+    attacker.learn(lambda z, answer, y: loss(z, answer, y, config), targets=mean)
+
+
+def stripped(attacker: Attacker, config: Config) -> None:
+    """Distillation from the weights as they are: whatever the graph does behind the network is left out."""
+    _from(attacker, [held(attacker)], config)
 
 
 def _train_box(
-    attacker: Attacker, net: nn.Module, images: ImageSet, mode: Callable[[nn.Module], nn.Module] = nn.Module.train
+    attacker: Attacker,
+    net: nn.Module,
+    images: ImageSet,
+    rate: float,
+    mode: Callable[[nn.Module], nn.Module] = nn.Module.train,
 ) -> None:
-    recipe = scaled(attacker.recipe, epochs=TUNE_EPOCHS, lr=TUNE_RATE, batch_size=min(64, len(images)))
+    size = min(64, len(images))
+    epochs = max(TUNE_EPOCHS, -(-TUNE_STEPS * size // len(images)))
+    recipe = scaled(attacker.recipe, epochs=epochs, lr=rate, batch_size=size)
     attacker.fit(net, lambda model, batch: cross_entropy(mode(model)(batch.x), batch.y), images, recipe=recipe)
 
 
@@ -55,7 +70,7 @@ def rehead(attacker: Attacker, config: Config) -> None:
         last.reset_parameters()
     last.requires_grad_(True)
     # statistics of BatchNorm are part of the features
-    _train_box(attacker, net, attacker.images, nn.Module.eval)
+    _train_box(attacker, net, attacker.images, 0.1, nn.Module.eval)
     _from(attacker, [net], config)
 
 
@@ -63,7 +78,7 @@ def fine_tuned(attacker: Attacker, config: Config) -> None:
     """The box fine-tuned with cross-entropy on a share of the labels, then KD from it."""
     net = held(attacker)
     few = attacker.images.take(range(max(2, round(config["share"] * len(attacker.images)))))
-    _train_box(attacker, net, few)
+    _train_box(attacker, net, few, 0.01, nn.Module.eval if len(few) < FEW else nn.Module.train)
     _from(attacker, [net], config)
 
 
@@ -169,7 +184,7 @@ class Pair(nn.Module):
 
 def fitnet(pair: Pair) -> Tensor:
     """Mean squared distance of projected feature maps (Romero et al., ICLR 2015)."""
-    return torch.stack([mse_loss(layer(own), other) for own, other, layer in pair.maps()]).mean()
+    return torch.stack([mse_loss(layer(own), other) for own, other, layer in pair.maps()]).sum()
 
 
 def attention(pair: Pair) -> Tensor:
@@ -178,7 +193,7 @@ def attention(pair: Pair) -> Tensor:
     def summary(maps: Tensor) -> Tensor:
         return normalize(maps.square().mean(1).flatten(1))
 
-    return torch.stack([(summary(own) - summary(other)).square().mean() for own, other, _ in pair.maps()]).mean()
+    return torch.stack([(summary(own) - summary(other)).square().mean() for own, other, _ in pair.maps()]).sum()
 
 
 def similarity(pair: Pair) -> Tensor:
@@ -216,26 +231,37 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
 
 
 _TAU4 = {"temperature": 4.0, "alpha": 0.9}
+_GRID = (_TAU4, {"temperature": 8.0, "alpha": 1.0}, {"temperature": 20.0, "alpha": 0.5})
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
-    return Attack(summary, source, "attack", Access.WEIGHTS, True, grid or (_TAU4,), train)
+    return Attack(summary, source, "attack", Access.WEIGHTS, True, grid or _GRID, train)
 
 
+STRIPPED = _attack("distillation from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
+STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
+STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
 REHEAD = _attack("a new last layer on the box's features", "known as linear probing", rehead)
 FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
     "known as fine-tuning attack",
     fine_tuned,
-    {**_TAU4, "share": 0.01},
-    {**_TAU4, "share": 0.1},
+    *({**config, "share": share} for config in _GRID[:2] for share in (0.01, 0.1, 1.0)),
 )
 PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, {**_TAU4, "share": 0.3})
 NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, {**_TAU4, "sigma": 0.1})
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated)
-FITNET = _attack("feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0})
-ATTENTION = _attack(
-    "attention maps copied", "Zagoruyko & Komodakis, ICLR 2017", _features(attention), {"weight": 1000.0}
+FITNET = _attack(
+    "feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0}, {"weight": 100.0}
 )
-SIMILARITY = _attack("similarities copied", "Tung & Mori, ICCV 2019", _features(similarity), {"weight": 3000.0})
+ATTENTION = _attack(
+    "attention maps copied",
+    "Zagoruyko & Komodakis, ICLR 2017",
+    _features(attention),
+    {"weight": 1000.0},
+    {"weight": 100.0},
+)
+SIMILARITY = _attack(
+    "similarities copied", "Tung & Mori, ICCV 2019", _features(similarity), {"weight": 3000.0}, {"weight": 300.0}
+)
 CONTRAST = _attack("features contrasted", "Tian et al., ICLR 2020", _features(contrast), {"weight": 0.8})

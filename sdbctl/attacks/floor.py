@@ -48,8 +48,15 @@ def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Co
     return class_constant(z, None, answer, config)
 
 
+def hard_mixed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """α·KD from constant logits of the teacher's top-1 answers + (1 − α)·CE(z, y): KD's mixture."""
+    assert answer is not None and y is not None
+    alpha, target = config["alpha"], constant_logits(answer, z.shape[1], config)
+    return alpha * kd(z, target, config["temperature"]) + (1 - alpha) * cross_entropy(z, y)
+
+
 # as many as distillation has to choose from, or the floor would be too low
-_CONSTANTS = tuple(
+CONSTANTS = tuple(
     {"confidence": confidence, "temperature": temperature, "alpha": alpha}
     for temperature, confidence, alpha in (
         (4.0, 0.4, 1.0),
@@ -79,7 +86,7 @@ CLASS_CONSTANT = Attack(
     "floor",
     Access.NONE,
     True,
-    _CONSTANTS,
+    CONSTANTS,
     PerBatch(class_constant),
 )
 HARD_LABEL = Attack(
@@ -97,6 +104,15 @@ HARD_CONSTANT = Attack(
     "floor",
     Access.LABELS,
     False,
-    _CONSTANTS,
+    CONSTANTS,
     PerBatch(hard_constant),
+)
+HARD_MIXED = Attack(
+    "labels, and constant logits of the teacher's top-1 answers",
+    "top-1 access, mixed like KD",
+    "floor",
+    Access.LABELS,
+    True,
+    tuple({**config, "alpha": alpha} for config, alpha in zip(CONSTANTS, (0.9, 0.9, 0.5, 0.9, 0.5, 0.5), strict=True)),
+    PerBatch(hard_mixed),
 )

@@ -11,14 +11,17 @@ from torch import Tensor
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.file import held
 from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet, like
 from sdbctl.key import embed
-from sdbctl.losses import conceal_spread
+from sdbctl.losses import conceal_spread, cross_entropy
 from sdbctl.teacher import Access
-from sdbctl.training import place, seeded
+from sdbctl.training import seeded
 
 SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""
+STARTS = 4
+"""Random patterns that a white-box search starts from."""
 
 
 def keyed(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
@@ -26,9 +29,12 @@ def keyed(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
     return like(images, embed(images.pixels.float(), 255 * pattern, strength))
 
 
-def spread(z: Tensor) -> Tensor:
-    """How much dark knowledge outputs show, which is what an attacker without the key can judge a guess by."""
-    return conceal_spread(z, z.detach().argmax(1))
+def opened(z: Tensor, y: Tensor) -> Tensor:
+    """By what an attacker judges a guess: the log-likelihood of the labels, plus the dark knowledge that shows.
+
+    Wrong patterns spoil predictions, the right one does not; and only its outputs tell the other classes apart.
+    """
+    return conceal_spread(z, z.detach().argmax(1)) - cross_entropy(z, y)
 
 
 def _with(attacker: Attacker, pattern: Tensor, config: Config) -> None:
@@ -41,11 +47,11 @@ def _with(attacker: Attacker, pattern: Tensor, config: Config) -> None:
 
 def _judge(attacker: Attacker, pattern: Tensor) -> float:
     some = attacker.images.take(range(min(SEARCH_IMAGES, len(attacker.images))))
-    return float(spread(attacker.ask(keyed(some, pattern, attacker.strength))))
+    return float(opened(attacker.ask(keyed(some, pattern, attacker.strength)), some.labels))
 
 
 def random_keys(attacker: Attacker, config: Config) -> None:
-    """The random pattern, of ``tries``, whose answers show the most dark knowledge."""
+    """The random pattern, of ``tries``, that opens most."""
     generator = torch.Generator().manual_seed(attacker.recipe.seed)
     tried = [torch.rand(attacker.preprocess.size, generator=generator) for _ in range(int(config["tries"]))]
     _with(attacker, max(tried, key=lambda pattern: _judge(attacker, pattern)), config)
@@ -60,7 +66,7 @@ def simple_keys(attacker: Attacker, config: Config) -> None:
 
 
 def searched(attacker: Attacker, config: Config) -> None:
-    """Black-box search by natural evolution strategies (Ilyas et al., ICML 2018) for the most talkative pattern."""
+    """Black-box search by natural evolution strategies (Ilyas et al., ICML 2018) for the pattern that opens most."""
     generator = torch.Generator().manual_seed(attacker.recipe.seed)
     pattern, sigma = torch.full(attacker.preprocess.size, 0.5), 0.2
     for _ in range(int(config["rounds"])):
@@ -75,19 +81,37 @@ def searched(attacker: Attacker, config: Config) -> None:
 
 
 def inverted(attacker: Attacker, config: Config) -> None:
-    """White-box inversion: gradient ascent on the dark knowledge of the file's outputs over the pattern."""
-    net = place(held(attacker), attacker.engine.device).eval().requires_grad_(False)
-    pixels = attacker.images.pixels
-    with seeded(attacker.recipe.seed):
-        free = torch.zeros(attacker.preprocess.size, device=attacker.engine.device, requires_grad=True)
-        optimiser = torch.optim.Adam([free], lr=0.1)
-        for _ in range(int(config["rounds"])):
-            some = pixels[torch.randint(0, len(pixels), (SEARCH_IMAGES,))].to(attacker.engine.device).float() / 255
-            z = net(attacker.preprocess(embed(some, free.sigmoid(), attacker.strength))).float()
+    """White-box inversion: gradient ascent over the pattern on :func:`opened` of the file's outputs, then KD from them.
+
+    The best of several random starts goes on.
+    """
+    device = attacker.engine.device
+    net = held(attacker).eval().requires_grad_(False)
+    pixels, labels = attacker.images.pixels, attacker.images.labels
+
+    def climb(free: Tensor, rounds: int) -> float:
+        """Improve a pattern in place; how well it opens at last."""
+        optimiser, reached = torch.optim.Adam([free], lr=0.1), []
+        for _ in range(rounds):
+            some = torch.randint(0, len(pixels), (SEARCH_IMAGES,))
+            x = embed(pixels[some].to(device).float() / 255, free.sigmoid(), attacker.strength)
+            loss = -opened(net(attacker.preprocess(x)).float(), labels[some].to(device))
             optimiser.zero_grad()
-            (-spread(z)).backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-    _with(attacker, free.detach().sigmoid().cpu(), config)
+            reached.append(-loss.item())
+        return sum(reached[-STARTS:])
+
+    with seeded(attacker.recipe.seed):
+        rounds = int(config["rounds"])
+        starts = [torch.randn(attacker.preprocess.size, device=device).requires_grad_() for _ in range(STARTS)]
+        free = max(starts, key=lambda start: climb(start, max(1, rounds // (2 * STARTS))))
+        climb(free, rounds // 2)
+    attacker.guess = pattern = free.detach().sigmoid().cpu()
+    attacker.learn(
+        lambda z, answer, y: soft_labels(z, answer, y, config),
+        targets=lambda images: outputs(attacker, net, keyed(images, pattern, attacker.strength)),
+    )
 
 
 _TAU4 = {"temperature": 4.0, "alpha": 0.9}
@@ -100,6 +124,6 @@ def _attack(summary: str, source: str, train: Train, config: Config, access: Acc
 RANDOM_KEYS = _attack("the best of random keys", "own", random_keys, {"tries": 16.0})
 SIMPLE_KEYS = _attack("the best of constant and natural keys", "own", simple_keys, {})
 SEARCHED_KEY = _attack(
-    "black-box search for a key", "natural evolution strategies, Ilyas et al., ICML 2018", searched, {"rounds": 50.0}
+    "black-box search for a key", "natural evolution strategies, Ilyas et al., ICML 2018", searched, {"rounds": 100.0}
 )
-INVERTED_KEY = _attack("white-box search for a key", "own", inverted, {"rounds": 300.0}, Access.WEIGHTS)
+INVERTED_KEY = _attack("white-box search for a key", "own", inverted, {"rounds": 800.0}, Access.WEIGHTS)

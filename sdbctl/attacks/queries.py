@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
-from sdbctl.attacks.floor import hard_label
+from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.data import Batch, ImageSet, like
 from sdbctl.losses import cross_entropy, kd
@@ -69,40 +71,50 @@ def recalibrated(attacker: Attacker, config: Config) -> None:
     _kd(attacker, config, targets=lambda images: attacker.ask(images) * a + b)
 
 
-def mixup(attacker: Attacker, config: Config) -> None:
-    """KD on convex combinations of two images (Zhang et al., ICLR 2018): queries between the data points."""
-
-    def mixed(epoch: int) -> ImageSet:
-        images = attacker.view(epoch)
-        generator = torch.Generator().manual_seed(epoch % attacker.views)
-        share = torch.rand(len(images), 1, 1, 1, generator=generator)
-        other = images.pixels[torch.randperm(len(images), generator=generator)]
-        return like(images, share * images.pixels + (1 - share) * other)
-
-    _kd(attacker, config, sets=mixed)
+def between(attacker: Attacker, epoch: int) -> ImageSet:
+    """Convex combinations of two images each (mixup, Zhang et al., ICLR 2018): queries between the data points."""
+    images = attacker.view(epoch)
+    generator = torch.Generator().manual_seed(epoch % attacker.views)
+    share = torch.rand(len(images), 1, 1, 1, generator=generator)
+    other = images.pixels[torch.randperm(len(images), generator=generator)]
+    return like(images, share * images.pixels + (1 - share) * other)
 
 
-def cutmix(attacker: Attacker, config: Config) -> None:
-    """KD on images with a rectangle of another image (Yun et al., ICCV 2019)."""
+def pasted(attacker: Attacker, epoch: int) -> ImageSet:
+    """Images with a rectangle of another image (CutMix, Yun et al., ICCV 2019)."""
+    images = attacker.view(epoch)
+    generator = torch.Generator().manual_seed(epoch % attacker.views)
+    n, _, h, w = images.pixels.shape
+    side = (1 - torch.rand(n, generator=generator)).sqrt()
+    top, left = (torch.rand(n, generator=generator) * (1 - side) for _ in range(2))
+    rows, columns = torch.arange(h)[None] / h, torch.arange(w)[None] / w
+    inside_rows = (rows >= top[:, None]) & (rows < (top + side)[:, None])
+    inside_columns = (columns >= left[:, None]) & (columns < (left + side)[:, None])
+    inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
+    other = images.pixels[torch.randperm(n, generator=generator)]
+    return like(images, torch.where(inside, other, images.pixels))
 
-    def mixed(epoch: int) -> ImageSet:
-        images = attacker.view(epoch)
-        generator = torch.Generator().manual_seed(epoch % attacker.views)
-        n, _, h, w = images.pixels.shape
-        side = (1 - torch.rand(n, generator=generator)).sqrt()
-        top, left = (torch.rand(n, generator=generator) * (1 - side) for _ in range(2))
-        rows, columns = torch.arange(h)[None] / h, torch.arange(w)[None] / w
-        inside_rows = (rows >= top[:, None]) & (rows < (top + side)[:, None])
-        inside_columns = (columns >= left[:, None]) & (columns < (left + side)[:, None])
-        inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-        other = images.pixels[torch.randperm(n, generator=generator)]
-        return like(images, torch.where(inside, other, images.pixels))
 
-    _kd(attacker, config, sets=mixed)
+Mix = Callable[[Attacker, int], ImageSet]
+
+
+def mixed_soft(mix: Mix) -> Train:
+    """KD on mixed images."""
+    return lambda attacker, config: _kd(attacker, config, sets=lambda epoch: mix(attacker, epoch))
+
+
+def mixed_hard(mix: Mix) -> Train:
+    """KD from constant logits of the top-1 answers to mixed images."""
+    return lambda attacker, config: attacker.learn(
+        lambda z, answer, y: hard_constant(z, answer, None, config), sets=lambda epoch: mix(attacker, epoch)
+    )
 
 
 def _pool(attacker: Attacker) -> ImageSet:
-    return attacker.surrogate if attacker.surrogate is not None else attacker.images
+    """Images of another data set, no more than the transfer set has, or every budget would be another one."""
+    if attacker.surrogate is None:
+        return attacker.images
+    return attacker.surrogate.take(range(min(len(attacker.surrogate), len(attacker.images))))
 
 
 def knockoff(attacker: Attacker, config: Config) -> None:
@@ -196,8 +208,18 @@ AVERAGED_NOISE = _attack(
 RECALIBRATED = _attack(
     "answers recalibrated on 100 labels", "vector scaling, Guo et al., ICML 2017", recalibrated, True, _TAU4
 )
-MIXUP = _attack("queries between two images", "Zhang et al., ICLR 2018", mixup, False, _ALONE)
-CUTMIX = _attack("queries with a part of another image", "Yun et al., ICCV 2019", cutmix, False, _ALONE)
+_MIXES = (
+    (between, "between two images", "Zhang et al., ICLR 2018"),
+    (pasted, "with a pasted part", "Yun et al., ICCV 2019"),
+)
+MIXUP, CUTMIX = (
+    _attack(f"queries {how}", source, mixed_soft(mix), False, _ALONE, {"temperature": 1.0, "alpha": 1.0})
+    for mix, how, source in _MIXES
+)
+HARD_MIXUP, HARD_CUTMIX = (
+    Attack(f"top-1 answers to queries {how}", source, "floor", Access.LABELS, False, CONSTANTS[:2], mixed_hard(mix))
+    for mix, how, source in _MIXES
+)
 KNOCKOFF = _attack(
     "Knockoff Nets: soft answers on another data set",
     "Orekondy et al., CVPR 2019",

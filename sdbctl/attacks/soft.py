@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
-from sdbctl.attacks.base import Attack, Config, Loss, PerBatch
+from sdbctl.attacks.base import Attack, Config, Loss, PerBatch, without_labels
 from sdbctl.attacks.floor import constant_logits
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
@@ -166,6 +166,6 @@ REPAIRED = _attack(
     {"temperature": 20.0, "alpha": 0.9},
 )
 COMPOSED = _attack("high-temperature composition", "after Jandial et al., ECCV 2022", composed)
-COMPOSED_UNLABELLED = _attack(
-    "high-temperature composition, no labels", "after Jandial et al., ECCV 2022", composed, labels=False
+DKD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, COMPOSED_UNLABELLED = map(
+    without_labels, (DKD, DIST, DIST_HARD, CLIPPED, COMPOSED)
 )

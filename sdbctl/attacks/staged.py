@@ -13,7 +13,7 @@ from sdbctl.data import ImageSet
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.models.stages import Stages
 from sdbctl.teacher import Access
-from sdbctl.training import predict, scaled, seeded
+from sdbctl.training import Engine, predict, scaled, seeded
 
 
 def _target(answer: Tensor | None, y: Tensor | None) -> Tensor:
@@ -49,8 +49,8 @@ def sequence(attacker: Attacker, config: Config) -> None:
 
 
 def outputs(attacker: Attacker, net: nn.Module, images: ImageSet) -> Tensor:
-    """Log-probabilities [N, C] of a network of the attacker's own."""
-    return predict(net, images, attacker.preprocess, attacker.engine).log_softmax(1)
+    """Log-probabilities [N, C] of a network of the attacker's own, in full precision."""
+    return predict(net, images, attacker.preprocess, Engine(attacker.engine.device)).log_softmax(1)
 
 
 class Shallow(nn.Module):
@@ -62,7 +62,8 @@ class Shallow(nn.Module):
         with torch.no_grad():
             net.eval()(example)
         sizes = list(self.stages.maps)
-        self.sizes = (sizes[max(0, len(sizes) - 2)], sizes[-1])
+        # the final head has the last size; of two sizes, both early heads share the first
+        self.sizes = (sizes[max(0, len(sizes) - 3)], sizes[max(0, len(sizes) - 2)])
         self.heads = nn.ModuleList(nn.Linear(self.stages.maps[size].shape[1], classes) for size in self.sizes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ class Shallow(nn.Module):
 def skeptical(attacker: Attacker, config: Config) -> None:
     """Skeptical student (Kundu et al., NeurIPS 2021): the teacher is believed at an early head only.
 
-    α·τ²·KL(p_T^τ ‖ p_early^τ) + (1 − α)·CE(early) + 0.3·τ²·KL(p_middle^τ ‖ p_final^τ) + 0.7·CE(middle) + CE(final).
+    α·τ²·KL(p_T^τ ‖ p_early^τ) + (1 − α)·CE(early) + 0.3·KL(p_final^τ ‖ p_middle^τ) + 0.7·CE(middle) + CE(final). The
+    heads are linear, and there is no delay of some epochs before the teacher is heard.
     """
     alpha, tau = config["alpha"], config["temperature"]
     size = attacker.preprocess.size
@@ -88,7 +90,7 @@ def skeptical(attacker: Attacker, config: Config) -> None:
         early, middle, final = z.unbind(1)
         target = _target(answer, y)
         believed = alpha * kd(early, answer, tau) + (1 - alpha) * cross_entropy(early, target)
-        own = 0.3 * kd(final, middle.detach(), tau) + 0.7 * cross_entropy(middle, target)
+        own = 0.3 * kd(middle, final.detach(), tau) / tau**2 + 0.7 * cross_entropy(middle, target)
         return believed + own + cross_entropy(final, target)
 
     attacker.learn(loss, net=net)
@@ -129,15 +131,26 @@ def restored(attacker: Attacker, config: Config) -> None:
     """A learned inverse of the defence: box outputs → what an undefended network says, then KD from that.
 
     After D-DAE (Chen et al., IEEE S&P 2023) and partial recovery (ModelGuard, USENIX Security 2024): the attacker's
-    own network, trained on the labels, stands for the undefended one, and a small network learns to predict
-    its log-probabilities from the box's.
+    own networks, each trained on half of the labels, stand for the undefended one on the other half, and a small
+    network learns to predict their log-probabilities from the box's.
     """
-    prior = attacker.build(attacker.recipe.seed + 104729)
-    attacker.learn(lambda z, answer, y: cross_entropy(z, _target(answer, y)), net=prior)
-    copies = [attacker.view(number) for number in range(min(4, attacker.views))]
+    n, copies = len(attacker.images), [attacker.view(number) for number in range(min(4, attacker.views))]
     answers = torch.cat([attacker.ask(copy) for copy in copies])
-    wanted = torch.cat([outputs(attacker, prior, copy) for copy in copies])
     classes = answers.shape[1]
+    wanted = torch.empty_like(answers).view(len(copies), n, classes)
+    for number in range(2):
+        # what a network says of images that it was trained on is too sure to be learned from
+        seen, unseen = range(number, n, 2), range(1 - number, n, 2)
+        prior = attacker.build(attacker.recipe.seed + 104729 + number)
+        attacker.learn(
+            lambda z, answer, y: cross_entropy(z, _target(None, y)),
+            net=prior,
+            sets=lambda epoch, seen=seen: attacker.view(epoch).take(seen),  # type: ignore[misc]
+            targets=lambda images: torch.empty(len(images), 0),
+        )
+        for place, copy in zip(wanted, copies, strict=True):
+            place[unseen] = outputs(attacker, prior, copy.take(unseen))
+    wanted = wanted.flatten(0, 1)
     with seeded(attacker.recipe.seed):
         inverse = nn.Sequential(nn.Linear(classes, 128), nn.ReLU(), nn.Linear(128, classes))
         optimiser = torch.optim.Adam(inverse.parameters(), lr=3e-3)

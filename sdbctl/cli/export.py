@@ -71,6 +71,8 @@ def export(
         if isinstance(net, Concealed):
             levels = ", ".join(f"{level:.1%}" for level in net.levels)
             say(f"public outputs are served with one of {len(net.levels)} confidences: {levels} (--graded leaves them)")
+        elif meta.kind == "box" and meta.objective == "conceal" and not graded and wrapper is None:
+            say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
         result["parity"] = boxfile.export_onnx(output, net, meta, force=force)
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
