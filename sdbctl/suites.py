@@ -104,6 +104,7 @@ class Suite:
             screening.
         elect: Whether the attacks of one threat compete, so that only the best of each gets all seeds.
         seeds: Students per reported row, or None for the user's choice.
+        epochs: Passes over the transfer set unless the user asks for others, or None for the usual number.
         curves: Whether query budgets are measured.
     """
 
@@ -113,6 +114,7 @@ class Suite:
     screen: float | None = None
     elect: bool = False
     seeds: int | None = None
+    epochs: int | None = None
     curves: bool = False
 
     def group(self, row: Row) -> str:
@@ -136,7 +138,7 @@ def _named(*names: str) -> tuple[Row, ...]:
 
 SUITES: Mapping[str, Suite] = {
     "quick": Suite(
-        "ten students, one seed, nothing tuned: a smoke test",
+        "ten students, one seed, few epochs, nothing tuned: a smoke test",
         _named(
             "cross_entropy",
             "label_smoothing",
@@ -151,6 +153,7 @@ SUITES: Mapping[str, Suite] = {
         ),
         tune=1,
         seeds=1,
+        epochs=4,
     ),
     "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
     "standard": Suite(

@@ -119,7 +119,7 @@ def evaluate(
     from sdbctl.suites import suite as find_suite
     from sdbctl.training import Recipe, pick_device, scaled, step_seconds
 
-    find_suite(suite)
+    chosen = find_suite(suite)
     if cluster not in (None, "slurm", "local"):
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
     for item in FORMATS.values():
@@ -155,7 +155,7 @@ def evaluate(
     other_images = other_images.alone() if other_images is not None else None
     config = EvalConfig(
         student=student,
-        recipe=scaled(Recipe(), epochs=epochs, batch_size=batch_size, lr=lr),
+        recipe=scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr),
         seeds=seeds,
         tune=tune,
         jobs=jobs,

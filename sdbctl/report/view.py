@@ -65,7 +65,8 @@ ABOUT = (
         "Selection",
         "settings are chosen on validation data; the chosen ones are then run again with fresh seeds and tested"
         " once. Which row is the control, and which the best attack, is decided for each seed by the validation"
-        " accuracy of all other seeds. Bounds are 95 %; “surely” means that the bound, not only the mean, says so.",
+        " accuracy of all other seeds. Bounds are 95 %, over seeds on these very test images; “surely” means that the"
+        " bound, not only the mean, says so.",
     ),
     (
         "What is not promised",

@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""What each means of making a box step fast gives by itself, measured in turn in one run.
+
+    python examples/bench/means.py [--arch resnet20] [--rounds 9] [--device cpu]
+
+Every row is one change to the row that it names; ratios are medians over rounds of the two rows' times in the same
+round, so that a busy moment hits both. Data are random images, since only time is measured.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import models
+from sdbctl.data import AUGMENT
+from sdbctl.losses import cross_entropy, kd
+from sdbctl.training import Engine, environment, place, synchronise
+
+BATCH, SIZE, CLASSES = 128, (3, 32, 32), 10
+
+
+def trainer(
+    arch: str,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    last: bool = False,
+    compiled: bool = False,
+    together: bool = True,
+    fused: bool | None = None,
+    frozen: int = 1,
+) -> Callable[[], None]:
+    """A step with a clean and a keyed half, and so many forward passes of a frozen network."""
+    torch.manual_seed(0)
+    net, original = models.build(arch, CLASSES).to(device).train(), models.build(arch, CLASSES).to(device).eval()
+    x = torch.rand(BATCH, *SIZE, device=device)
+    y = torch.randint(0, CLASSES, (BATCH,), device=device)
+    if last:
+        net, original = place(net, device), place(original, device)
+        x = x.contiguous(memory_format=torch.channels_last)
+    run: nn.Module = torch.compile(net) if compiled else net  # type: ignore[assignment]
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=fused)
+    keyed = 0.7 * x + 0.3 * torch.rand(SIZE, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            with torch.no_grad():
+                known: list[Tensor] = [original(x) for _ in range(frozen)]
+            clean, unlocked = run(torch.cat([x, keyed])).chunk(2) if together else (run(x), run(keyed))
+        loss = cross_entropy(clean.float(), y)
+        for taught in known:
+            loss = loss + kd(unlocked.float(), taught.float(), 4.0)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def augmenter(device: torch.device, whole: bool) -> Callable[[], None]:
+    """Crop and flip a batch in one go on the device, or image by image as PIL pictures."""
+    pixels = torch.randint(0, 256, (BATCH, *SIZE), dtype=torch.uint8)
+    if whole:
+        there, generator = pixels.to(device), torch.Generator(device).manual_seed(0)
+        return lambda: AUGMENT["crop-flip"](there, generator).float().div_(255) and None  # type: ignore[func-returns-value]
+    from torchvision import transforms
+    from torchvision.transforms.functional import to_pil_image
+
+    pictures = [to_pil_image(image) for image in pixels]
+    change = transforms.Compose(
+        [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    )
+    return lambda: torch.stack([change(picture) for picture in pictures]).to(device) and None  # type: ignore[func-returns-value]
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="resnet20")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    plain = {"bf16": True, "last": True}
+    rows: dict[str, tuple[Callable[[], None], str]] = {
+        "fp32": (trainer(options.arch, device), ""),
+        "channels last": (trainer(options.arch, device, last=True), "fp32"),
+        "bf16": (trainer(options.arch, device, bf16=True), "fp32"),
+        "bf16, channels last": (trainer(options.arch, device, **plain), "fp32"),
+        "clean and keyed apart": (trainer(options.arch, device, **plain, together=False), "bf16, channels last"),
+        "fused optimiser": (trainer(options.arch, device, **plain, fused=True), "bf16, channels last"),
+        "three frozen passes": (trainer(options.arch, device, **plain, frozen=3), "bf16, channels last"),
+        "no frozen pass": (trainer(options.arch, device, **plain, frozen=0), "bf16, channels last"),
+        "torch.compile": (trainer(options.arch, device, **plain, compiled=True), "bf16, channels last"),
+        "augmented as PIL pictures": (augmenter(device, False), ""),
+        "augmented in one go": (augmenter(device, True), "augmented as PIL pictures"),
+    }
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(options.rounds + 1):
+        for name, (run, _) in rows.items():
+            synchronise(device)
+            begin = time.perf_counter()
+            run()
+            synchronise(device)
+            took = time.perf_counter() - begin
+            if number:
+                seconds[name].append(took)
+            else:
+                first[name] = round(took, 1)
+    found = {}
+    for name, (_, base) in rows.items():
+        found[name] = {"ms": round(1e3 * statistics.median(seconds[name]), 1), "first_s": first[name]}
+        if base:
+            ratios = [b / a for a, b in zip(seconds[name], seconds[base], strict=True)]
+            found[name] |= {"faster": round(statistics.median(ratios), 2), "than": base}
+    engine = Engine(device, "bf16")
+    print(json.dumps({"arch": options.arch, "batch": BATCH, **environment(engine), "rows": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
