@@ -63,12 +63,12 @@ def trainer(
     return step
 
 
-def augmenter(device: torch.device, whole: bool) -> Callable[[], None]:
+def augmenter(device: torch.device, whole: bool) -> Callable[[], object]:
     """Crop and flip a batch in one go on the device, or image by image as PIL pictures."""
     pixels = torch.randint(0, 256, (BATCH, *SIZE), dtype=torch.uint8)
     if whole:
         there, generator = pixels.to(device), torch.Generator(device).manual_seed(0)
-        return lambda: AUGMENT["crop-flip"](there, generator).float().div_(255) and None  # type: ignore[func-returns-value]
+        return lambda: AUGMENT["crop-flip"](there, generator).float().div_(255)
     from torchvision import transforms
     from torchvision.transforms.functional import to_pil_image
 
@@ -76,7 +76,7 @@ def augmenter(device: torch.device, whole: bool) -> Callable[[], None]:
     change = transforms.Compose(
         [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
-    return lambda: torch.stack([change(picture) for picture in pictures]).to(device) and None  # type: ignore[func-returns-value]
+    return lambda: torch.stack([change(picture) for picture in pictures]).to(device)
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     plain = {"bf16": True, "last": True}
-    rows: dict[str, tuple[Callable[[], None], str]] = {
+    rows: dict[str, tuple[Callable[[], object], str]] = {
         "fp32": (trainer(options.arch, device), ""),
         "channels last": (trainer(options.arch, device, last=True), "fp32"),
         "bf16": (trainer(options.arch, device, bf16=True), "fp32"),
