@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdbctl import files, models
 from sdbctl.data import Preprocess
-from sdbctl.errors import BadInput, ParityMismatch
+from sdbctl.errors import BadInput, ParityMismatch, UsageError
 from sdbctl.key import Key, embed
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Metadata:
             BadInput: It is no JSON, of a newer format, or its fields have other types.
         """
         try:
-            values = json.loads(text)
+            values = json.loads(text, parse_constant=_no_number)
             version = values.pop("format")
             if version != FORMAT_VERSION:
                 raise BadInput(f"{where} has format {version}, this is {FORMAT_VERSION}", "upgrade sdbctl")
@@ -99,9 +99,13 @@ class Metadata:
                 preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=tuple(key_ids), **values
             )
             _check(made, where)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise BadInput(f"{where} has damaged sdbctl metadata", "write the file again") from None
         return made
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _check(meta: Metadata, where: str) -> None:
@@ -245,8 +249,13 @@ def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
     content = checkpoint.load(path, trust=trust)
     text = content.metadata.get(METADATA_KEY)
     meta = Metadata.from_json(text, path.name) if text is not None else None
-    arch = arch or (meta.architecture if meta else None)
-    found = models.match(arch, content.state_dict) if arch else models.identify(content.state_dict)
+    try:
+        named = arch or (meta.architecture if meta else None)
+        found = models.match(named, content.state_dict) if named else models.identify(content.state_dict)
+    except UsageError as error:
+        if arch:
+            raise
+        raise BadInput(f"{path.name}: {error.message}", "give --arch, or write the file again") from None
     if meta and found.classes != len(meta.classes):
         raise BadInput(f"{path.name} has {found.classes} outputs and {len(meta.classes)} class names")
     net = models.build(found.name, found.classes, found.channels)
@@ -305,6 +314,16 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     except Exception:
         raise BadInput(f"the external weights of {path} are damaged", "export it again") from None
     return model
+
+
+def identity(path: Path) -> str:
+    """Hash of a model file, with the weights that an ONNX file may keep beside it."""
+    content = files.read(path, "model")
+    if is_onnx(path):
+        model = read_onnx(path)
+        if any(tensor.HasField("data_location") for tensor in model.graph.initializer):
+            content = model.SerializeToString()
+    return files.sha256(content)
 
 
 def is_onnx(path: Path) -> bool:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -356,6 +357,10 @@ def _side_by_side(bench: Bench, todo: Sequence[Cell], jobs: int, finish: Callabl
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 finish(running.pop(future), future.result())
+    except BrokenProcessPool:
+        raise EnvironmentFailure(
+            "a process that trained a student was ended, perhaps for lack of memory", "run it again with fewer --jobs"
+        ) from None
     finally:
         # shutdown forgets them, and the interpreter would wait for those that are busy
         workers = list((pool._processes or {}).values())

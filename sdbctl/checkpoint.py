@@ -138,6 +138,14 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception:
+        if content[:2] != b"PK" and content[:1] == b"\x80":
+            # torch lists what only its newer format would run
+            if trust:
+                return _trusted(content, path, "a pickle")
+            raise BadInput(
+                f"{path} is of torch's old format and holds more than tensors, or is cut off",
+                "save its state_dict again, or use --trust if you made it: it runs whatever it holds",
+            ) from None
         raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None
 
 
@@ -191,7 +199,10 @@ def _trusted(content: bytes, path: Path, kind: str) -> Any:
 def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(4):
         if isinstance(found, nn.Module):
-            found = nn.Module.state_dict(found)
+            try:
+                found = nn.Module.state_dict(found)
+            except (AttributeError, TypeError):
+                raise BadInput(f"{path} holds a damaged {type(found).__name__}", "save model.state_dict()") from None
         if not isinstance(found, Mapping):
             break
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -115,7 +115,13 @@ class OnnxTeacher:
         index = x.device.index or 0
         binding.bind_input(self._input, x.device.type, index, np.float32, tuple(x.shape), x.data_ptr())
         binding.bind_output(self._output, x.device.type, index, np.float32, tuple(output.shape), output.data_ptr())
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:160]
+            raise BadInput(
+                f"the ONNX model fails on {len(x)} images: {reason}", "export it with a free batch size"
+            ) from None
         return output
 
 

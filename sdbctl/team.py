@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _joined: Fabric | None = None
+_several = False
+
+
+def expect(processes: int) -> None:
+    """Say how many processes were asked for: of one alone, the environment says nothing about its rank."""
+    global _several
+    _several = processes > 1
 
 
 def rank() -> int:
@@ -23,6 +30,8 @@ def rank() -> int:
 
     Fabric's own launcher, torchrun and Slurm all say it in the environment, before anything is joined.
     """
+    if not _several:
+        return 0
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if os.environ.get(name, "").isdigit() and (name != "SLURM_PROCID" or _joined is not None):
             return int(os.environ[name])
@@ -68,7 +77,7 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
         fabric.launch()
     except ValueError as error:
         if "strategy" not in str(error):
-            raise
+            raise EnvironmentFailure(f"the processes do not fit: {str(error).splitlines()[0]}") from None
         raise UsageError(f"strategy {strategy} cannot be used", "use auto, ddp or another one of Fabric") from None
     except RuntimeError as error:
         raise EnvironmentFailure(f"the processes cannot connect: {str(error).splitlines()[0]}") from None

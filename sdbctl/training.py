@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdbctl import files, team
 from sdbctl.data import Batch, ImageSet, Preprocess, batches
+from sdbctl.data.images import sized
 from sdbctl.errors import BadInput, EnvironmentFailure, SdbError, UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -67,6 +68,23 @@ class Resume(NamedTuple):
 
     path: Path
     run: str
+
+    def done(self) -> None:
+        """Forget the state, once the result is saved."""
+        if team.rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+
+def recorded_precision(*states: Path) -> str | None:
+    """The precision with which an interrupted run began, or None."""
+    for path in states:
+        if path.exists():
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)["identity"]["precision"]
+            except Exception:
+                continue
+            return found if found in ("fp32", "bf16") else None
+    return None
 
 
 class Progress(Protocol):
@@ -160,6 +178,8 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
             except RuntimeError:
                 pass
     best: Literal["fp32", "bf16"] = "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
+    if seconds["fp32"] == math.inf:
+        raise UsageError(f"the network cannot take images of {sized(tuple(example.shape[1:]))}", "use --image-size")
     ratio = seconds["fp32"] / seconds["bf16"]
     return Engine(where, best), f"{where}, {best} (bf16 is {ratio:.1f}x fp32 here)"
 
@@ -254,8 +274,8 @@ def fit(
         engine: Device and precision.
         name: What the progress display calls this run.
         progress: Where progress goes.
-        resume_from: Where the state after each epoch is kept; if there is one, training goes on from there.
-            It is removed at the end.
+        resume_from: Where the state after each epoch is kept; if there is one, training goes on from there. It stays
+            after the last epoch, so that nothing is lost until the result is saved: then call its ``done``.
         after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
 
     Returns:
@@ -289,7 +309,7 @@ def fit(
     extra: Mapping[str, float] = {}
     with seeded(recipe.seed), _profiled(engine.profile) as stepped:
         if state is not None and state.exists():
-            begin_epoch = _restore(state, identity, model, optimiser, generator)
+            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
         progress.start(name, total - begin_epoch * per_epoch)
         for epoch in range(begin_epoch, recipe.epochs):
@@ -326,10 +346,9 @@ def fit(
             if after_epoch is not None:
                 extra = after_epoch(epoch)
                 progress.advance(0, extra)
-            if state is not None and epoch + 1 < recipe.epochs and team.rank() == 0:
-                _save(state, identity, epoch + 1, model, optimiser, generator)
-    if state is not None and team.rank() == 0:
-        state.unlink(missing_ok=True)
+            if state is not None and team.rank() == 0:
+                _save(state, identity, epoch + 1, seconds, model, optimiser, generator)
+    model.eval()
     return seconds
 
 
@@ -387,6 +406,7 @@ def _save(
     path: Path,
     identity: dict[str, Any],
     epoch: int,
+    seconds: float,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
@@ -394,6 +414,7 @@ def _save(
     state = {
         "identity": identity,
         "epoch": epoch,
+        "seconds": seconds,
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
         "generator": generator.get_state(),
@@ -412,18 +433,22 @@ def _restore(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> int:
+) -> tuple[int, float]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["identity"] != identity:
-            raise BadInput(f"{path} belongs to a run with other settings", "use those, or delete the file")
+        before = state["identity"]
+        if before != identity:
+            other = [name for name in identity if before.get(name) != identity[name]]
+            raise BadInput(
+                f"{path} belongs to a run with other settings ({', '.join(other)})", "use those, or delete the file"
+            )
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
         torch.random.set_rng_state(state["cpu_rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])
-        return int(state["epoch"])
+        return int(state["epoch"]), float(state["seconds"])
     except BadInput:
         raise
     except Exception:

@@ -327,3 +327,129 @@ def test_numbers_that_nothing_can_be_compared_with(option, work, tmp_path):
     assert done.returncode == 2
     assert option[1].encode() in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_gate_counts_although_nobody_reads_the_output(tmp_path):
+    from sdbctl.report import Report
+
+    (tmp_path / "r.json").write_text(Report(title="t" * 200_000, created="", tool="", verdict="").to_json())
+    (tmp_path / "g.toml").write_text('[gates]\nrules = ["inference_cost.top1.high <= 0.5"]')
+    command = [sys.executable, "-m", "sdbctl", "report", tmp_path / "r.json", "--gate", tmp_path / "g.toml", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b"gate broken" in process.stderr.read()
+    assert process.wait(60) == 3
+
+
+def test_a_gate_with_a_slip_of_the_pen_is_refused_before_any_work(work, tmp_path):
+    (tmp_path / "g.toml").write_text('[gates]\nrules = ["inference_cost.top1.hihg <= 0.5"]')
+    result = run_cli("eval", work / "boxed.onnx", "--data", "digits", "--gate", tmp_path / "g.toml")
+    check(result, 2, "inference_cost.top1.hihg", "did you mean inference_cost.top1.high")
+    assert b"data:" not in result.stderr
+
+
+def test_ranks_in_the_environment_mean_nothing_to_one_process(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert b"conceal" in run_cli("list", "objectives").stdout
+
+
+def test_a_batch_too_small_for_its_processes(work, tmp_path):
+    args = (
+        "train",
+        "--arch",
+        "cnn",
+        "--data",
+        "digits",
+        "--devices",
+        8,
+        "--batch-size",
+        4,
+        "-o",
+        tmp_path / "x.safetensors",
+    )
+    check(run_cli(*args), 2, "batch of 4", "8 processes")
+
+
+def test_torch_files_of_the_old_format_need_trust_for_more_than_tensors(work, tmp_path):
+    import argparse
+
+    state = torch.load(work / "teacher.pt", weights_only=True)["state_dict"]
+    path = tmp_path / "old.pth"
+    torch.save({"state_dict": state, "args": Evil(tmp_path / MARK)}, path, _use_new_zipfile_serialization=False)
+    check(run_cli("inspect", path), 4, "old format", "--trust")
+    assert not (tmp_path / MARK).exists()
+    torch.save({"state_dict": state, "args": argparse.Namespace(a=1)}, path, _use_new_zipfile_serialization=False)
+    assert run_cli("inspect", path, "--trust").returncode == 0
+
+
+def test_a_network_that_cannot_take_the_images(tmp_path):
+    args = ("train", "--arch", "alexnet", "--data", f"npz:{tmp_path / 'x.npz'}", "-o", tmp_path / "x.safetensors")
+    np.savez(tmp_path / "x.npz", images=np.zeros((40, 32, 32, 3), np.uint8), labels=np.arange(40) % 2)
+    check(run_cli(*args), 2, "3x32x32", "--image-size")
+
+
+def test_names_from_a_file_neither_mark_up_nor_control_the_terminal(work, tmp_path):
+    from dataclasses import replace
+
+    from sdbctl import boxfile
+
+    loaded = boxfile.load(work / "boxed.safetensors")
+    names = ("[/x]", "[bold]b", "\x1b]0;owned\x07", *map(str, range(7)))
+    path = boxfile.save(tmp_path / "x.safetensors", loaded.net.state_dict(), replace(loaded.meta, classes=names))
+    shown = run_cli("inspect", path).stdout.decode()
+    assert "[/x], [bold]b, ]0;owned" in shown
+    assert "\x1b" not in shown
+    assert "[none, labels]" in run_cli("list", "attacks").stdout.decode()
+
+
+@pytest.mark.parametrize("change", [{"measured": {"top1": float("nan")}}, {"architecture": "nope"}])
+def test_damaged_metadata(change, work, tmp_path):
+    import json
+
+    from safetensors.torch import save_file as write
+
+    from sdbctl import boxfile
+
+    meta = {**json.loads(boxfile.load(work / "boxed.safetensors").meta.to_json()), **change}
+    write(load_file(work / "boxed.safetensors"), tmp_path / "x.safetensors", {"sdbctl": json.dumps(meta)})
+    check(run_cli("inspect", tmp_path / "x.safetensors"), 4, "x.safetensors")
+
+
+def test_an_onnx_graph_with_a_fixed_batch_inside(work, tmp_path):
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1, 64])
+    nodes = [
+        helper.make_node("Reshape", ["input", "shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    weights = helper.make_tensor("w", TensorProto.FLOAT, [64, 10], np.zeros(640, np.float32))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+        [shape, weights],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    args = ("distill", tmp_path / "m.onnx", "--data", "digits", "--normalize", "half", "-o", tmp_path / "s.safetensors")
+    check(run_cli(*args), 4, "ONNX model fails", "free batch size")
+
+
+def test_parquet_images_are_bytes_and_start_no_program(work, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    args = ("distill", work / "teacher.pt", "--arch", "cnn", "--data")
+    text = pa.array([{"bytes": "/etc/passwd"}] * 30, pa.struct([("bytes", pa.string())]))
+    pq.write_table(pa.table({"image": text, "label": [n % 10 for n in range(30)]}), tmp_path / "a.parquet")
+    check(run_cli(*args, f"parquet:{tmp_path / 'a.parquet'}"), 4, "a.parquet has columns")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    rows = pa.array([{"bytes": eps}] * 30, pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"image": rows, "label": [n % 10 for n in range(30)]}), tmp_path / "b.parquet")
+    check(run_cli(*args, f"parquet:{tmp_path / 'b.parquet'}"), 4, "image 0", "cannot identify")
+
+
+def test_demo_replaces_nothing(tmp_path):
+    (tmp_path / "boxed.onnx").write_text("mine")
+    check(run_cli("demo", "-o", tmp_path), 2, "boxed.onnx already exists")
+    assert (tmp_path / "boxed.onnx").read_text() == "mine"

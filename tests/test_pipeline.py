@@ -224,6 +224,9 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(splits, tmp_pa
         train(splits, recipe, state, stop_after=3)
     assert state.exists()
     resumed = train(splits, recipe, state)
+    finished = train(splits, recipe, state)
+    assert all(torch.equal(resumed[name], finished[name]) for name in whole)
+    Resume(state, "run").done()
     assert not state.exists()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -255,7 +258,10 @@ def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits
         box(original, other, [key], task, config, resume_from=state)
     assert state.read_bytes() == kept
     box(*args, [key], task, config, resume_from=state)
-    assert not state.exists()
+    # it stays until the result is saved: going on from there trains nothing
+    done = StopAfterTwo()
+    box(*args, [key], task, config, progress=done, resume_from=state)
+    assert done.epochs == 0
 
 
 def test_a_damaged_resume_file_is_refused(splits, tmp_path):

@@ -19,6 +19,7 @@ from sdbctl.cli.common import (
     read_key,
     recipe_of,
     split_like,
+    together,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
@@ -115,9 +116,10 @@ def box(
     if not resume and reference is None:
         files.claim(reference_path, force=force)
 
+    processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
-    keys = [read_key(path, insecure_key_file, devices * nodes) for path in key_file]
+    keys = [read_key(path, insecure_key_file, processes) for path in key_file]
 
     from dataclasses import asdict, replace
 
@@ -128,7 +130,7 @@ def box(
     from sdbctl.key import ids_of
     from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES
-    from sdbctl.training import scaled
+    from sdbctl.training import Resume, recorded_precision, scaled
 
     ids_of(keys)
     usual = BoxConfig(objective)
@@ -147,7 +149,7 @@ def box(
         disturb=disturb,
         recipe=recipe_of(
             scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
-            devices * nodes,
+            processes,
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
@@ -192,6 +194,7 @@ def box(
         nodes=nodes,
         strategy=strategy,
         profile=profile,
+        kept=recorded_precision(state, reference_state) if resume else None,
     )
     preprocess = preprocess_of(original, normalize, splits.validation, engine, size)
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
@@ -233,11 +236,13 @@ def box(
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
+            Resume(reference_state, "").done()
         made = make_box(original, tuned, keys, task, config, progress=progress, resume_from=state)
     if team.rank() > 0:
         return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
     boxfile.save(output, made.state_dict, meta, force=force)
+    Resume(state, "").done()
     cost, measured = made.cost, made.measured
     emit(
         {"box": str(output), "reference": str(reference_path), "key_ids": meta.key_ids, "cost_top1": cost, **measured},

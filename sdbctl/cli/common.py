@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdbctl.cli.output import duration, say
+from sdbctl import team
+from sdbctl.cli.output import duration, err, say
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +23,23 @@ if TYPE_CHECKING:
     from sdbctl.training import Engine, Recipe
 
 
+def together(devices: int, nodes: int) -> int:
+    """How many processes train together; of several only the first talks."""
+    team.expect(devices * nodes)
+    err.quiet = team.rank() > 0
+    return devices * nodes
+
+
 def finite(value: str | float) -> float:
     """A number that can be compared with another.
 
     Raises:
         ValueError: It is none, or not finite.
     """
-    number = float(value)
+    try:
+        number = float(value)
+    except TypeError:
+        raise ValueError(f"{value} is not a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{value} is not a finite number")
     return number
@@ -102,7 +113,7 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
         # nobody trains on a test part
         kept.pop("test", None)
     seed = recorded.get("seed")
-    splits = data.split(dataset, seed=seed if isinstance(seed, int) else 0, **(asked | kept))
+    splits = data.split(dataset, seed=seed if isinstance(seed, int) and 0 <= seed < 2**63 else 0, **(asked | kept))
     for name in asked.keys() & kept.keys():
         part = getattr(splits, name)
         if asked[name] > len(part):
@@ -125,22 +136,30 @@ def pick(
     nodes: int = 1,
     strategy: str = "auto",
     profile: Path | None = None,
+    kept: str | None = None,
 ) -> Engine:
     """Choose device and precision by a short measurement, say so, and gather the processes that train together."""
     import torch
 
-    from sdbctl import team
     from sdbctl.training import pick_device, pick_engine
 
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
     several = devices * nodes > 1
+    if batch_size < 2 * devices * nodes:
+        raise UsageError(
+            f"a batch of {batch_size} is too small for {devices * nodes} processes", "--batch-size counts all"
+        )
+    if precision == "auto" and kept is not None:
+        # what was measured when the run began, or what it made would not fit
+        precision = kept
     if several and precision == "auto":
         # processes that start together would spoil each other's timings, and must all choose the same
         precision = "bf16" if pick_device(device).type == "cuda" else "fp32"
     engine, why = pick_engine(device, precision, model, torch.zeros(batch_size, *shape))  # type: ignore[arg-type]
     if several:
         team.join(engine.device, engine.precision, devices, nodes, strategy)
+        err.quiet = team.rank() > 0
         engine = replace(engine, device=team.fabric(engine.device, engine.precision).device)
         why += f", {team.size()} processes of {batch_size // team.size()} images each"
     say(f"computing on {why}")
@@ -159,7 +178,11 @@ def recipe_of(
 
     grown = processes if batch_size is None else 1
     return scaled(
-        usual, epochs=epochs, batch_size=batch_size or usual.batch_size * grown, lr=lr or usual.lr * grown, seed=seed
+        usual,
+        epochs=epochs,
+        batch_size=batch_size or usual.batch_size * grown,
+        lr=usual.lr * grown if lr is None else lr,
+        seed=seed,
     )
 
 

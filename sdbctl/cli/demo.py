@@ -9,8 +9,10 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.evaluate import finish
-from sdbctl.cli.output import Live, say
+from sdbctl.cli.output import Live, duration, say
 from sdbctl.errors import EnvironmentFailure, UsageError
+
+FILES = ("teacher.safetensors", "boxed.safetensors", "boxed.onnx")
 
 
 def demo(
@@ -22,13 +24,16 @@ def demo(
     json_: o.Json = False,
 ) -> None:
     """Run the whole job on scikit-learn's digits: train, box, export, attack, report."""
-    if (folder / "report.json").exists() and not force:
-        raise UsageError(f"output {folder / 'report.json'} already exists", "use --force to replace it")
+    from sdbctl.report.render import FORMATS
+
+    for name in (*(item.file for item in FORMATS.values()), *FILES):
+        if (folder / name).exists() and not force:
+            raise UsageError(f"output {folder / name} already exists", "use --force to replace it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFailure(f"cannot make folder {folder}: {error.strerror}", "choose another --output") from None
-    say("time estimate: 2 min")
+    say(f"time estimate: {duration(60 + 6 * seeds)}")
     from sdbctl.demo import demo as run
 
     with Live() as progress:

@@ -19,6 +19,7 @@ from sdbctl.cli.common import (
     read_key,
     recipe_of,
     split_like,
+    together,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
@@ -68,8 +69,9 @@ def distill(
         raise UsageError(f"temperature is {temperature:g}", "use a number above 0, such as 4")
     from sdbctl import files
 
+    processes = together(devices, nodes)
     files.claim(output, force=force)
-    key = read_key(key_file, insecure_key_file, devices * nodes) if key_file else None
+    key = read_key(key_file, insecure_key_file, processes) if key_file else None
 
     from dataclasses import replace
 
@@ -81,7 +83,7 @@ def distill(
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, Resume, predict, step_seconds
+    from sdbctl.training import Recipe, Resume, predict, recorded_precision, step_seconds
 
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
@@ -101,8 +103,9 @@ def distill(
     check_classes(dataset, classes, teacher.name)
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     size = dataset.train.shape
-    recipe = recipe_of(Recipe(), devices * nodes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(student, classes, size[0], seed)
+    state = output.with_name(f".{output.stem}.resume")
     engine = pick(
         device,
         precision,
@@ -113,6 +116,7 @@ def distill(
         nodes=nodes,
         strategy=strategy,
         profile=profile,
+        kept=recorded_precision(state) if resume else None,
     )
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     asked: Teacher = opened.served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
@@ -125,7 +129,6 @@ def distill(
     announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs}, dry_run=dry_run)
     attack = ATTACKS["kd" if labels else "kd_unlabelled"]
     config = {"temperature": temperature, "alpha": alpha if labels else 1.0}
-    state = output.with_name(f".{output.stem}.resume")
     if not resume:
         state.unlink(missing_ok=True)
     made = Metadata(
@@ -139,13 +142,13 @@ def distill(
             "recipe": vars(recipe),
             "authorized": key is not None,
             "key_id": key.id if key else "",
-            "teacher_sha256": files.sha256(files.read(teacher, "teacher")),
+            "teacher_sha256": boxfile.identity(teacher),
         },
         data={"name": dataset.name, **splits.describe()},
         versions=boxfile.versions(),
     )
     with Live() as progress:
-        net, seconds, queries, _ = train_student(
+        net, seconds, _, _ = train_student(
             attack,
             config,
             asked,
@@ -159,6 +162,7 @@ def distill(
             resume_from=Resume(state, made.run),
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
+    queries = len(splits.transfer) * recipe.epochs  # before an interruption, too
     measured = {
         "top1": round(top1, 3),
         "n": len(splits.test),
@@ -166,6 +170,7 @@ def distill(
         "queries": queries,
     }
     boxfile.save(output, net.state_dict(), replace(made, measured=measured), force=force)
+    Resume(state, made.run).done()
     result: dict[str, Any] = {
         "student": str(output),
         "teacher_top1": round(accuracy, 3),
@@ -216,6 +221,7 @@ def train(
         raise UsageError("no data to train on", "give --data SPEC, for example --data digits")
     from sdbctl import boxfile, files, metrics
 
+    processes = together(devices, nodes)
     files.claim(output, force=force)
     from dataclasses import replace
 
@@ -224,14 +230,15 @@ def train(
     from sdbctl.box import plain_step
     from sdbctl.boxfile import Metadata
     from sdbctl.distill import build_student
-    from sdbctl.training import Recipe, Resume, fit, predict, step_seconds
+    from sdbctl.training import Recipe, Resume, fit, predict, recorded_precision, step_seconds
 
     dataset = open_data(data, data_root, download=download, size=image_size)
     splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)
     size, classes = dataset.train.shape, len(dataset.classes)
-    recipe = recipe_of(Recipe(epochs=30), devices * nodes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    recipe = recipe_of(Recipe(epochs=30), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(arch, classes, size[0], seed)
     preprocess = preset(normalize or ("half" if size[0] == 1 else "imagenet"), size)
+    state = output.with_name(f".{output.stem}.resume")
     engine = pick(
         device,
         precision,
@@ -242,11 +249,11 @@ def train(
         nodes=nodes,
         strategy=strategy,
         profile=profile,
+        kept=recorded_precision(state) if resume else None,
     )
     one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
     announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run)
     some = splits.validation.take(range(min(1000, len(splits.validation))))
-    state = output.with_name(f".{output.stem}.resume")
     if not resume:
         state.unlink(missing_ok=True)
     meta = Metadata(
@@ -275,6 +282,7 @@ def train(
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
     measured = {"top1": round(top1, 3), "n": len(splits.test), "seconds": round(seconds, 1)}
     boxfile.save(output, net.state_dict(), replace(meta, measured=measured), force=force)
+    Resume(state, meta.run).done()
     emit(
         {"model": str(output), **measured},
         json_,

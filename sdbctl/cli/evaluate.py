@@ -102,15 +102,16 @@ def evaluate(
 
     Finished students are kept, so an interrupted run goes on where it stopped.
     """
-    from sdbctl.report.gates import load_gates
+    from sdbctl.report.gates import check_names, load_gates
 
     gates = load_gates(gate) if gate else []
+    check_names(gates)
     box = box or find_box()
     key = read_key(key_file, insecure_key_file) if key_file else None
 
     import torch
 
-    from sdbctl import evaluate
+    from sdbctl import evaluate, files
     from sdbctl.cells import Bench, EvalConfig
     from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
@@ -150,8 +151,11 @@ def evaluate(
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
         jobs = torch.get_num_threads() if pick_device(device).type == "cpu" else 1
-    # attackers hold their images and no others
-    transfer = splits.transfer.alone()
+    # attackers hold their images and no others, and processes get no more than they need
+    transfer, validation, test = (
+        part.alone() if part is splits.transfer or part.in_memory else part
+        for part in (splits.transfer, splits.validation, splits.test)
+    )
     other_images = other_images.alone() if other_images is not None else None
     config = EvalConfig(
         student=student,
@@ -163,13 +167,15 @@ def evaluate(
         suite=suite if attack else None,
     )
     net = build_student(student, len(dataset.classes), size[0], 0)
-    engine = pick(device, precision, net, size, config.recipe.batch_size)
+    remembered = cache / "precision"
+    kept = remembered.read_text() if attack and remembered.exists() else None
+    engine = pick(device, precision, net, size, config.recipe.batch_size, kept=kept)
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     bench = Bench(
         sources,
         transfer,
-        splits.validation,
-        splits.test,
+        validation,
+        test,
         preprocess,
         config,
         engine,
@@ -192,6 +198,8 @@ def evaluate(
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
+        # measured again, it might be another, and all students would be trained again
+        files.write(remembered, engine.precision)
     elif dry_run:
         announce({}, dry_run=True)
     with Live() as progress:
@@ -217,7 +225,7 @@ def gather(
 
     import torch
 
-    from sdbctl import boxfile, files
+    from sdbctl import boxfile
     from sdbctl.boxfile import check_key, pattern
     from sdbctl.cells import Source
     from sdbctl.curves import NEAR_PERCENT
@@ -225,7 +233,7 @@ def gather(
     from sdbctl.wrappers import WRAPPERS
 
     box, meta = opened.path, opened.meta
-    boxed = Source(sha256=files.sha256(files.read(box, "box")))
+    boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
         boxed = replace(boxed, net=opened.loaded.net)
     else:
@@ -305,6 +313,8 @@ def rerender(
     gates = load_gates(gate) if gate else []
     made = Report.read(path)
     if baseline is not None:
+        if folder is not None:
+            raise UsageError("--baseline compares and writes nothing", "leave out --report or --baseline")
         old = Report.read(baseline)
         before, now = old.means(), made.means()
         changes = {name: {"before": before[name], "now": now[name]} for name in now if name in before}

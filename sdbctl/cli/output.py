@@ -24,19 +24,33 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from sdbctl import team
 from sdbctl.errors import EnvironmentFailure, Interrupted, SdbError
 
+
+class _Out(Console):
+    """Standard output, whose reader may leave early."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to :func:`emit`; rich would end the program."""
+        raise BrokenPipeError
+
+
 # a pipe or a CI log has no width of its own, and 80 columns break the names in the tables
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
-# of several processes that train together only the first talks
-err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=team.rank() > 0)
+out = _Out(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """``text`` without what could control a terminal, since names may come from a file somebody else made."""
+    return "".join(character for character in text if character.isprintable())
 
 
 def say(text: str) -> None:
     """A line for people, on stderr."""
-    err.print(text, markup=False)
+    err.print(printable(text), markup=False)
 
 
 def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> None:
@@ -49,11 +63,16 @@ def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> No
     """
     if team.rank() > 0:
         return
-    if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        for item in human:
-            out.print(item, markup=False) if isinstance(item, str) else out.print(item)
+    try:
+        if as_json:
+            typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        else:
+            for item in human:
+                out.print(printable(item), markup=False) if isinstance(item, str) else out.print(item)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever reads has seen enough; a broken gate still counts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def pairs(title: str, rows: Mapping[str, Any]) -> Table:
@@ -62,7 +81,7 @@ def pairs(title: str, rows: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        table.add_row(Text(printable(name)), Text(printable(str(value))))
     return table
 
 
@@ -144,9 +163,6 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                 if isinstance(error, SdbError):
                     fail(error)
                 raise
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                raise typer.Exit(0) from None
             except Exception as error:
                 if os.environ.get("SDBCTL_DEBUG"):
                     raise

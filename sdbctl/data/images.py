@@ -207,6 +207,10 @@ class Dataset:
     fingerprint: str
 
 
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
+"""Image formats that are read; others may start programs, as EPS does."""
+
+
 def decode(source: Any, size: int | None, channels: int | None, name: str, position: int) -> Array:
     """uint8 [C, H, W] from a file, encoded bytes, or an array [H, W] or [H, W, C].
 
@@ -221,7 +225,8 @@ def decode(source: Any, size: int | None, channels: int | None, name: str, posit
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source)
         else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            assert isinstance(source, bytes | Path)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         if image.mode.startswith("I"):
             # 16 bits; Pillow would clip instead of scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,20 +36,18 @@ class Rows:
             groups += [(file, column, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
         self.groups = [(file, column, group) for file, column, group, _ in groups]
         self.starts = np.cumsum([0, *(rows for *_, rows in groups)])
-        self._cached: dict[int, Any] = {}
+        self._cached: dict[int, tuple[int, Any]] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, position: int) -> bytes | None:
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
-        rows = self._cached.get(number)
-        if rows is None:
+        # one for each thread, or threads would take turns in reading each other's again
+        own, rows = self._cached.get(threading.get_ident(), (-1, None))
+        if own != number:
             rows = self._read(number)
-            # two, so that threads at a boundary do not read both again and again
-            while len(self._cached) >= 2:
-                self._cached.pop(next(iter(self._cached)), None)
-            self._cached[number] = rows
+            self._cached[threading.get_ident()] = number, rows
         content: bytes | None = rows[position - int(self.starts[number])].as_py()
         return content
 

@@ -128,7 +128,7 @@ def _match(name: str, shapes: Mapping[str, Shape]) -> Identified | str:
         return f"it lacks {missing}" if missing else "the order of its weights differs"
     head = next(key for key in reversed(template) if template[key][0] == 10)
     stem = next((key for key, shape in template.items() if len(shape) == 4), None)
-    classes = kept[names[head]][0]
+    classes = next(iter(kept[names[head]]), 0)
     channels = kept[names[stem]][1] if stem and len(kept[names[stem]]) == 4 else 3
     if classes < 2:
         return f"it has {classes} outputs"

@@ -82,7 +82,7 @@ def load_gates(path: Path) -> list[Gate]:
     content = files.read(path, "gate file")
     try:
         table = tomllib.loads(content.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"gate file {path} is not TOML: {error}") from None
     section = table.get("gates")
     gates = section if isinstance(section, dict) else {}
@@ -95,6 +95,23 @@ def load_gates(path: Path) -> list[Gate]:
     if others:
         raise BadInput(f"gate file {path}: {others[0]!r} is unknown", "only gates.rules is read")
     return [parse_gate(rule) for rule in rules]
+
+
+def check_names(gates: Sequence[Gate]) -> None:
+    """Refuse a rule with a slip of the pen before hours of work, as far as a report's names are known.
+
+    Raises:
+        UsageError: No report has such a headline number.
+    """
+    empty = Report(title="", created="", tool="", verdict="")
+    for gate in gates:
+        if gate.path.partition(".")[0] in (
+            "inference_cost",
+            "unauthorized_advantage",
+            "authorized_gain",
+            "protectable",
+        ):
+            empty.get(gate.path)
 
 
 def check(report: Report, gates: Sequence[Gate]) -> list[GateResult]:

@@ -74,7 +74,7 @@ ABOUT = (
         " gives it away. Attacks that are not listed here were not measured.",
     ),
 )
-_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_UNSAFE = {"Cc", "Cf", "Cn", "Cs", "Zl", "Zp"}
 _SHORT = {"temperature": "τ", "alpha": "α"}
 
 
