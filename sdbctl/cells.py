@@ -132,7 +132,7 @@ def code() -> str:
     return hashed.hexdigest()
 
 
-MOST_PASSES = 10
+MOST_PASSES = 4
 """How many times more epochs a student of few images is trained at most."""
 
 
@@ -235,8 +235,15 @@ class Bench:
         recipe = scaled(self.config.recipe, seed=cell.seed, epochs=cell.epochs)
         if cell.images is None:
             return recipe
-        more = min(MOST_PASSES, len(self.transfer) // cell.images)
-        return scaled(recipe, epochs=recipe.epochs * more, batch_size=min(recipe.batch_size, max(8, cell.images // 4)))
+        return scaled(
+            recipe,
+            epochs=recipe.epochs * self.passes(cell.images),
+            batch_size=min(recipe.batch_size, max(8, cell.images // 4)),
+        )
+
+    def passes(self, images: int) -> int:
+        """How many times more epochs a student of so few images is trained."""
+        return min(MOST_PASSES, len(self.transfer) // images)
 
     def key(self, cell: Cell) -> str:
         """Content hash of a cell, under which its outcome is kept."""

@@ -73,7 +73,7 @@ def plan(bench: Bench) -> Plan:
             left = _kept(left)
         cells += [1.0] * (left * config.trials if left > 1 else 0)
         cells += [1.0] * _seeds(bench, name)
-    cells += [size / len(bench.transfer) for _, size in budgets(bench)]
+    cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += [1.0] * len(_controls(bench))
     return Plan(len(cells), sum(cells))
