@@ -98,6 +98,22 @@ def fabric(device: torch.device, precision: str) -> Fabric:
     )
 
 
+def agree(number: int, what: str) -> None:
+    """Check that all processes found the same.
+
+    Args:
+        number: What this one found.
+        what: Of which file, for the message.
+
+    Raises:
+        EnvironmentFailure: They did not, in all of them.
+    """
+    if _joined is None or size() == 1:
+        return
+    if len(set(_joined.all_gather(number).flatten().tolist())) > 1:
+        raise EnvironmentFailure(f"{what} is not the same on every machine", "write to a disk that all of them share")
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Turn the failure of another process into one clear line.

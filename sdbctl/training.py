@@ -311,6 +311,7 @@ def fit(
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
+        team.agree(begin_epoch, "the state to go on from")
         progress.start(name, total - begin_epoch * per_epoch)
         for epoch in range(begin_epoch, recipe.epochs):
             model.train()

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from sdbctl import boxfile
+from sdbctl import boxfile, team
 from sdbctl.data import Preprocess, batches
+from sdbctl.errors import EnvironmentFailure
 
 COMMAND = [sys.executable, "-m", "sdbctl"]
 PREPROCESS = Preprocess((0.5,), (0.5,), (1, 8, 8))
@@ -108,3 +109,16 @@ def test_what_several_processes_cannot_do_is_said_first(tmp_path, work):
     assert "strategy magic cannot be used" in train.communicate(timeout=60)[1]
     assert train.returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_machines_that_found_different_states_stop(monkeypatch):
+    class Two:
+        world_size = 2
+
+        def all_gather(self, number):
+            return torch.tensor([number, 3])
+
+    monkeypatch.setattr(team, "_joined", Two())
+    team.agree(3, "the state")
+    with pytest.raises(EnvironmentFailure, match="the state is not the same on every machine"):
+        team.agree(0, "the state")

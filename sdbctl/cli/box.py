@@ -223,6 +223,7 @@ def box(
             )
         tuned = found.net
         say("the reference was finished before")
+    team.agree(int(tuned is not None), "the finished reference")
     expected = estimate(config, original.net, preprocess, len(splits.owner), engine)
     if tuned is not None:
         expected.pop("reference")
