@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
@@ -97,12 +99,23 @@ def skeptical(attacker: Attacker, config: Config) -> None:
     net.stages.close()
 
 
+STAY = 0.9
+"""Probability with which a class stays what it is in a new transition matrix."""
+SPEED = 10.0
+"""How much faster the matrix learns than the student."""
+
+
 class Markov(nn.Module):
     """A student and a row-stochastic matrix M [C, C], near the identity at first."""
 
     def __init__(self, net: nn.Module, classes: int) -> None:
         super().__init__()
-        self.net, self.scores = net, nn.Parameter(6.0 * torch.eye(classes))
+        height = math.log(STAY / (1 - STAY) * (classes - 1))
+        self.net, self.scores = net, nn.Parameter(height / SPEED * torch.eye(classes))
+
+    def matrix(self) -> Tensor:
+        """M."""
+        return (SPEED * self.scores).softmax(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images → the student's logits [B, C]."""
@@ -120,7 +133,7 @@ def markov(attacker: Attacker, config: Config) -> None:
 
     def loss(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
         assert answer is not None
-        seen = ((z / tau).softmax(1) @ net.scores.softmax(1)).clamp(min=1e-8).log()
+        seen = ((z / tau).softmax(1) @ net.matrix()).clamp(min=1e-8).log()
         soft = tau**2 * kl_div(seen, log_softmax(answer / tau, 1), log_target=True, reduction="batchmean")
         return alpha * soft + (1 - alpha) * cross_entropy(z, _target(answer, y))
 
@@ -170,7 +183,7 @@ def restored(attacker: Attacker, config: Config) -> None:
     attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), targets=targets)
 
 
-_TAU4 = {"temperature": 4.0, "alpha": 0.9}
+_TAU4, _HALF, _HALF1 = ({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (4.0, 0.5), (1.0, 0.5)))
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
@@ -178,13 +191,14 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 
 
 TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
-SEQUENCE = _attack("a chain of two students", "after Jandial et al., ECCV 2022", sequence)
+SEQUENCE = _attack("a chain of two students", "after Jandial et al., ECCV 2022", sequence, _HALF, _HALF1, _TAU4)
 SKEPTICAL = _attack("skeptical student", "Kundu et al., NeurIPS 2021", skeptical)
 MARKOV = _attack(
     "a learned transition between teacher and student",
     "after Yang & Ye, ECCV 2024",
     markov,
-    {"temperature": 4.0, "alpha": 0.5},
-    {"temperature": 1.0, "alpha": 0.5},
+    _HALF1,
+    {"temperature": 1.0, "alpha": 0.2},
+    _HALF,
 )
 RESTORED = _attack("a learned inverse of the defence", "after D-DAE, IEEE S&P 2023", restored)
