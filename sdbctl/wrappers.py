@@ -214,17 +214,18 @@ def serving(public: Tensor, keyed: Tensor) -> dict[str, Any]:
 
     Returns:
         ``confidences``, the mean public confidence between each two of :data:`CUTS`, and ``flat_spread``, between
-        the spreads of public and keyed outputs: above all but a thousandth of the public ones, unless more than a
-        twentieth of the keyed ones are below; nothing if more than a twentieth of either are beyond the other, as from
+        the spreads of public and keyed outputs: above all but a hundredth of the public ones, unless more than a
+        fiftieth of the keyed ones are below; nothing if more than a twentieth of either are beyond the other, as from
         an objective that does not conceal.
     """
     if public.shape[1] < 3:
         return {}
-    own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 0.999))
-    other = float(_spread(keyed.float()).quantile(0.05))
+    own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 0.99))
+    least, other = (float(_spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
     if own > other:
         return {}
-    flat = min(max(math.sqrt(own * other), 1.01 * most), other)
+    between = math.sqrt(own * other)
+    flat = max(between, min(1.01 * most, least))
     confidence, edges = public.softmax(1).amax(1), (1 / public.shape[1], *CUTS, 1.0)
     levels = []
     for low, high in pairwise(edges):
