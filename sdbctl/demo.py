@@ -40,7 +40,7 @@ class Demo:
     files: tuple[Path, ...]
 
 
-def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | None = None) -> Demo:
+def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | None = None) -> Demo:
     """Train a teacher on digits, box it, export it to ONNX, and evaluate the ONNX file.
 
     Args:
@@ -107,7 +107,7 @@ def demo(folder: Path, *, seeds: int = 12, jobs: int = 2, progress: Progress | N
         splits.validation,
         splits.test,
         preprocess,
-        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=4, jobs=jobs),
+        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=3, jobs=jobs),
         engine,
         classes,
         dataset.fingerprint,
