@@ -224,8 +224,8 @@ def serving(public: Tensor, keyed: Tensor) -> dict[str, Any]:
     least, other = (float(_spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
     if own > other:
         return {}
-    between = math.sqrt(own * other)
-    flat = max(between, min(1.01 * most, least))
+    middle = math.sqrt(own * other)
+    flat = max(middle, min(1.01 * most, least))
     confidence, edges = public.softmax(1).amax(1), (1 / public.shape[1], *CUTS, 1.0)
     levels = []
     for low, high in pairwise(edges):
