@@ -26,7 +26,11 @@ def class_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: C
     information (compare teacher-free KD, Yuan et al., CVPR 2020). With α < 1, (1 − α)·CE is added as in KD.
     """
     assert y is not None
-    alpha, soft = config.get("alpha", 1.0), kd(z, constant_logits(y, z.shape[1], config), config["temperature"])
+    return _from_constant(z, y, y, config)
+
+
+def _from_constant(z: Tensor, told: Tensor, y: Tensor, config: Config) -> Tensor:
+    alpha, soft = config.get("alpha", 1.0), kd(z, constant_logits(told, z.shape[1], config), config["temperature"])
     return soft if alpha == 1.0 else alpha * soft + (1 - alpha) * cross_entropy(z, y)
 
 
@@ -45,14 +49,14 @@ def hard_label(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Confi
 
 def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """:func:`class_constant` with the teacher's top-1 answers in place of labels."""
-    return class_constant(z, None, answer, config)
+    assert answer is not None
+    return _from_constant(z, answer, answer, config)
 
 
 def hard_mixed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """α·KD from constant logits of the teacher's top-1 answers + (1 − α)·CE(z, y): KD's mixture."""
     assert answer is not None and y is not None
-    alpha, target = config["alpha"], constant_logits(answer, z.shape[1], config)
-    return alpha * kd(z, target, config["temperature"]) + (1 - alpha) * cross_entropy(z, y)
+    return _from_constant(z, answer, y, config)
 
 
 # as many as distillation has to choose from, or the floor would be too low

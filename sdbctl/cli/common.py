@@ -143,6 +143,9 @@ def pick(
 
     from sdbctl.training import pick_device, pick_engine
 
+    if precision == "auto" and kept is not None:
+        # what was measured when the run began, or what it made would not fit
+        precision = kept
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
     several = devices * nodes > 1
@@ -150,9 +153,6 @@ def pick(
         raise UsageError(
             f"a batch of {batch_size} is too small for {devices * nodes} processes", "--batch-size counts all"
         )
-    if precision == "auto" and kept is not None:
-        # what was measured when the run began, or what it made would not fit
-        precision = kept
     if several and precision == "auto":
         # processes that start together would spoil each other's timings, and must all choose the same
         precision = "bf16" if pick_device(device).type == "cuda" else "fp32"

@@ -169,9 +169,11 @@ def _parquet(request: Request) -> Found:
         return Part(np.concatenate(labels), Rows(files, columns))
 
     train = part(found["tra"])
-    held = [part(found[kind]) for kind in ("tes", "val") if kind in found]
-    # of public test sets the labels are often hidden
-    test = next((one for one in held if not np.all(one.labels == -1)), held[0] if held else None)
+    parts = (part(found[kind]) for kind in ("tes", "val") if kind in found)
+    test = next(parts, None)
+    if test is not None and np.all(test.labels == -1):
+        # of public test sets the labels are often hidden
+        test = next(parts, test)
     return Found((root.resolve().name if root.is_dir() else root.stem) or "data", train, test, names[0])
 
 
