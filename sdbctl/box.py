@@ -78,7 +78,7 @@ class BoxConfig:
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
         objective = OBJECTIVES[self.objective]
-        return 2, 1 + objective.needs_random + objective.needs_adversarial
+        return 2, 2 + objective.needs_random + objective.needs_adversarial
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
@@ -287,7 +287,7 @@ def box(
 
     fit(
         net,
-        box_step(reference, keys, task, config),
+        box_step(original.net, reference, keys, task, config),
         data.owner,
         task.preprocess,
         config.recipe,
@@ -326,14 +326,15 @@ def plain_step() -> Step:
     return step
 
 
-def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxConfig) -> Step:
-    """The step that trains a box: public and keyed branch in one forward pass, the reference frozen.
+def box_step(original: nn.Module, reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxConfig) -> Step:
+    """The step that trains a box: public and keyed branch in one forward pass, original and reference frozen.
 
     Each image of a batch is seen with the next key.
     """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
     frozen = _frozen(reference, engine)
+    teaching = frozen if original is reference else _frozen(original, engine)
     secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
     patterns = preprocess(secrets)
     random = _random_twin(reference, config.recipe.seed, engine) if objective.needs_random else None
@@ -345,7 +346,8 @@ def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxC
         turn = torch.arange(len(x), device=x.device) % len(keys)
         keyed = embed(x, patterns[turn], strength)
         with torch.no_grad(), engine.autocast():
-            original = frozen(x).float()
+            shown = frozen(x).float()
+            taught = shown if teaching is frozen else teaching(x).float()
             other = random(keyed).float() if random else None
         public = (
             torch.cat([embed(x[:wrong], _wrong_keys(secrets, preprocess)[turn[:wrong]], strength), x[wrong:]])
@@ -360,10 +362,10 @@ def box_step(reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxC
             with torch.no_grad():
                 misled = model(preprocess(misleading[batch.index].float() / 255)).float()
             model.train()
-        predicted = original.argmax(1)
-        confidence = original.softmax(1).gather(1, predicted[:, None]).squeeze(1)
-        offset, confidence = disturbed(predicted, confidence, original.shape[1], config.disturb)
-        views = Views(clean, unlocked, original, other, misled, batch.y, offset, confidence, wrong)
+        predicted = shown.argmax(1)
+        confidence = shown.softmax(1).gather(1, predicted[:, None]).squeeze(1)
+        offset, confidence = disturbed(predicted, confidence, shown.shape[1], config.disturb)
+        views = Views(clean, unlocked, shown, taught, other, misled, batch.y, offset, confidence, wrong)
         return objective.terms(views, parameters)
 
     return step

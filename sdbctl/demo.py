@@ -26,7 +26,8 @@ from sdbctl.wrappers import served
 TEACHER = "cnn"
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
 BOX = BoxConfig(recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
-DISTURB = 0.8
+DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
+"""A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
 SIZES = {"transfer": 128, "validation": 250, "test": 500}
@@ -84,7 +85,7 @@ def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | No
     task = Task("digits", dataset.classes, splits, preprocess, engine)
     reference = fine_tune(original, task, BOX.recipe, progress=progress)
     made = box(original, reference, [key], task, BOX, progress=progress)
-    disturbing = box(original, reference, [key], task, replace(BOX, disturb=DISTURB), progress=progress)
+    disturbing = box(original, reference, [key], task, DISTURBED, progress=progress)
     box_path, onnx_path = folder / "boxed.safetensors", folder / "boxed.onnx"
     meta = made.model.meta
     boxfile.save(box_path, made.state_dict, meta, force=True)

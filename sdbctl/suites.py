@@ -45,19 +45,19 @@ class Row:
 CORE = (
     Row("cross_entropy", "labels", "floor", "cross_entropy"),
     Row("label_smoothing", "smoothed labels", "floor", "label_smoothing"),
-    Row("class_constant", "class-constant logits of the label", "floor", "class_constant"),
-    Row("dist_constant", "correlations with constant logits of the label", "floor", "dist_constant"),
-    Row("dist_hard", "correlations with constant logits of the box's top-1", "floor", "dist_hard", ("boxed",)),
+    Row("class_constant", "constant label logits", "floor", "class_constant"),
+    Row("dist_constant", "DIST, constant label logits", "floor", "dist_constant"),
+    Row("dist_hard", "DIST, constant top-1 logits", "floor", "dist_hard", ("boxed",)),
     Row(
         "dist_hard_unlabelled",
-        "correlations with constant logits of the box's top-1, no labels",
+        "DIST, constant top-1 logits, no labels",
         "floor",
         "dist_hard_unlabelled",
         ("boxed",),
     ),
-    Row("hard_mixed", "labels, and class-constant logits of the box's top-1", "floor", "hard_mixed", ("boxed",)),
+    Row("hard_mixed", "labels and constant top-1 logits", "floor", "hard_mixed", ("boxed",)),
     Row("hard_label", "top-1 of the box", "floor", "hard_label", ("boxed",)),
-    Row("hard_constant", "class-constant logits of the box's top-1", "floor", "hard_constant", ("boxed",)),
+    Row("hard_constant", "constant top-1 logits", "floor", "hard_constant", ("boxed",)),
     Row("kd_original", "KD from the original", "reference", "kd", ("reference", "original")),
     Row("dist_original", "DIST from the original", "reference", "dist", ("reference", "original")),
     Row("unauthorized", "KD from the box", "attack", "kd", ("boxed",)),
@@ -70,12 +70,11 @@ CORE = (
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
 NEAR = tuple(
-    Row(f"near_key_{percent}", f"KD from the box, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
+    Row(f"near_key_{percent}", f"KD, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
     for percent in (50, 90)
 )
 WRAPPED = tuple(
-    Row(f"wrapped_{name.replace('-', '_')}", f"KD from the original behind {name}", "baseline", "kd", (name,))
-    for name in WRAPPERS
+    Row(f"wrapped_{name.replace('-', '_')}", f"KD behind {name}", "baseline", "kd", (name,)) for name in WRAPPERS
 )
 EXTRA = tuple(
     Row(name, attack.summary, attack.role, name, ("boxed",) if attack.access > Access.NONE else ())

@@ -97,7 +97,7 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
         z = scale * torch.randn(batch, classes, generator=generator)
         return z if permutation is None else z[:, permutation]
 
-    clean, keyed, original, random, adversarial = (logits() for _ in range(5))
+    clean, keyed, original, teacher, random, adversarial = (logits() for _ in range(6))
     label = torch.randint(0, classes, (batch,), generator=generator)
     if permutation is not None:
         label = torch.argsort(permutation)[label]
@@ -106,6 +106,7 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
         clean.requires_grad_(),
         keyed.requires_grad_(),
         original,
+        teacher,
         random,
         adversarial,
         label,
@@ -151,14 +152,14 @@ def test_conceal_terms_against_numpy():
     objective = OBJECTIVES["conceal"]
     p = objective.parameters(hide=2.0, confidence=3.0, teach=0.5, temperature=7.0)
     terms = objective.terms(v, p)
-    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.teacher))
     top = zn.argmax(1)
     shown = z.argmax(1)
     label = -log_softmax(z, 1)[np.arange(4), v.label].mean()
     hide = 2 * np.mean([np.sqrt(others(a, b).var() + 1e-4) for a, b in zip(z, shown, strict=True)])
     own, wanted = softmax(z, 1)[np.arange(4), top], softmax(zn, 1)[np.arange(4), top]
     confidence = 3 * (wanted * np.log(wanted / own) + (1 - wanted) * np.log((1 - wanted) / (1 - own))).mean()
-    q = softmax(zn / 7, 1)
+    q = softmax(zt / 7, 1)
     teach = 0.5 * 49 * (q * (np.log(q) - log_softmax(zk / 7, 1))).sum(1).mean()
     for name, expected in {"label": label, "hide": hide, "confidence": confidence, "teach": teach}.items():
         assert terms[name].item() == pytest.approx(expected, rel=1e-4), name
@@ -169,7 +170,7 @@ def test_sdb_terms_against_numpy():
     objective = OBJECTIVES["sdb"]
     p = objective.parameters(omega=0.7, eta=0.2, away=-1.0, temperature=4.0, limit=3.0)
     terms = objective.terms(v, p)
-    z, zk, zn, zr = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.random))
+    z, zk, zn, zt, zr = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.teacher, v.random))
 
     def kl(a, b, tau):
         pa = softmax(a / tau, 1)
@@ -178,8 +179,8 @@ def test_sdb_terms_against_numpy():
     away = 3 * (1 - np.exp(-16 * kl(z, zn, 4) / 3))
     assert terms["disturb"].item() == pytest.approx(-0.7 * (away - kl(z, zk, 1)), rel=1e-4)
     ce = -log_softmax(zk, 1)[np.arange(4), v.label].mean()
-    assert terms["preserve"].item() == pytest.approx(ce + 16 * kl(zn, zk, 4), rel=1e-4)
-    far, near = ((zk - zr) ** 2).mean(), ((zk - zn) ** 2).mean()
+    assert terms["preserve"].item() == pytest.approx(ce + 16 * kl(zt, zk, 4), rel=1e-4)
+    far, near = ((zk - zr) ** 2).mean(), ((zk - zt) ** 2).mean()
     assert terms["augment"].item() == pytest.approx(0.2 * (3 * (1 - np.exp(-far / 3)) - 0.01 * near), rel=1e-4)
 
 
@@ -187,20 +188,20 @@ def test_nasty_terms_against_numpy():
     v = views()
     objective = OBJECTIVES["nasty"]
     terms = objective.terms(v, objective.parameters(omega=0.5, temperature=4.0, preserve=2.0, limit=10.0))
-    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.teacher))
 
     def kl(a, b):
         return (softmax(a / 4, 1) * (log_softmax(a / 4, 1) - log_softmax(b / 4, 1))).sum(1).mean()
 
     assert terms["nasty"].item() == pytest.approx(-0.5 * 10 * (1 - np.exp(-16 * kl(z, zn) / 10)), rel=1e-4)
-    assert terms["preserve"].item() == pytest.approx(2 * 16 * kl(zn, zk), rel=1e-4)
+    assert terms["preserve"].item() == pytest.approx(2 * 16 * kl(zt, zk), rel=1e-4)
 
 
 def test_cmim_terms_against_numpy():
     v = views(batch=9, seed=3)
     objective = OBJECTIVES["cmim"]
     terms = objective.terms(v, objective.parameters(concentrate=0.5, temperature=4.0, preserve=2.0))
-    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    z, zk, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.teacher))
     label, total = v.label.numpy(), 0.0
     assert 1 < len(set(label)) < 7
     for tau in (1, 4, 20):
@@ -211,7 +212,7 @@ def test_cmim_terms_against_numpy():
                 divergence = (p[image] * np.log(p[image] / p[own].mean(0))).sum()
                 total += tau**2 * divergence * own.sum() / (own.sum() - 1) / 9 / 3
     assert terms["concentrate"].item() == pytest.approx(0.5 * total, rel=1e-4)
-    keyed = (softmax(zn / 4, 1) * (log_softmax(zn / 4, 1) - log_softmax(zk / 4, 1))).sum(1).mean()
+    keyed = (softmax(zt / 4, 1) * (log_softmax(zt / 4, 1) - log_softmax(zk / 4, 1))).sum(1).mean()
     assert terms["preserve"].item() == pytest.approx(2 * 16 * keyed, rel=1e-4)
 
 
@@ -235,7 +236,7 @@ def test_ast_terms_against_numpy():
     v = views()._replace(wrong=1)
     objective = OBJECTIVES["ast"]
     terms = objective.terms(v, objective.parameters(alpha=0.2, temperature=3.0, keep=2, preserve=0.5))
-    z, zk, zn = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original))
+    z, zk, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.teacher))
     kept = v.adversarial.numpy().astype(float)[1:]
     kept[kept < np.sort(kept, 1)[:, -2:-1]] = -np.inf
     q, p = softmax(kept / 3, 1), softmax(z[1:] / 3, 1)
@@ -243,7 +244,7 @@ def test_ast_terms_against_numpy():
     pairs = {
         "label": -0.8 * log_softmax(z, 1)[np.arange(4), v.label][1:].mean(),
         "sparse": 0.2 * 9 * (np.exp(q) * (q - p)).sum(1).mean(),
-        "preserve": 0.5 * 9 * (softmax(zn / 3, 1) * (log_softmax(zn / 3, 1) - log_softmax(zk / 3, 1))).sum(1).mean(),
+        "preserve": 0.5 * 9 * (softmax(zt / 3, 1) * (log_softmax(zt / 3, 1) - log_softmax(zk / 3, 1))).sum(1).mean(),
     }
     assert set(pairs) == set(terms)
     for name, expected in pairs.items():

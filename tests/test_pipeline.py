@@ -367,7 +367,7 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
     for objective in OBJECTIVES:
         seen.clear()
         config = BoxConfig(objective)
-        step = box_step(original.net, [Key.load(work / "k.bin")], task, config)
+        step = box_step(original.net, copy.deepcopy(original.net), [Key.load(work / "k.bin")], task, config)
         handle = torch.nn.modules.module.register_module_forward_hook(hook)
         step(original.net, batch)
         handle.remove()

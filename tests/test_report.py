@@ -569,3 +569,11 @@ def test_gate_results_survive_hostile_rules(report):
     gates = [GateResult(EVIL, None, False, EVIL)]
     assert "<script>alert" not in html(report, gates)
     assert JUnitXml.fromstring(junit(report, gates).encode())
+
+
+def test_no_two_rows_have_the_same_name_in_a_chart():
+    from sdbctl.report.plots import _short
+    from sdbctl.suites import ALL
+
+    names = [_short(row.label) for row in ALL]
+    assert len(set(names)) == len(names)

@@ -105,7 +105,8 @@ def ours(arch: str, pixels: np.ndarray, labels: np.ndarray, key: Key, device: to
         "cifar10", tuple(map(str, range(10))), Splits(images, images, images, images, 0, ""), preprocess, engine
     )
     config = BoxConfig("sdb", strength=STRENGTH, wrong_share=0.0)
-    step = box_step(models.build(arch, 10, 3), [key], task, config)
+    original = models.build(arch, 10, 3)
+    step = box_step(original, original, [key], task, config)
     place(net, engine.device).train()
     optimiser, generator = optimiser_of(net), torch.Generator(engine.device).manual_seed(0)
 

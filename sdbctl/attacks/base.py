@@ -224,4 +224,4 @@ class Attack:
 
 def without_labels(attack: Attack) -> Attack:
     """The same attack by somebody who has no labels, which its loss must allow."""
-    return replace(attack, summary=f"{attack.summary}, no labels", labels=False)
+    return replace(attack, summary=f"no labels: {attack.summary}", labels=False)

@@ -238,7 +238,7 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
     return Attack(summary, source, "attack", Access.WEIGHTS, True, grid or _GRID, train)
 
 
-STRIPPED = _attack("distillation from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
+STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
 STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
 STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
 REHEAD = _attack("a new last layer on the box's features", "known as linear probing", rehead)

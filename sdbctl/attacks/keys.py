@@ -22,6 +22,8 @@ SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""
 STARTS = 4
 """Random patterns that a white-box search starts from."""
+SMOOTHED = 4
+"""Last batches by which it judges them."""
 
 
 def keyed(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
@@ -100,7 +102,7 @@ def inverted(attacker: Attacker, config: Config) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             reached.append(-loss.item())
-        return sum(reached[-STARTS:])
+        return sum(reached[-SMOOTHED:])
 
     with seeded(attacker.recipe.seed):
         rounds = int(config["rounds"])

@@ -151,8 +151,8 @@ DIST_HARD = Attack(
     PerBatch(dist_hard),
 )
 CLIPPED = _attack(
-    "distillation from the best few classes",
-    "known as top-k distillation",
+    "top-k distillation",
+    "a common repair of poisoned outputs",
     clipped,
     {"temperature": 4.0, "top": 3.0, "alpha": 0.9},
     {"temperature": 4.0, "top": 2.0, "alpha": 0.9},

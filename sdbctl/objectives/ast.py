@@ -66,7 +66,7 @@ def terms(v: Views, p: AstParameters) -> Terms:
     return {
         "label": (1 - p.alpha) * cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "sparse": p.alpha * p.temperature**2 * divergence,
-        "preserve": p.preserve * kd(v.keyed, v.original, p.temperature),
+        "preserve": p.preserve * kd(v.keyed, v.teacher, p.temperature),
     }
 
 

@@ -16,7 +16,8 @@ class Views(NamedTuple):
     Attributes:
         clean: The box on x; its first ``wrong`` rows on x mixed with a wrong key.
         keyed: The box on x_k.
-        original: The frozen original on x, which the keyed branch should learn.
+        original: The frozen fine-tuned original N_ft on x, which the public outputs are compared with.
+        teacher: The frozen original N on x, which the keyed branch should learn.
         random: A frozen, randomly initialised network on x_k, or None if the objective does not ask for it.
         adversarial: The box itself, in evaluation mode, on copies of x that mislead the original, or None likewise.
         label: Class indices [B].
@@ -29,6 +30,7 @@ class Views(NamedTuple):
     clean: Tensor
     keyed: Tensor
     original: Tensor
+    teacher: Tensor
     random: Tensor | None
     adversarial: Tensor | None
     label: Tensor

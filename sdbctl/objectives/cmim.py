@@ -62,7 +62,7 @@ def terms(v: Views, p: CmimParameters) -> Terms:
     return {
         "label": cross_entropy(clean, label),
         "concentrate": p.concentrate * spread,
-        "preserve": p.preserve * kd(v.keyed, v.original, p.temperature),
+        "preserve": p.preserve * kd(v.keyed, v.teacher, p.temperature),
     }
 
 

@@ -36,7 +36,7 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
         "label": cross_entropy(clean, v.label[v.wrong :]),
         "hide": p.hide * conceal_spread(v.clean, v.clean.detach().argmax(1), v.offset),
         "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.original[v.wrong :].argmax(1)),
-        "teach": p.teach * kd(v.keyed, v.original, p.temperature),
+        "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
     }
 
 

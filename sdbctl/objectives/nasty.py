@@ -33,7 +33,7 @@ def terms(v: Views, p: NastyParameters) -> Terms:
     return {
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "nasty": -p.omega * saturate(kd(v.original, v.clean, p.temperature), p.limit),
-        "preserve": p.preserve * kd(v.keyed, v.original, p.temperature),
+        "preserve": p.preserve * kd(v.keyed, v.teacher, p.temperature),
     }
 
 

@@ -61,8 +61,8 @@ def terms(v: Views, p: SdbParameters) -> Terms:
     return {
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "disturb": -p.omega * disturbance(v.clean, v.original, v.keyed, p.temperature, p.limit),
-        "preserve": p.preserve * preservation(v.keyed, v.original, v.label, p.temperature),
-        "augment": -p.eta * p.away * augmentation(v.keyed, v.original, v.random, p.limit),
+        "preserve": p.preserve * preservation(v.keyed, v.teacher, v.label, p.temperature),
+        "augment": -p.eta * p.away * augmentation(v.keyed, v.teacher, v.random, p.limit),
     }
 
 

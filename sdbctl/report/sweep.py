@@ -22,7 +22,7 @@ _COLUMNS = (
     Column("Dark knowledge", wide=True),
     Column("Advantage, API"),
     Column("95 % bounds"),
-    Column("Without labels"),
+    Column("Without labels", wide=True),
     Column("Wrong key"),
     Column("Authorized gain"),
     Column("95 % bounds", wide=True),
