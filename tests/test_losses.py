@@ -97,15 +97,15 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
         z = scale * torch.randn(batch, classes, generator=generator)
         return z if permutation is None else z[:, permutation]
 
-    clean, keyed, original, teacher, random, adversarial = (logits() for _ in range(6))
+    clean, keyed, reference, teacher, random, adversarial = (logits() for _ in range(6))
     label = torch.randint(0, classes, (batch,), generator=generator)
     if permutation is not None:
         label = torch.argsort(permutation)[label]
-    confidence = original.softmax(1).max(1).values
+    confidence = reference.softmax(1).max(1).values
     return Views(
         clean.requires_grad_(),
         keyed.requires_grad_(),
-        original,
+        reference,
         teacher,
         random,
         adversarial,
@@ -152,7 +152,7 @@ def test_conceal_terms_against_numpy():
     objective = OBJECTIVES["conceal"]
     p = objective.parameters(hide=2.0, confidence=3.0, teach=0.5, temperature=7.0)
     terms = objective.terms(v, p)
-    z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.teacher))
+    z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.reference, v.teacher))
     top = zn.argmax(1)
     shown = z.argmax(1)
     label = -log_softmax(z, 1)[np.arange(4), v.label].mean()
@@ -170,7 +170,7 @@ def test_sdb_terms_against_numpy():
     objective = OBJECTIVES["sdb"]
     p = objective.parameters(omega=0.7, eta=0.2, away=-1.0, temperature=4.0, limit=3.0)
     terms = objective.terms(v, p)
-    z, zk, zn, zt, zr = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.teacher, v.random))
+    z, zk, zn, zt, zr = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.reference, v.teacher, v.random))
 
     def kl(a, b, tau):
         pa = softmax(a / tau, 1)
@@ -188,7 +188,7 @@ def test_nasty_terms_against_numpy():
     v = views()
     objective = OBJECTIVES["nasty"]
     terms = objective.terms(v, objective.parameters(omega=0.5, temperature=4.0, preserve=2.0, limit=10.0))
-    z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.original, v.teacher))
+    z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.reference, v.teacher))
 
     def kl(a, b):
         return (softmax(a / 4, 1) * (log_softmax(a / 4, 1) - log_softmax(b / 4, 1))).sum(1).mean()

@@ -16,10 +16,10 @@ class Views(NamedTuple):
     Attributes:
         clean: The box on x; its first ``wrong`` rows on x mixed with a wrong key.
         keyed: The box on x_k.
-        original: The frozen fine-tuned original N_ft on x, which the public outputs are compared with.
+        reference: The frozen fine-tuned original N_ft on x, which the public outputs are compared with.
         teacher: The frozen original N on x, which the keyed branch should learn.
         random: A frozen, randomly initialised network on x_k, or None if the objective does not ask for it.
-        adversarial: The box itself, in evaluation mode, on copies of x that mislead the original, or None likewise.
+        adversarial: The box itself, in evaluation mode, on copies of x that mislead the reference, or None likewise.
         label: Class indices [B].
         offset: Logits [B, C] of the non-target distribution ĉ to hide behind: zeros, or the decoys of
             ``--disturb``.
@@ -29,7 +29,7 @@ class Views(NamedTuple):
 
     clean: Tensor
     keyed: Tensor
-    original: Tensor
+    reference: Tensor
     teacher: Tensor
     random: Tensor | None
     adversarial: Tensor | None

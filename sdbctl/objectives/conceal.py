@@ -26,16 +26,17 @@ class ConcealParameters:
 
 
 def terms(v: Views, p: ConcealParameters) -> Terms:
-    """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_N(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ).
+    """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ).
 
-    The spread is taken around the box's own prediction, on clean images and on those with a wrong key; label
-    and confidence, around the original's prediction ŷ (errors included), on clean images. Own objective (README).
+    F is the fine-tuned original N_ft, N the original as it was given. The spread is taken around the box's own
+    prediction, on clean images and on those with a wrong key; label and confidence, around F's prediction ŷ (errors
+    included), on clean images. Own objective (README).
     """
     clean = v.clean[v.wrong :]
     return {
         "label": cross_entropy(clean, v.label[v.wrong :]),
         "hide": p.hide * conceal_spread(v.clean, v.clean.detach().argmax(1), v.offset),
-        "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.original[v.wrong :].argmax(1)),
+        "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.reference[v.wrong :].argmax(1)),
         "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
     }
 

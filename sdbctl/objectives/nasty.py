@@ -26,13 +26,15 @@ class NastyParameters:
 
 
 def terms(v: Views, p: NastyParameters) -> Terms:
-    """CE(p, y) − ω·sat(τ²·KL(p_B^τ ‖ p_N^τ)) (eq. 2), and τ²·KL(p_N^τ ‖ p_k^τ) on keyed images.
+    """CE(p, y) − ω·sat(τ²·KL(p_B^τ ‖ p_F^τ)) (eq. 2), and τ²·KL(p_N^τ ‖ p_k^τ) on keyed images.
+
+    F is the fine-tuned original, N the original as it was given; the paper, which does not fine-tune, has one.
 
     The paper leaves the distance unbounded; here it saturates, or training would go on without end.
     """
     return {
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
-        "nasty": -p.omega * saturate(kd(v.original, v.clean, p.temperature), p.limit),
+        "nasty": -p.omega * saturate(kd(v.reference, v.clean, p.temperature), p.limit),
         "preserve": p.preserve * kd(v.keyed, v.teacher, p.temperature),
     }
 

@@ -56,11 +56,14 @@ def augmentation(keyed: Tensor, original: Tensor, random: Tensor, limit: float) 
 
 
 def terms(v: Views, p: SdbParameters) -> Terms:
-    """CE(p, y) − ω·D + preservation − η·augmentation (paper, eq. 4 to 8; signs as in the released code)."""
+    """CE(p, y) − ω·D + preservation − η·augmentation (paper, eq. 4 to 8; signs as in the released code).
+
+    The disturbance is that of the fine-tuned original; the keyed terms are those of the original as it was given.
+    """
     assert v.random is not None
     return {
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
-        "disturb": -p.omega * disturbance(v.clean, v.original, v.keyed, p.temperature, p.limit),
+        "disturb": -p.omega * disturbance(v.clean, v.reference, v.keyed, p.temperature, p.limit),
         "preserve": p.preserve * preservation(v.keyed, v.teacher, v.label, p.temperature),
         "augment": -p.eta * p.away * augmentation(v.keyed, v.teacher, v.random, p.limit),
     }
