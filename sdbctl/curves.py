@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,32 @@ def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
     return pattern.clamp(0, 1)
 
 
+HEARD = 10
+"""Keyed queries that the attacker of the row ``overheard_key`` has listened to."""
+
+
+def listening(bench: Bench) -> Bench:
+    """The same with a teacher ``overheard``: the box asked with the key that :data:`HEARD` keyed queries gave away."""
+    secret = bench.secret
+    if secret is None or bench.strength == 0 or len(bench.validation) < HEARD:
+        return bench
+    pattern = bench.preprocess(_guess(bench, secret, HEARD)[None])[0]
+    digest = hashlib.sha256(pattern.numpy().tobytes()).hexdigest()
+    return replace(
+        bench,
+        sources={**bench.sources, "overheard": bench.sources["boxed"].keyed(pattern, bench.strength, digest)},
+    )
+
+
+def _guess(bench: Bench, secret: Tensor, count: int) -> Tensor:
+    """What ``count`` keyed queries of unknown images, and the attacker's own images, say about the key."""
+    own, images = (
+        some.take(range(min(size, len(some)))).alone().pixels.float() / 255
+        for some, size in ((bench.transfer, LEAKS[-1]), (bench.validation, count))
+    )
+    return overheard(embed(images, secret, bench.strength), own, bench.strength)
+
+
 def key_curves(bench: Bench) -> dict[str, Curve]:
     """How much a key that is nearly right opens, and how fast listening to keyed queries gives the key away."""
     secret = bench.secret
@@ -118,12 +145,12 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
             series={"box": tuple(sorted(opened, key=lambda point: point.x or 0.0))},
         )
     }
-    if bench.transfer.in_memory and bench.validation.in_memory and bench.strength > 0:
-        own, images = (some.pixels[: LEAKS[-1]].float() / 255 for some in (bench.transfer, bench.validation))
-        points = []
-        for count in (count for count in LEAKS if count <= len(images)):
-            guess = overheard(embed(images[:count], secret, bench.strength), own, bench.strength)
-            points.append(Point(count, round(correlation(guess, secret), 4)))
+    if bench.strength > 0:
+        points = [
+            Point(count, round(correlation(_guess(bench, secret, count), secret), 4))
+            for count in LEAKS
+            if count <= len(bench.validation)
+        ]
         curves["leak"] = Curve(
             title="Listening to key holders",
             x_label="Keyed queries overheard",

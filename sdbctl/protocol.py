@@ -46,12 +46,11 @@ def options(bench: Bench) -> dict[str, list[Option]]:
     return groups
 
 
-def screened_epochs(bench: Bench) -> int | None:
-    """Epochs after which candidates are dropped, or None."""
-    share = suite(bench.config.suite).screen if bench.config.suite else None
+def rungs(bench: Bench) -> list[int]:
+    """Epochs after which candidates are compared, in rising order; the last comparison names the winners."""
+    shares = suite(bench.config.suite).rungs if bench.config.suite else ()
     epochs = bench.config.recipe.epochs
-    short = max(SHORTEST, round((share or 1) * epochs))
-    return short if short < epochs else None
+    return sorted({min(epochs, max(SHORTEST, round(share * epochs))) for share in shares})
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,14 @@ class Plan:
 
 def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
-    groups, short, config = options(bench), screened_epochs(bench), bench.config
+    groups, config = options(bench), bench.config
     cells: list[float] = []
     for name, found in groups.items():
         left = len(found)
-        if short and left > 1:
-            cells += [short / config.recipe.epochs] * left
-            left = _kept(left)
-        cells += [1.0] * (left * config.trials if left > 1 else 0)
+        for epochs, trials in _trials(bench):
+            if left > 1:
+                cells += [epochs / config.recipe.epochs] * left * trials
+                left = _kept(left)
         cells += [1.0] * _seeds(bench, name)
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
@@ -79,8 +78,14 @@ def plan(bench: Bench) -> Plan:
     return Plan(len(cells), sum(cells))
 
 
+def _trials(bench: Bench) -> list[tuple[int, int]]:
+    """Epochs and seeds of each comparison; only the last is worth several."""
+    lengths = rungs(bench)
+    return [(epochs, bench.config.trials if epochs == lengths[-1] else 1) for epochs in lengths]
+
+
 def _controls(bench: Bench) -> list[str]:
-    """Rows of the floor that are shown with one seed if others of their group beat them."""
+    """Rows that are shown with one seed if others of their group beat them."""
     competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
     return [name for name in ALWAYS if any(option.row.name == name for found in competing for option in found)]
 
@@ -105,12 +110,12 @@ class Choice:
 
 
 def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, Choice], dict[str, Choice]]:
-    """Choose one candidate per group by validation accuracy, after a short screening if the suite has one.
+    """Choose one candidate per group by validation accuracy, by successive halving if the suite has several rungs.
 
     Returns:
         The winner of each group, and the best candidate of each row with how long it was trained.
     """
-    groups, short, config = options(bench), screened_epochs(bench), bench.config
+    groups, full = options(bench), bench.config.recipe.epochs
     rows: dict[str, Choice] = {}
 
     def rank(found: Mapping[str, list[Option]], epochs: int, trials: int) -> dict[str, list[Choice]]:
@@ -131,11 +136,11 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
                 rows[name] = choice
         return ranked
 
-    full = config.recipe.epochs
-    if short:
-        ranked = rank(groups, short, 1)
+    ranked: dict[str, list[Choice]] = {}
+    for epochs, trials in _trials(bench):
+        ranked = rank(groups, epochs, trials)
         groups = {group: [choice.option for choice in some[: _kept(len(some))]] for group, some in ranked.items()}
-    return {group: some[0] for group, some in rank(groups, full, config.trials).items()}, rows
+    return {group: some[0] for group, some in ranked.items()}, rows
 
 
 def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dict[str, Student]:
@@ -174,7 +179,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
                 role=row.role,
                 access=row.access,
                 labels=row.labels,
-                config={**rows[row.name].option.config, "epochs": rows[row.name].epochs},
+                config={**_settings(rows[row.name].option), "epochs": rows[row.name].epochs},
                 validation=rows[row.name].validation,
             )
             continue
@@ -194,8 +199,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             validations=tuple(outcome.validation for outcome in runs),
             difference=paired(values, control),
             config={
-                **({"teacher": option.teacher} if option.teacher else {}),
-                **option.config,
+                **_settings(option),
                 **({"key_correlation": float(np.mean(found))} if found else {}),
                 "epochs": config.recipe.epochs,
                 "student": config.student,
@@ -221,6 +225,10 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
         before = f"{students[winner].note}, " if students[winner].note else ""
         students[winner] = replace(students[winner], note=f"{before}{note}")
     return students
+
+
+def _settings(option: Option) -> dict[str, object]:
+    return {**({"teacher": option.teacher} if option.teacher else {}), **option.config}
 
 
 def _chosen(rows: Sequence[Sequence[Outcome]]) -> list[float]:

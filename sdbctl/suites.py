@@ -69,9 +69,12 @@ CORE = (
     Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
-NEAR = tuple(
-    Row(f"near_key_{percent}", f"KD, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
-    for percent in (50, 90)
+NEAR = (
+    *(
+        Row(f"near_key_{percent}", f"KD, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
+        for percent in (50, 90)
+    ),
+    Row("overheard_key", "DIST, key heard in ten queries", "wrong_key", "dist", ("overheard",)),
 )
 WRAPPED = tuple(
     Row(f"wrapped_{name.replace('-', '_')}", f"KD behind {name}", "baseline", "kd", (name,)) for name in WRAPPERS
@@ -83,12 +86,12 @@ EXTRA = tuple(
 )
 ALL = (*CORE, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
-MINOR = {"trivial defence", *(row.name for row in NEAR)}
+MINOR = {"baseline", *(row.name for row in NEAR)}
 """Groups that are no headline."""
 TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}
 """Configurations at most of rows that are shown beside the comparison: plain distillation, as most papers report."""
-ALWAYS = ("cross_entropy", "label_smoothing")
-"""Rows of the floor that are reported even if others of it are better."""
+ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "authorized_wrong_key")
+"""Rows that are reported even if others of their group are better: what every paper has."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,9 @@ class Suite:
         summary: One line for people.
         rows: Which rows.
         tune: Configurations per row at most; None for all.
-        screen: Share of the epochs after which most of the candidates are dropped; None for no
-            screening.
-        elect: Whether the attacks of one threat compete, so that only the best of each gets all seeds.
+        rungs: Shares of the epochs after which candidates are compared: most are dropped after each but the last,
+            which names the winner.
+        elect: Whether the rows of one threat compete, so that only the best of each gets all seeds.
         seeds: Students per reported row, or None for the user's choice.
         epochs: Passes over the transfer set unless the user asks for others, or None for the usual number.
         curves: Whether query budgets are measured.
@@ -110,7 +113,7 @@ class Suite:
     summary: str
     rows: tuple[Row, ...]
     tune: int | None = None
-    screen: float | None = None
+    rungs: tuple[float, ...] = (1.0,)
     elect: bool = False
     seeds: int | None = None
     epochs: int | None = None
@@ -118,17 +121,11 @@ class Suite:
 
     def group(self, row: Row) -> str:
         """Rows with the same name compete for one place in the report."""
-        if (
-            not self.elect
-            or row.role not in ("attack", "floor", "baseline")
-            or row.name in ("unauthorized", "disturbed")
-        ):
+        if not self.elect or row in NEAR or row.role == "disturb":
             return row.name
-        if row.role == "baseline":
-            return "trivial defence"
-        if row.role == "floor":
-            return "floor" if row.labels else "floor, unlabelled"
-        return f"{row.access}{'' if row.labels else ', unlabelled'}"
+        # a pattern of one's own is an attack like any other
+        threat = row.access if row.role in ("attack", "wrong_key") else row.role
+        return threat if row.labels else f"{threat}, unlabelled"
 
 
 def _named(*names: str) -> tuple[Row, ...]:
@@ -155,8 +152,14 @@ SUITES: Mapping[str, Suite] = {
         epochs=4,
     ),
     "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
+    "file": Suite(
+        "who holds the file: its attacks, the floor and the original, the best of each with all seeds",
+        tuple(row for row in ALL if row.role in ("floor", "reference") or row.access == "file"),
+        rungs=(1 / 8, 1 / 2),
+        elect=True,
+    ),
     "standard": Suite(
-        "every attack, the best of each threat with all seeds", ALL, screen=1 / 8, elect=True, curves=True
+        "every attack, the best of each threat with all seeds", ALL, rungs=(1 / 8, 1 / 2), elect=True, curves=True
     ),
     "full": Suite("every attack, tuned, with all seeds", ALL, curves=True),
 }

@@ -14,7 +14,7 @@ from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
 from sdbctl.report import Report, Student
-from sdbctl.suites import ALL, SUITES
+from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
 from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, concealed, served, serving
@@ -343,22 +343,25 @@ class Counting(Silent):
         self.done += steps
 
 
-@pytest.mark.parametrize("suite", ["quick", "core", "standard"])
+@pytest.mark.parametrize("suite", ["quick", "core", "file", "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     made, progress = bench(work, splits, boxed, suite, pattern), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
     assert progress.planned == protocol.plan(made).students
-    assert progress.planned - 1 <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
+    spared = len(protocol._controls(made))
+    assert progress.planned - spared <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
     again = Counting()
     resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
     assert again.done == 0
     assert resumed.students == report.students
     assert Report.from_json(report.to_json()).students == report.students
-    for name in ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "control"):
+    always = {*ALWAYS, "control"} if suite != "file" else {"cross_entropy", "label_smoothing", "kd_original", "control"}
+    for name in always:
         assert report.get(f"students.{name}.mean") is not None, name
-    if suite == "standard":
-        assert set(report.students) >= {row.name for row in ALL} - {"disturbed", "near_key_50", "near_key_90"}
+    if suite in ("file", "standard"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
+    if suite == "standard":
+        assert set(report.students) >= {row.name for row in ALL if row not in NEAR} - {"disturbed"}
         assert report.get("unauthorized_advantage.api.unlabelled.mean") is not None
         best = [s for s in report.students.values() if s.role == "attack" and s.n == 2]
         assert {(s.access, s.labels) for s in best} == {
@@ -491,9 +494,14 @@ def test_key_curves(work, splits, boxed, pattern):
     found = curves.key_curves(made)
     near = {point.x: point.y for point in found["near_keys"].series["box"]}
     assert near[1.0] == max(near.values())
-    leak = [point.y for point in found["leak"].series["Wiener filter"]]
-    assert leak == sorted(leak)
-    assert leak[-1] > 0.7
+    leak = {point.x: point.y for point in found["leak"].series["Wiener filter"]}
+    assert list(leak.values()) == sorted(leak.values())
+    assert leak[curves.HEARD] > 0.5
+    heard = curves.listening(made).sources["overheard"]
+    pattern = replace(made, sources={"keyed": heard}).secret
+    assert correlation(pattern, made.secret) == pytest.approx(leak[curves.HEARD], abs=1e-3)
+    keyless = bench(work, splits, boxed, "core")
+    assert curves.listening(keyless) is keyless
     assert curves.key_curves(bench(work, splits, boxed, "core")) == {}
 
 
@@ -522,7 +530,6 @@ def test_students_of_few_images_take_more_passes_over_the_same_queries(work, spl
 
 def test_every_attack_is_in_the_suites():
     assert {row.attack for row in ALL} == set(ATTACKS)
-    assert set(SUITES) == {"quick", "core", "standard", "full"}
     assert len(SUITES["quick"].rows) == 10
 
 

@@ -231,7 +231,7 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
 
 
 _TAU4 = {"temperature": 4.0, "alpha": 0.9}
-_GRID = (_TAU4, {"temperature": 8.0, "alpha": 1.0}, {"temperature": 20.0, "alpha": 0.5})
+_GRID = (_TAU4, *DIST.grid[1:], {"temperature": 8.0, "alpha": 1.0})
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
@@ -246,10 +246,10 @@ FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
     "known as fine-tuning attack",
     fine_tuned,
-    *({**config, "share": share} for config in _GRID[:2] for share in (0.01, 0.1, 1.0)),
+    *({**config, "share": share} for share in (1.0, 0.1, 0.01) for config in _GRID[:2]),
 )
-PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, {**_TAU4, "share": 0.3})
-NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, {**_TAU4, "sigma": 0.1})
+PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in _GRID[:2]))
+NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _GRID[:2]))
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated)
 FITNET = _attack(
     "feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0}, {"weight": 100.0}

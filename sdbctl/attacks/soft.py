@@ -127,10 +127,12 @@ DIST = _attack(
     dist,
     {"temperature": 1.0, "weight": 2.0},
     {"temperature": 4.0, "weight": 1.0},
+    {"temperature": 4.0, "weight": 2.0},
 )
 _CONSTANTS = (
     {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
     {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
+    {"temperature": 4.0, "weight": 2.0, "confidence": 0.4},
 )
 DIST_CONSTANT = Attack(
     "correlations with constant logits of the label",

@@ -257,7 +257,9 @@ def box(
                 "box with the key": f"{measured['keyed_top1']:.2f} %",
                 "dark knowledge left": f"{measured['residual']:.4f} nats (key holders see "
                 f"{measured['keyed_residual']:.4f})",
-                "written": f"{output}, {reference_path.name} (private)",
+                "written": f"{output}; for eval: --reference {reference}"
+                if reference
+                else f"{output}, {reference_path.name} (private)",
             },
         ),
     )

@@ -60,9 +60,7 @@ def evaluate(
     key_file: o.KeyFile = None,
     student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
-    suite: Annotated[str, typer.Option("--suite", help="quick, core, standard or full; see sdbctl list suites.")] = (
-        "standard"
-    ),
+    suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "standard",
     surrogate: Annotated[
         str | None, typer.Option("--surrogate", metavar="SPEC", help="Other images, for attackers without yours.")
     ] = None,
@@ -113,6 +111,7 @@ def evaluate(
 
     from sdbctl import evaluate, files
     from sdbctl.cells import Bench, EvalConfig
+    from sdbctl.curves import listening
     from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
     from sdbctl.protocol import plan
@@ -185,6 +184,7 @@ def evaluate(
         surrogate=other_images,
         strength=meta.strength if meta else 0.0,
     )
+    bench = listening(bench)
     cells = cache / "cells"
     if attack:
         planned = plan(bench)
