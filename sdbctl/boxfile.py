@@ -202,7 +202,9 @@ def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, force:
     from safetensors.torch import save as serialise
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
-    return files.write(path, serialise(tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}), force=force)
+    content = serialise(tensors, {METADATA_KEY: meta.to_json(), "format": "pt"})
+    # the reference is an unprotected model
+    return files.write(path, content, force=force, private=meta.kind == "reference")
 
 
 @dataclass(frozen=True)

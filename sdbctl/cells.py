@@ -89,7 +89,6 @@ class EvalConfig:
         recipe: Their training.
         seeds: Students per reported row.
         tune: Configurations to try per attack and teacher, in the attack's order; 1 tunes nothing.
-        trials: Students per configuration that is tried; more make the choice less of a lottery.
         jobs: Students trained side by side, each in its own process.
         cluster: Where jobs run: None for this machine's processes, or a submitit cluster such as ``slurm``.
         suite: Name in :data:`sdbctl.suites.SUITES`, or None to train no student at all.
@@ -99,7 +98,6 @@ class EvalConfig:
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.1))
     seeds: int = 5
     tune: int = 6
-    trials: int = 1
     jobs: int = 1
     cluster: str | None = None
     suite: str | None = "core"
@@ -108,6 +106,11 @@ class EvalConfig:
     def reported(self) -> int:
         """Students per reported row."""
         return (suite(self.suite).seeds if self.suite else None) or self.seeds
+
+    @property
+    def tuned(self) -> int:
+        """Configurations per attack and teacher at most."""
+        return min(self.tune, (suite(self.suite).tune if self.suite else None) or self.tune)
 
 
 @functools.cache

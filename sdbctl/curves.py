@@ -97,6 +97,8 @@ def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
     return pattern.clamp(0, 1)
 
 
+OWN_VALUES = 2**25
+"""Pixel values of one's own images that a spectrum is estimated from."""
 HEARD = 10
 """Keyed queries that the attacker of the row ``overheard_key`` has listened to."""
 
@@ -116,9 +118,10 @@ def listening(bench: Bench) -> Bench:
 
 def _guess(bench: Bench, secret: Tensor, count: int) -> Tensor:
     """What ``count`` keyed queries of unknown images, and the attacker's own images, say about the key."""
+    most = max(count, OWN_VALUES // secret.numel())
     own, images = (
         some.take(range(min(size, len(some)))).alone().pixels.float() / 255
-        for some, size in ((bench.transfer, LEAKS[-1]), (bench.validation, count))
+        for some, size in ((bench.transfer, min(LEAKS[-1], most)), (bench.validation, count))
     )
     return overheard(embed(images, secret, bench.strength), own, bench.strength)
 

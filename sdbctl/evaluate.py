@@ -121,7 +121,7 @@ def evaluate(
             "suite": bench.config.suite,
             "student": bench.config.student,
             "seeds": bench.config.reported,
-            "tuned_configurations": bench.config.tune,
+            "tuned_configurations": bench.config.tuned,
             "recipe": asdict(bench.config.recipe),
             "transfer_images": len(bench.transfer),
             "validation_images": len(bench.validation),
@@ -179,11 +179,13 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
 
 def verdict(report: Report) -> str:
     """One sentence: what this box protects against, and what it does not."""
-    api, protectable = report.unauthorized_advantage.api, report.protectable
-    advantage, who = api.labelled, ""
-    if api.unlabelled.mean is not None and _most(api.unlabelled) > _most(api.labelled):
+    api, held, protectable = report.unauthorized_advantage.api, report.unauthorized_advantage.file, report.protectable
+    # a suite may have tried only those who hold the file
+    threat, means = (held, "file") if api.labelled.mean is None else (api, "outputs")
+    advantage, who = threat.labelled, ""
+    if threat.unlabelled.mean is not None and _most(threat.unlabelled) > _most(threat.labelled):
         # each is compared with a floor of its own
-        advantage, who = api.unlabelled, " without labels"
+        advantage, who = threat.unlabelled, " without labels"
     if advantage.mean is None:
         return "No student was trained, so nothing is known about protection; use --attack."
     if protectable.mean is None:
@@ -196,14 +198,14 @@ def verdict(report: Report) -> str:
             f"Nothing to protect here: distilling the original is worth only {protectable.mean:+.1f} points over "
             "what an attacker has anyway."
         )
-        if (api.unlabelled.low or 0) > ADVANTAGE_LIMIT:
-            finding += f" Attackers without labels gain {api.unlabelled.mean:+.1f} points over their own floor."
+        if (threat.unlabelled.low or 0) > ADVANTAGE_LIMIT:
+            finding += f" Attackers without labels gain {threat.unlabelled.mean:+.1f} points over their own floor."
         return finding
     if advantage.high is None:
         finding = f"One seed only: distilling the box{who} gains {advantage.mean:+.1f} points over the floor"
     elif advantage.high <= ADVANTAGE_LIMIT:
         finding = (
-            f"Undistillable through its outputs by the attacks tried: at most {advantage.high:+.1f} points over the "
+            f"Undistillable through its {means} by the attacks tried: at most {advantage.high:+.1f} points over the "
             f"floor{who} (95 %)"
         )
     elif advantage.low is not None and advantage.low > ADVANTAGE_LIMIT:
@@ -216,13 +218,14 @@ def verdict(report: Report) -> str:
     worth = f"the original gives {protectable.mean:+.1f}"
     gain = report.authorized_gain
     key = f"; the key is worth {gain.mean:+.1f} points against distilling the original" if gain.mean is not None else ""
-    held = report.unauthorized_advantage.file.labelled
-    if held.mean is None:
-        file = "Attackers who hold the file were not tried"
+    if threat is held:
+        other = "This is about who holds the file; attackers through the API were not tried"
+    elif held.labelled.mean is None:
+        other = "Attackers who hold the file were not tried"
     else:
-        most = f", at most {held.high:+.1f}" if held.high is not None else ""
-        file = f"Who holds the file gains {held.mean:+.1f}{most}"
-    return f"{finding}; {worth}{key}. {file}."
+        most = f", at most {held.labelled.high:+.1f}" if held.labelled.high is not None else ""
+        other = f"Who holds the file gains {held.labelled.mean:+.1f}{most}"
+    return f"{finding}; {worth}{key}. {other}."
 
 
 def _most(interval: Interval) -> float:
@@ -240,7 +243,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         )
         if bench.config.reported < 5:
             notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")
-        if bench.config.tune < 6:
+        if bench.config.tuned < 6:
             notes.append("Settings were not fully tuned; the attacker may do better.")
     return notes
 

@@ -7,7 +7,7 @@ which the best attack, is decided for each seed by the validation accuracy of al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SELECTION_SEED = 10_000
 SHORTEST = 3
 """Epochs of a screening at least: after fewer, the order of candidates is noise."""
 KEPT = 8
-"""Of so many candidates of a group that is screened, one goes on."""
+"""Of so many candidates of a group that is screened, one goes on, but never fewer than two."""
 
 
 def options(bench: Bench) -> dict[str, list[Option]]:
@@ -36,7 +36,7 @@ def options(bench: Bench) -> dict[str, list[Option]]:
         return groups
     chosen = suite(bench.config.suite)
     for row in bench.rows():
-        tune = min(bench.config.tune, chosen.tune or bench.config.tune, TUNED.get(row.role, bench.config.tune))
+        tune = min(bench.config.tuned, TUNED.get(row.role, bench.config.tuned))
         group = groups.setdefault(chosen.group(row), [])
         group += [
             Option(row, teacher, config)
@@ -63,25 +63,19 @@ class Plan:
 
 def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
-    groups, config = options(bench), bench.config
+    groups, lengths, config = options(bench), rungs(bench), bench.config
     cells: list[float] = []
     for name, found in groups.items():
         left = len(found)
-        for epochs, trials in _trials(bench):
-            if left > 1:
-                cells += [epochs / config.recipe.epochs] * left * trials
-                left = _kept(left)
+        for epochs in lengths:
+            if left > (goal := _goal(left, epochs == lengths[-1])):
+                cells += [epochs / config.recipe.epochs] * left
+                left = goal
         cells += [1.0] * _seeds(bench, name)
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += [1.0] * len(_controls(bench))
     return Plan(len(cells), sum(cells))
-
-
-def _trials(bench: Bench) -> list[tuple[int, int]]:
-    """Epochs and seeds of each comparison; only the last is worth several."""
-    lengths = rungs(bench)
-    return [(epochs, bench.config.trials if epochs == lengths[-1] else 1) for epochs in lengths]
 
 
 def _controls(bench: Bench) -> list[str]:
@@ -96,8 +90,9 @@ def _seeds(bench: Bench, group: str) -> int:
     return 1 if minor else bench.config.reported
 
 
-def _kept(count: int) -> int:
-    return max(1, -(-count // KEPT))
+def _goal(count: int, last: bool) -> int:
+    """How many of ``count`` candidates go on after a comparison."""
+    return 1 if last else min(count, max(2, -(-count // KEPT)))
 
 
 @dataclass
@@ -115,32 +110,24 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
     Returns:
         The winner of each group, and the best candidate of each row with how long it was trained.
     """
-    groups, full = options(bench), bench.config.recipe.epochs
-    rows: dict[str, Choice] = {}
+    left = {group: [Choice(option) for option in some] for group, some in options(bench).items()}
+    full, rows = bench.config.recipe.epochs, {some[0].option.row.name: some[0] for some in left.values()}
+    for epochs in (lengths := rungs(bench)):
 
-    def rank(found: Mapping[str, list[Option]], epochs: int, trials: int) -> dict[str, list[Choice]]:
-        def cells(option: Option) -> list[Cell]:
-            seeds, length = range(SELECTION_SEED, SELECTION_SEED + trials), None if epochs == full else epochs
-            return [Cell(option.row.name, option.teacher, option.config, seed, False, length) for seed in seeds]
+        def cell(choice: Choice, length: int | None = None if epochs == full else epochs) -> Cell:
+            option = choice.option
+            return Cell(option.row.name, option.teacher, option.config, SELECTION_SEED, False, length)
 
-        open_ = {group: some for group, some in found.items() if len(some) > 1}
-        done = run_cells(bench, [c for some in open_.values() for o in some for c in cells(o)], folder, progress)
-        ranked = {group: [Choice(some[0])] for group, some in found.items()}
-        for group, some in open_.items():
-            scores = [float(np.mean([done[cell.id].validation for cell in cells(option)])) for option in some]
-            pairs = zip(some, scores, strict=True)
-            ranked[group] = sorted((Choice(o, v, epochs) for o, v in pairs), key=lambda c: -(c.validation or 0.0))
-        for choice in (choice for some in ranked.values() for choice in reversed(some)):
-            name = choice.option.row.name
-            if name not in rows or rows[name].epochs <= choice.epochs:
-                rows[name] = choice
-        return ranked
-
-    ranked: dict[str, list[Choice]] = {}
-    for epochs, trials in _trials(bench):
-        ranked = rank(groups, epochs, trials)
-        groups = {group: [choice.option for choice in some[: _kept(len(some))]] for group, some in ranked.items()}
-    return {group: some[0] for group, some in ranked.items()}, rows
+        goals = {group: _goal(len(some), epochs == lengths[-1]) for group, some in left.items()}
+        compared = {group: some for group, some in left.items() if len(some) > goals[group]}
+        done = run_cells(bench, [cell(choice) for some in compared.values() for choice in some], folder, progress)
+        for group, some in compared.items():
+            ranked = [Choice(choice.option, done[cell(choice).id].validation, epochs) for choice in some]
+            ranked.sort(key=lambda choice: -(choice.validation or 0.0))
+            # the best of each row last, so that it stays
+            rows |= {choice.option.row.name: choice for choice in reversed(ranked)}
+            left[group] = ranked[: goals[group]]
+    return {group: some[0] for group, some in left.items()}, rows
 
 
 def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dict[str, Student]:
@@ -207,7 +194,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             seconds=float(np.mean([outcome.seconds for outcome in runs])),
             queries=runs[0].queries or None,
             validation=validation[row.name],
-            note="not tuned" if row.role == "disturb" else "",
+            note="not tuned" if row.role in TUNED else "",
         )
     for name, rivals, note in (
         ("control_unlabelled", unlabelled, "the control without labels"),

@@ -86,8 +86,8 @@ EXTRA = tuple(
 )
 ALL = (*CORE, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
-MINOR = {"baseline", *(row.name for row in NEAR)}
-"""Groups that are no headline."""
+MINOR = {row.name for row in (*NEAR, *WRAPPED)}
+"""Rows that are no headline."""
 TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}
 """Configurations at most of rows that are shown beside the comparison: plain distillation, as most papers report."""
 ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "authorized_wrong_key")
@@ -121,7 +121,8 @@ class Suite:
 
     def group(self, row: Row) -> str:
         """Rows with the same name compete for one place in the report."""
-        if not self.elect or row in NEAR or row.role == "disturb":
+        # defences do not compete to be the worst
+        if not self.elect or row in NEAR or row.role in ("disturb", "baseline"):
             return row.name
         # a pattern of one's own is an attack like any other
         threat = row.access if row.role in ("attack", "wrong_key") else row.role

@@ -425,7 +425,7 @@ def _save(
     # torch hides from files.write what the system says of a full disk
     content = io.BytesIO()
     torch.save(state, content)
-    files.write(path, content.getvalue())
+    files.write(path, content.getvalue(), private=True)
 
 
 def _restore(

@@ -1,13 +1,14 @@
 """Every attack trains a student, sees what it declares and nothing else, and asks no more than it says."""
 
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, protocol
-from sdbctl.attacks import ATTACKS, base, file, keys, soft
+from sdbctl.attacks import ATTACKS, base, file, keys, queries, soft
 from sdbctl.cells import Bench, Cell, EvalConfig, Source
 from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
@@ -358,12 +359,14 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     always = {*ALWAYS, "control"} if suite != "file" else {"cross_entropy", "label_smoothing", "kd_original", "control"}
     for name in always:
         assert report.get(f"students.{name}.mean") is not None, name
+    if suite == "file":
+        assert "This is about who holds the file" in report.verdict or "Nothing to protect" in report.verdict
     if suite in ("file", "standard"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
     if suite == "standard":
         assert set(report.students) >= {row.name for row in ALL if row not in NEAR} - {"disturbed"}
         assert report.get("unauthorized_advantage.api.unlabelled.mean") is not None
-        best = [s for s in report.students.values() if s.role == "attack" and s.n == 2]
+        best = [s for s in report.students.values() if s.role in ("attack", "wrong_key") and s.n == 2]
         assert {(s.access, s.labels) for s in best} == {
             (access, labels) for access in ("api", "file") for labels in (True, False)
         }
@@ -443,6 +446,31 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     assert numbers["protectable"].mean == pytest.approx(5.03, abs=0.01)
     report = Report(title="x", created="", tool="", verdict="", **numbers)
     assert evaluate.verdict(report).startswith("Not protected: distilling the box without labels gains +6.0")
+
+
+def test_a_suite_of_the_file_alone_has_a_verdict_of_its_own():
+    held = some("stripped", "attack", (59.0, 60.1, 61.0), access="file")
+    original = some("kd_original", "reference", (60.0, 61.1, 62.0))
+    numbers = evaluate.headline(made_of(some("control", "floor", (50.0, 51.1, 52.0)), held, original))
+    said = evaluate.verdict(Report(title="x", created="", tool="", verdict="", **numbers))
+    assert said.startswith("Not protected: distilling the box gains +9.0")
+    assert said.endswith("This is about who holds the file; attackers through the API were not tried.")
+
+
+def test_votes_of_top1_answers_against_numpy():
+    """Without soft outputs there is still how often the answer changes with the crop."""
+    told = np.array([[0, 1], [0, 2], [0, 1], [2, 1]])
+    learned = {}
+    attacker = SimpleNamespace(
+        oracle=SimpleNamespace(classes=3),
+        views=4,
+        view=lambda number: number,
+        ask=lambda number: torch.from_numpy(told[number]),
+        learn=lambda loss, targets: learned.update(target=targets(None)),
+    )
+    queries.hard_views(attacker, {"smoothing": 0.3, "temperature": 1.0, "alpha": 1.0})
+    shares = np.array([[3, 0, 1], [0, 3, 1]]) / 4
+    assert np.allclose(learned["target"].exp().numpy(), 0.7 * shares + 0.1)
 
 
 def test_the_best_attack_is_not_chosen_by_the_students_that_are_reported():

@@ -346,6 +346,14 @@ def test_a_gate_with_a_slip_of_the_pen_is_refused_before_any_work(work, tmp_path
     result = run_cli("eval", work / "boxed.onnx", "--data", "digits", "--gate", tmp_path / "g.toml")
     check(result, 2, "inference_cost.top1.hihg", "did you mean inference_cost.top1.high")
     assert b"data:" not in result.stderr
+    (tmp_path / "g.toml").write_text('[gates]\nrules = ["students.overherd_key.mean <= 50"]')
+    result = run_cli("eval", work / "boxed.onnx", "--data", "digits", "--gate", tmp_path / "g.toml")
+    check(result, 2, "students.overherd_key.mean", "did you mean students.overheard_key.mean")
+    (tmp_path / "g.toml").write_text('[gates]\nrules = ["students.overheard_key.mean <= 50"]')
+    args = ("--gate", tmp_path / "g.toml", "--report", tmp_path / "r")
+    result = run_cli("eval", work / "boxed.onnx", "--data", "digits", *args)
+    assert result.returncode == 3 and b"gate broken: students.overheard_key.mean" in result.stderr
+    assert b"was not measured" in (tmp_path / "r" / "junit.xml").read_bytes()
 
 
 def test_ranks_in_the_environment_mean_nothing_to_one_process(monkeypatch):

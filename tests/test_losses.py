@@ -10,6 +10,7 @@ from scipy.special import log_softmax, softmax
 from sdbctl import losses
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
+from sdbctl.attacks.floor import constant_logits
 from sdbctl.errors import UsageError
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
@@ -269,6 +270,14 @@ def test_attack_losses_run_on_what_they_declare(name):
         assert torch.isfinite(loss)
         (gradient,) = torch.autograd.grad(loss, z)
         assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 10, 1000])
+@pytest.mark.parametrize("config", [*ATTACKS["class_constant"].grid, *ATTACKS["dist_hard"].grid])
+def test_constant_logits_favour_their_class_however_few_there_are(classes, config):
+    p = (constant_logits(tensor(np.array([1])), classes, config)[0] / config["temperature"]).softmax(0)
+    assert p[1] > 1.2 * p[0]
+    assert p[1].item() == pytest.approx(max(config["confidence"], min(1.5 / classes, 0.9)), rel=1e-4)
 
 
 def test_class_constant_against_numpy():

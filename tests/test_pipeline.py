@@ -591,14 +591,21 @@ def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path
     onnx_box.write_bytes((work / "boxed.onnx").read_bytes())
     command = ("eval", onnx_box, "--attack", "--suite", "quick", "--data", "digits", "--student", "cnn-tiny")
     options = ("--epochs", 1, "--json", "--force", "--report", tmp_path / "report")
-    for beside, told in (("boxed", None), ("teacher", "is not what was exported"), (None, "is not there")):
+    other = "is not what was exported"
+    for beside, told in (
+        ("boxed.safetensors", None),
+        ("teacher.safetensors", other),
+        ("k.bin", other),
+        ("", "not there"),
+    ):
         onnx_box.with_suffix(".safetensors").unlink(missing_ok=True)
         if beside:
-            weights = (work / f"{beside}.safetensors").read_bytes()
-            onnx_box.with_suffix(".safetensors").write_bytes(weights)
+            onnx_box.with_suffix(".safetensors").write_bytes((work / beside).read_bytes())
         result = json.loads(run_cli(*command, *options).stdout)
         assert ("fine_tuned" in result["students"]) == (told is None)
         assert any(told in note for note in result["notes"]) if told else True
+    refused = run_cli(*command[:4], "file", *command[5:], *options)
+    assert refused.returncode == 2 and b"suite file attacks the weights" in refused.stderr
     answers = list((tmp_path / "report" / "answers").iterdir())
     assert answers and all(path.stat().st_mode & 0o077 == 0 for path in answers)
 
@@ -619,6 +626,7 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     assert run_cli(*box_, 1).returncode == 0
     reference = out.with_suffix(".reference.safetensors")
     first = reference.read_bytes()
+    assert reference.stat().st_mode & 0o077 == 0
     out.unlink()
     refused = run_cli(*box_, 2, "--resume")
     assert refused.returncode == 2 and b"was made with other settings" in refused.stderr

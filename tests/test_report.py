@@ -299,7 +299,7 @@ def test_known_students_that_were_not_trained_are_null():
     ("path", "nearest"),
     [
         ("inference_cost.top_1", "inference_cost.top1"),
-        ("students.unauthorised.mean", "students.unauthorized.mean"),
+        ("students.unauthorized.maen", "students.unauthorized.mean"),
         ("authorized_gain.lower", "authorized_gain.low"),
         ("title", ""),
         ("environment.cuda", ""),

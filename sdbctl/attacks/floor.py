@@ -35,8 +35,11 @@ def _from_constant(z: Tensor, told: Tensor, y: Tensor, config: Config) -> Tensor
 
 
 def constant_logits(y: Tensor, classes: int, config: Config) -> Tensor:
-    """Logits m·onehot(y) [B, C], whose label has probability ``confidence`` at ``temperature``."""
-    tau, share = config["temperature"], config["confidence"]
+    """Logits m·onehot(y) [B, C], whose label has probability ``confidence`` at ``temperature``.
+
+    With few classes that is at least half as much again as chance: it must favour the label.
+    """
+    tau, share = config["temperature"], max(config["confidence"], min(1.5 / classes, 0.9))
     margin = tau * (math.log(share / (1 - share)) + math.log(classes - 1))
     return margin * one_hot(y, classes).float()
 

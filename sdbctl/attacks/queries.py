@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
@@ -30,6 +31,16 @@ def averaged_views(attacker: Attacker, config: Config) -> None:
     answers = torch.stack([attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))])
     mean = answers.mean(0)
     _kd(attacker, config, targets=lambda images: mean)
+
+
+def hard_views(attacker: Attacker, config: Config) -> None:
+    """The same from top-1 answers: KD from the votes, (1 − ε)·share of the copies with each answer + ε/C."""
+    assert attacker.oracle is not None
+    classes, epsilon = attacker.oracle.classes, config["smoothing"]
+    answers = [attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))]
+    votes = torch.stack([one_hot(answer, classes).float() for answer in answers]).mean(0)
+    target = ((1 - epsilon) * votes + epsilon / classes).log()
+    _kd(attacker, config, targets=lambda images: target)
 
 
 def averaged_noise(attacker: Attacker, config: Config) -> None:
@@ -110,25 +121,18 @@ def mixed_hard(mix: Mix) -> Train:
     )
 
 
-def _pool(attacker: Attacker) -> ImageSet:
-    """Images of another data set, no more than the transfer set has, or every budget would be another one."""
-    if attacker.surrogate is None:
-        return attacker.images
-    return attacker.surrogate.take(range(min(len(attacker.surrogate), len(attacker.images))))
-
-
 def knockoff(attacker: Attacker, config: Config) -> None:
     """Knockoff Nets with random selection: soft answers to images of another data set (Orekondy et al., CVPR 2019).
 
     Without a surrogate data set the unlabelled transfer set is used.
     """
-    pool = _pool(attacker)
+    pool = attacker.surrogate or attacker.images
     _kd(attacker, config, sets=lambda epoch: attacker.augmented(pool, epoch))
 
 
 def copycat(attacker: Attacker, config: Config) -> None:
     """Copycat CNN: top-1 answers to images of another data set (Correia-Silva et al., IJCNN 2018)."""
-    pool = _pool(attacker)
+    pool = attacker.surrogate or attacker.images
     attacker.learn(
         lambda z, answer, y: hard_label(z, answer, None, config), sets=lambda epoch: attacker.augmented(pool, epoch)
     )
@@ -202,6 +206,15 @@ def _attack(summary: str, source: str, train: Train, labels: bool, *grid: Config
 
 
 AVERAGED_VIEWS = _attack("answers averaged over augmented copies", "own", averaged_views, True, _TAU4)
+HARD_VIEWS = Attack(
+    "top-1 answers to augmented copies, as votes",
+    "own",
+    "floor",
+    Access.LABELS,
+    True,
+    ({**_TAU4, "smoothing": 0.6}, {"temperature": 1.0, "alpha": 0.9, "smoothing": 0.2}),
+    hard_views,
+)
 AVERAGED_NOISE = _attack(
     "answers averaged over pixel noise", "own", averaged_noise, True, {**_TAU4, "noise": 0.02}, {**_TAU4, "noise": 0.06}
 )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.floor import HARD_MIXED, hard_mixed
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.soft import composed
 from sdbctl.data import ImageSet
@@ -45,6 +46,18 @@ def sequence(attacker: Attacker, config: Config) -> None:
     """
     first = attacker.build(attacker.recipe.seed + 7919)
     attacker.learn(lambda z, answer, y: composed(z, answer, y, config), net=first)
+    attacker.learn(
+        lambda z, answer, y: soft_labels(z, answer, y, config), targets=lambda s: outputs(attacker, first, s)
+    )
+
+
+def hard_sequence(attacker: Attacker, config: Config) -> None:
+    """A first student learns from labels and constant logits of top-1 answers; the second from the first one's outputs.
+
+    What a chain gives without any soft answer (born-again networks, Furlanello et al., ICML 2018).
+    """
+    first = attacker.build(attacker.recipe.seed + 7919)
+    attacker.learn(lambda z, answer, y: hard_mixed(z, answer, y, config), net=first)
     attacker.learn(
         lambda z, answer, y: soft_labels(z, answer, y, config), targets=lambda s: outputs(attacker, first, s)
     )
@@ -192,6 +205,15 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 
 TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
 SEQUENCE = _attack("a chain of two students", "after Jandial et al., ECCV 2022", sequence, _HALF, _HALF1, _TAU4)
+HARD_SEQUENCE = Attack(
+    "a chain of two students from top-1 answers",
+    "Furlanello et al., ICML 2018",
+    "floor",
+    Access.LABELS,
+    True,
+    HARD_MIXED.grid[:3],
+    hard_sequence,
+)
 SKEPTICAL = _attack("skeptical student", "Kundu et al., NeurIPS 2021", skeptical)
 MARKOV = _attack(
     "a learned transition between teacher and student",

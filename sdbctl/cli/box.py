@@ -175,6 +175,8 @@ def box(
         shape=shape,
     )
     check_classes(dataset, original.classes, checkpoint.name)
+    if disturb and original.classes < 3:
+        raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
     if dataset.train.shape[0] != original.channels:
         raise UsageError(
             f"the checkpoint takes {original.channels} channels, the images have {dataset.train.shape[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -100,10 +101,7 @@ def evaluate(
 
     Finished students are kept, so an interrupted run goes on where it stopped.
     """
-    from sdbctl.report.gates import check_names, load_gates
-
-    gates = load_gates(gate) if gate else []
-    check_names(gates)
+    gates = known_gates(gate)
     box = box or find_box()
     key = read_key(key_file, insecure_key_file) if key_file else None
 
@@ -155,7 +153,10 @@ def evaluate(
         part.alone() if part is splits.transfer or part.in_memory else part
         for part in (splits.transfer, splits.validation, splits.test)
     )
-    other_images = other_images.alone() if other_images is not None else None
+    if other_images is not None:
+        # drawn at random, since files may be sorted by class, and as many as the transfer set has: the same budget
+        order = torch.randperm(len(other_images), generator=torch.Generator().manual_seed(0))
+        other_images = other_images.take(order[: len(transfer)]).alone()
     config = EvalConfig(
         student=student,
         recipe=scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr),
@@ -184,7 +185,11 @@ def evaluate(
         surrogate=other_images,
         strength=meta.strength if meta else 0.0,
     )
-    bench = listening(bench)
+    if attack:
+        if any(row.name == "overheard_key" for row in chosen.rows):
+            bench = listening(bench)
+        if not any(row.role == "attack" for row in bench.rows()):
+            raise UsageError(f"suite {suite} attacks the weights, and {box.name} comes without", "give the safetensors")
     cells = cache / "cells"
     if attack:
         planned = plan(bench)
@@ -238,12 +243,15 @@ def gather(
         boxed = replace(boxed, net=opened.loaded.net)
     else:
         beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
-        held = boxfile.load(beside) if beside.exists() else None
+        held, why = None, "is not there"
+        if beside.exists():
+            why = "is not what was exported"
+            with contextlib.suppress(BadInput):
+                held = boxfile.load(beside)
         unboxed = meta is None or meta.kind != "box"
         if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
             boxed = replace(boxed, held=held.net, held_sha256=held.sha256)
         else:
-            why = "is not there" if held is None else "is not what was exported"
             notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} {why}.")
     sources = {"boxed": boxed}
     if key is not None:
@@ -282,7 +290,11 @@ def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: 
     from sdbctl.report.render import write
     from sdbctl.report.terminal import tables
 
-    results: list[GateResult] = check(made, gates)
+    try:
+        results: list[GateResult] = check(made, gates)
+    except UsageError:
+        write(made, folder, force=force)
+        raise
     paths = write(made, folder, force=force, gates=results)
     emit(json.loads(made.to_json()), as_json, *tables(made, results))
     html = next(path for path in paths if path.suffix == ".html")
@@ -307,10 +319,10 @@ def rerender(
 ) -> None:
     """Print a report, render it again, compare it, or hold it against gates."""
     from sdbctl.report import Report
-    from sdbctl.report.gates import check, load_gates
+    from sdbctl.report.gates import check
     from sdbctl.report.terminal import comparison, tables
 
-    gates = load_gates(gate) if gate else []
+    gates = known_gates(gate)
     made = Report.read(path)
     if baseline is not None:
         if folder is not None:
@@ -327,6 +339,16 @@ def rerender(
     results = check(made, gates)
     emit(json.loads(made.to_json()), json_, *tables(made, results))
     enforce(results)
+
+
+def known_gates(path: Path | None) -> list[Gate]:
+    """The rules of a gate file, whose names are looked at before hours of work."""
+    from sdbctl.report.gates import check_names, load_gates
+    from sdbctl.suites import BY_NAME
+
+    gates = load_gates(path) if path else []
+    check_names(gates, (*BY_NAME, "control", "control_unlabelled"))
+    return gates
 
 
 def enforce(results: list[GateResult]) -> None:

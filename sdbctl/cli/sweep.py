@@ -189,7 +189,7 @@ def sweep(
                     trust=trust,
                 )
             if not shared.exists() and own.exists():
-                files.write(shared, own.read_bytes())
+                files.write(shared, own.read_bytes(), private=True)
             if not onnx.exists():
                 export.export(boxed if row.objective else shared, output=onnx, wrapper=row.wrapper)
             if not done.exists():

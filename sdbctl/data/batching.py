@@ -107,15 +107,19 @@ def view(images: ImageSet, number: int, augment: str | None = None) -> ImageSet:
     change = AUGMENT[default_augment(images.name, images.shape) if augment is None else augment]
     generator = torch.Generator().manual_seed(number)
     pixels = images.pixels
-    moved = [change(pixels[start : start + VIEW_CHUNK], generator) for start in range(0, len(pixels), VIEW_CHUNK)]
+    moved = [
+        _bytes(change(pixels[start : start + VIEW_CHUNK], generator)) for start in range(0, len(pixels), VIEW_CHUNK)
+    ]
     return like(images, torch.cat(moved))
 
 
 def like(images: ImageSet, pixels: Tensor) -> ImageSet:
     """A set with the labels of another: pixels [N, C, H, W] of any type in [0, 255] are rounded to uint8."""
-    if pixels.dtype != torch.uint8:
-        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
-    return ImageSet.of(pixels, images.labels, images.name)
+    return ImageSet.of(_bytes(pixels), images.labels, images.name)
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 def batches(

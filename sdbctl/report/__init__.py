@@ -36,7 +36,6 @@ STUDENTS = (
     "class_constant",
     "hard_label",
     "kd_original",
-    "kd_q",
     "unauthorized",
     "authorized",
     "authorized_wrong_key",
@@ -272,13 +271,17 @@ class Report:
             path: Where the number stands in the JSON.
 
         Returns:
-            The number, or None if it was not measured. The names in ``STUDENTS`` and ``MODELS`` are known
-            even if the report lacks them.
+            The number, or None if it was not measured: a model or student that the report lacks was not.
 
         Raises:
             UsageError: There is no number at that path.
         """
         numbers = dict(self._numbers())
+        root, _, rest = path.partition(".")
+        usual = {"students": f"students.{STUDENTS[0]}", "models": f"models.{MODELS[0]}"}
+        name, _, number = rest.partition(".")
+        if root in usual and name not in getattr(self, root) and f"{usual[root]}.{number}" in numbers:
+            return None
         if path not in numbers:
             printable = filter(str.isprintable, numbers)
             nearest = difflib.get_close_matches(path, printable, n=1, cutoff=0)[0]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.report import Report
+from sdbctl.report import MODELS, Report
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -97,19 +98,26 @@ def load_gates(path: Path) -> list[Gate]:
     return [parse_gate(rule) for rule in rules]
 
 
-def check_names(gates: Sequence[Gate]) -> None:
+def check_names(gates: Sequence[Gate], students: Iterable[str]) -> None:
     """Refuse a rule with a slip of the pen before hours of work, as far as a report's names are known.
 
+    Args:
+        gates: The rules.
+        students: Names of the rows that a report may have.
+
     Raises:
-        UsageError: No report has such a headline number.
+        UsageError: No report has such a headline number, model or student.
     """
     empty = Report(title="", created="", tool="", verdict="")
+    known = {"students": list(students), "models": list(MODELS)}
     for gate in gates:
-        if gate.path.partition(".")[0] in (
-            "inference_cost",
-            "unauthorized_advantage",
-            "authorized_gain",
-            "protectable",
+        root, _, rest = gate.path.partition(".")
+        name, _, number = rest.partition(".")
+        if root in known and name not in known[root]:
+            nearest = difflib.get_close_matches(name, known[root], n=1, cutoff=0)[0]
+            raise UsageError(f"no report has a number {gate.path}", f"did you mean {root}.{nearest}.{number}?")
+        if root in ("inference_cost", "unauthorized_advantage", "authorized_gain", "protectable", "models") or (
+            root == "students" and not number.startswith("config.")
         ):
             empty.get(gate.path)
 
