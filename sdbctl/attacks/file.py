@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, normalize
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
-from sdbctl.attacks.kd import KD, KD_UNLABELLED, soft_labels
-from sdbctl.attacks.soft import DIST, dist
+from sdbctl.attacks.kd import KD, KD_UNLABELLED
+from sdbctl.attacks.soft import DIST, kd_or_dist
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
@@ -34,13 +34,12 @@ def held(attacker: Attacker) -> nn.Module:
 
 
 def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
-    """Distil the student from the mean log-probabilities of boxes; by DIST if the configuration has its weight."""
+    """Distil the student from the mean log-probabilities of boxes."""
 
     def mean(images: ImageSet) -> Tensor:
         return torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
 
-    loss = dist if "weight" in config else soft_labels
-    attacker.learn(lambda z, answer, y: loss(z, answer, y, config), targets=mean)
+    attacker.learn(lambda z, answer, y: kd_or_dist(z, answer, y, config), targets=mean)
 
 
 def stripped(attacker: Attacker, config: Config) -> None:

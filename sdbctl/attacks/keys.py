@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.file import held
-from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.soft import DIST, kd_or_dist
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet, like
 from sdbctl.key import embed
@@ -42,7 +42,7 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
 def _with(attacker: Attacker, pattern: Tensor, config: Config) -> None:
     attacker.guess = pattern
     attacker.learn(
-        lambda z, answer, y: soft_labels(z, answer, y, config),
+        lambda z, answer, y: kd_or_dist(z, answer, y, config),
         targets=lambda images: attacker.ask(keyed(images, pattern, attacker.strength)),
     )
 
@@ -111,16 +111,16 @@ def inverted(attacker: Attacker, config: Config) -> None:
         climb(free, rounds // 2)
     attacker.guess = pattern = free.detach().sigmoid().cpu()
     attacker.learn(
-        lambda z, answer, y: soft_labels(z, answer, y, config),
+        lambda z, answer, y: kd_or_dist(z, answer, y, config),
         targets=lambda images: outputs(attacker, net, keyed(images, pattern, attacker.strength)),
     )
 
 
-_TAU4 = {"temperature": 4.0, "alpha": 0.9}
+_SETTINGS = ({"temperature": 4.0, "alpha": 0.9}, DIST.grid[2])
 
 
 def _attack(summary: str, source: str, train: Train, config: Config, access: Access = Access.PROBABILITIES) -> Attack:
-    return Attack(summary, source, "attack", access, True, ({**_TAU4, **config},), train)
+    return Attack(summary, source, "attack", access, True, tuple({**some, **config} for some in _SETTINGS), train)
 
 
 RANDOM_KEYS = _attack("the best of random keys", "own", random_keys, {"tries": 16.0})

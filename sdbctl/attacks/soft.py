@@ -8,6 +8,7 @@ from torch.nn.functional import log_softmax, one_hot
 
 from sdbctl.attacks.base import Attack, Config, Loss, PerBatch, without_labels
 from sdbctl.attacks.floor import constant_logits
+from sdbctl.attacks.kd import soft_labels
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
 
@@ -54,6 +55,11 @@ def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> 
 
     target = answer.argmax(1) if y is None else y
     return cross_entropy(z, target) + config["weight"] * tau**2 * (apart(p, q, 1) + apart(p, q, 0))
+
+
+def kd_or_dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """:func:`dist` if the configuration has its weight, else plain distillation."""
+    return (dist if "weight" in config else soft_labels)(z, answer, y, config)
 
 
 def dist_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
