@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 METADATA_KEY = "sdbctl"
+SERVES_KEY = "sdbctl.serves"
 ONNX_OPSET = 20
 PARITY_TOLERANCE = 1e-3
 _DISABLED = 0.0
@@ -341,7 +342,15 @@ def read_metadata(path: Path) -> Metadata | None:
     return Metadata.from_json(values[METADATA_KEY], path.name) if METADATA_KEY in values else None
 
 
-def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = False) -> float:
+def serves(path: Path) -> str:
+    """What an ONNX file of ours shows of its network: all outputs, concealed ones, or those of a wrapper."""
+    values = {entry.key: entry.value for entry in read_onnx(path).metadata_props}
+    return str(values.get(SERVES_KEY, "not recorded"))
+
+
+def export_onnx(
+    path: Path, net: nn.Module, meta: Metadata, *, serves: str = "all outputs", force: bool = False
+) -> float:
     """Write a network as ONNX with its metadata, after checking that it computes the same.
 
     The graph has one input ``input`` [batch, C, H, W], normalised exactly as the original's, and one output
@@ -352,6 +361,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
         net: The network. If it has an attribute ``bare``, the network that it answers with while its buffer ``flat``
             is negative, then that is compared, too.
         meta: Its metadata.
+        serves: What the graph shows of the network, in words, for the record.
         force: Whether to replace an existing file.
 
     Returns:
@@ -367,8 +377,8 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
     generator = torch.Generator().manual_seed(0)
     example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=generator))
     proto = _to_onnx(net, example)
-    for entry in ({METADATA_KEY: meta.to_json()}).items():
-        proto.metadata_props.add(key=entry[0], value=entry[1])
+    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, serves)):
+        proto.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()
     difference = _difference(content, net, example)

@@ -146,6 +146,8 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
                 f"{path} is of torch's old format and holds more than tensors, or is cut off",
                 "save its state_dict again, or use --trust if you made it: it runs whatever it holds",
             ) from None
+        if path.suffix == ".onnx":
+            raise BadInput(f"{path} is an ONNX file, and weights are needed", "give the safetensors") from None
         raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None
 
 

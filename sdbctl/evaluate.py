@@ -19,7 +19,6 @@ from sdbctl.curves import budget_curve, key_curves
 from sdbctl.protocol import paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
-    PROTECTABLE_LIMIT,
     Advantage,
     Bin,
     InferenceCost,
@@ -193,7 +192,7 @@ def verdict(report: Report) -> str:
             f"The attacker gains {advantage.mean:+.1f} points over the floor; whether there was something to protect "
             "is unknown without --original."
         )
-    if protectable.mean < PROTECTABLE_LIMIT or (protectable.low is not None and protectable.low <= 0):
+    if report.nothing_to_protect:
         finding = (
             f"Nothing to protect here: distilling the original is worth only {protectable.mean:+.1f} points over "
             "what an attacker has anyway."

@@ -63,7 +63,9 @@ class Key:
                 content = file.read()
         except OSError as error:
             raise BadInput(f"cannot read key file {path}: {error.strerror}", "check the path") from None
-        if os.name == "posix" and stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
+        # what has another size is no key at all, and its mode does not matter
+        shared = os.name == "posix" and stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH)
+        if shared and len(content) == KEY_BYTES:
             if not insecure:
                 raise BadInput(
                     f"key file {path} can be read by other users", f"chmod 600 {path}, or use --insecure-key-file"

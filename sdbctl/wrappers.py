@@ -45,7 +45,7 @@ def uniform_nontarget(p: Tensor) -> Tensor:
 
 
 def quantised_confidence(p: Tensor) -> Tensor:
-    """:func:`uniform_nontarget` with one of four confidences: at most two bits a query beside the class."""
+    """The predicted class with one of four confidences, two bits a query beside the class, the others alike."""
     least = 1 / p.shape[1]
     step = (1 - least) / 4
     best = p.amax(1, keepdim=True)

@@ -31,13 +31,14 @@ def run_cli(*args, stdin=None, cwd=None):
 
     from sdbctl import cli
 
+    words = [str(arg) for arg in args]
     with contextlib.chdir(cwd) if cwd else contextlib.nullcontext():
         try:
-            defaults = cli.read_settings(Path(cli.SETTINGS_FILE), typer.main.get_command(cli.app))
+            defaults = cli.defaults_for(words)
         except cli.SdbError as error:
             return Result(error.exit_code, b"", str(error).encode())
         runner = typer.testing.CliRunner()
-        result = runner.invoke(cli.app, [str(arg) for arg in args], input=stdin, default_map=defaults)
+        result = runner.invoke(cli.app, words, input=stdin, default_map=defaults)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout_bytes, result.stderr_bytes)

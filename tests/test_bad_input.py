@@ -290,6 +290,7 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
     assert not output.exists()
     assert not [p for p in tmp_path.iterdir() if p.suffix == ".part"]
     assert original.read_bytes() == before
+    check(run_cli(*args), 2, "an interrupted run left", "--resume goes on, --force starts again")
     check(run_cli(*args[:-1], "3", "--resume"), 4, "other settings")
     result = run_cli(*args, "--resume")
     assert result.returncode == 0, result.stderr.decode()
@@ -461,3 +462,15 @@ def test_demo_replaces_nothing(tmp_path):
     (tmp_path / "boxed.onnx").write_text("mine")
     check(run_cli("demo", "-o", tmp_path), 2, "boxed.onnx already exists")
     assert (tmp_path / "boxed.onnx").read_text() == "mine"
+
+
+def test_a_box_is_not_boxed_again(work, tmp_path):
+    args = ("--key-file", work / "other.bin", "--data", "digits", "-o", tmp_path / "b.safetensors")
+    check(run_cli("box", work / "boxed.safetensors", *args), 4, "is a box already", "give the original")
+
+
+def test_names_that_do_not_fit_what_is_written_or_read(work, tmp_path):
+    check(run_cli("export", work / "boxed.safetensors", "-o", tmp_path / "x.safetensors"), 2, "is not named .onnx")
+    check(run_cli("export", work / "boxed.onnx", "-o", tmp_path / "x.onnx"), 4, "is an ONNX file")
+    check(run_cli("inspect", work / "boxed.onnx", "--key-file", work / "boxed.onnx"), 4, "bytes, not 32")
+    assert not list(tmp_path.iterdir())

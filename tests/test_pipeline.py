@@ -496,6 +496,11 @@ def test_command_line_session(work, tmp_path):
     assert b"does not fit" in result.stdout
     out = tmp_path / "out.onnx"
     assert json.loads(run_cli("export", work / "boxed.safetensors", "-o", out, "--json").stdout)["parity"] < 1e-3
+    for option, shows in (([], "concealed"), (["--graded"], "all outputs"), (["--wrapper", "top1"], "top1")):
+        done = run_cli("export", work / "boxed.safetensors", "-o", out, "--force", "--json", *option)
+        assert json.loads(done.stdout)["serves"] == shows
+        assert json.loads(run_cli("inspect", out, "--json").stdout)["serves"] == shows
+        assert (b"hides what the key opens" in done.stderr) == (shows == "top1")
     common = ["--student", "cnn-tiny", "--epochs", "2", "--precision", "fp32", "--json"]
     for extra, name in (([], "a"), (["--key-file", work / "k.bin"], "b"), (["--no-labels"], "c")):
         student = tmp_path / f"{name}.safetensors"

@@ -17,6 +17,7 @@ from junitparser import JUnitXml
 from rich.console import Console
 
 import sdbctl.report as module
+from sdbctl import evaluate
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 from sdbctl.report import (
     Advantage,
@@ -37,7 +38,7 @@ from sdbctl.report.junit import junit
 from sdbctl.report.markdown import markdown
 from sdbctl.report.render import FORMATS, write
 from sdbctl.report.terminal import tables
-from sdbctl.report.view import bounds, number, view
+from sdbctl.report.view import bounds, compare, number, view
 
 SCHEMA = Path(module.__file__).with_name("report.schema.json")
 EVIL = "<script>alert(1)</script> | [x](http://evil.example) $a$ \x1b[31m‮ \"'&"
@@ -577,3 +578,33 @@ def test_no_two_rows_have_the_same_name_in_a_chart():
 
     names = [_short(row.label) for row in ALL]
     assert len(set(names)) == len(names)
+
+
+def test_a_comparison_shows_what_is_no_longer_measured_and_what_else_changed(report):
+    config = {**report.config, "suite": "other"}
+    now = dataclasses.replace(report, authorized_gain=Interval(), config=config)
+    table = compare(now, report)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["authorized_gain.mean"][1:] == ("not measured", "not measured")
+    assert "suite" in table.note
+    assert compare(report, report).note == ""
+
+
+@pytest.mark.parametrize(
+    ("worth", "advantage", "nothing"),
+    [
+        (Interval(0.5, -1.0, 2.0, 5), Interval(0.1, -0.5, 0.7, 5), True),
+        (Interval(9.0, n=1), Interval(0.1, n=1), False),
+        (Interval(-6.1, n=1), Interval(52.9, n=1), False),
+        (Interval(-6.1, -7.0, -5.0, 5), Interval(52.9, 50.0, 55.0, 5), False),
+        (Interval(9.0, 8.0, 10.0, 5), Interval(0.1, -0.5, 0.7, 5), False),
+    ],
+)
+def test_nothing_to_protect_is_said_only_where_it_is_known(report, worth, advantage, nothing):
+    threats = UnauthorizedAdvantage(api=Advantage(labelled=advantage))
+    made = dataclasses.replace(report, protectable=worth, unauthorized_advantage=threats)
+    assert made.nothing_to_protect == nothing
+    assert evaluate.verdict(made).startswith("Nothing to protect") == nothing
+    words = {card.title: card.words for card in view(made).cards}
+    assert (words["Original over the floor"] == "nothing to protect here") == nothing
+    assert (words["Advantage without key, API, labelled"] == "nothing to protect here") == nothing

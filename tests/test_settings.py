@@ -6,6 +6,7 @@ import typer
 from sdbctl.cli import app
 from sdbctl.cli.settings import read_settings
 from sdbctl.errors import BadInput, UsageError
+from tests.conftest import run_cli
 
 ROOT = typer.main.get_command(app)
 
@@ -35,6 +36,9 @@ def test_common_and_own_keys(tmp_path):
         ("[bx]\nepochs = 3", "unknown command .bx.; did you mean box"),
         ("dta = 'digits'", "unknown key dta; did you mean data"),
         ("[keygen]\nepochs = 3", "unknown key epochs"),
+        ("no-labels = true", "unknown key no-labels; did you mean labels"),
+        ("trust = true", "unknown key trust"),
+        ("[distill]\ninsecure-key-file = true", "unknown key insecure-key-file"),
     ],
 )
 def test_unknown_keys_name_the_nearest(tmp_path, text, message):
@@ -58,3 +62,19 @@ def test_a_key_at_the_top_is_each_commands_own_option(tmp_path):
     assert {"box", "distill", "export", "train"} <= {name for name, own in defaults.items() if "output" in own}
     # the parameter behind --report has another name here
     assert defaults["report"] == {"folder": "rep"}
+
+
+def test_a_folder_from_elsewhere_cannot_make_a_checkpoint_run_code(tmp_path):
+    (tmp_path / "sdbctl.toml").write_text("trust = true\n")
+    result = run_cli("inspect", "x.pth", cwd=tmp_path)
+    assert result.returncode == 2
+    assert b"unknown key trust" in result.stderr
+    assert run_cli("inspect", "--help", cwd=tmp_path).returncode == 0
+
+
+def test_defaults_that_apply_are_named(tmp_path, capsys):
+    (tmp_path / "sdbctl.toml").write_text('data = "digits"\n')
+    run_cli("list", "suites", cwd=tmp_path)
+    assert not capsys.readouterr().err
+    run_cli("train", "--epochs", 0, cwd=tmp_path)
+    assert "defaults from sdbctl.toml: data" in capsys.readouterr().err

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,10 +58,21 @@ def root(
     """Put a trained image classifier into a Safe Distillation Box, and measure what an attacker really gets."""
 
 
+def defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What ``sdbctl.toml`` in this folder sets, which is said; nothing for somebody who asks for help."""
+    if {"-h", "--help", "--version"} & set(arguments):
+        return {}
+    defaults = read_settings(Path(SETTINGS_FILE), typer.main.get_command(app))
+    used = defaults.get(next((word for word in arguments if word in COMMANDS), ""), {})
+    if used:
+        say(f"defaults from {SETTINGS_FILE}: {', '.join(sorted(used))}")
+    return defaults
+
+
 def main() -> Any:
     """Entry point of the console script; ``sdbctl.toml`` in this folder fills in options."""
     try:
-        defaults = read_settings(Path(SETTINGS_FILE), typer.main.get_command(app))
+        defaults = defaults_for(sys.argv[1:])
     except SdbError as error:
         say(f"error: {error}")
         raise SystemExit(error.exit_code) from None

@@ -20,6 +20,7 @@ from sdbctl.cli.common import (
     recipe_of,
     split_like,
     together,
+    unfinished,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
@@ -112,6 +113,7 @@ def box(
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
+    unfinished((state, reference_state), resume, force)
     files.claim(output, force=force)
     if not resume and reference is None:
         files.claim(reference_path, force=force)
@@ -157,6 +159,8 @@ def box(
         ),
     )
     original = boxfile.load(checkpoint, arch=arch, trust=trust)
+    if original.meta is not None and original.meta.kind == "box":
+        raise BadInput(f"{checkpoint} is a box already", "give the original; without a key in it, that key is revoked")
     say(f"checkpoint: {original.architecture}, {original.classes} classes")
     if (features := width(original.net)) < original.classes - 1:
         say(
@@ -265,6 +269,8 @@ def box(
             },
         ),
     )
+    if measured["keyed_residual"] < 3 * measured["residual"]:
+        say("warning: the key opens hardly more than everybody sees; train for more --epochs")
     if max_cost is not None and cost > max_cost:
         raise GateFailed(
             f"the box costs {cost:.2f} top-1 points, more than --max-cost {max_cost:g}", "the files were kept"

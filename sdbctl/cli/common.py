@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,22 @@ def finite(value: str | float) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{value} is not a finite number")
     return number
+
+
+def unfinished(states: Iterable[Path], resume: bool, force: bool) -> None:
+    """Refuse to throw an interrupted run away unless that was asked for.
+
+    Args:
+        states: Where runs keep their state.
+        resume: Whether the run goes on with it.
+        force: Whether it starts again.
+
+    Raises:
+        UsageError: There is one, and nothing was said.
+    """
+    found = next((path for path in states if path.exists()), None)
+    if found is not None and not (resume or force):
+        raise UsageError(f"an interrupted run left {found}", "--resume goes on, --force starts again")
 
 
 def read_key(path: Path, insecure: bool, processes: int = 1) -> Key:

@@ -20,6 +20,7 @@ from sdbctl.cli.common import (
     recipe_of,
     split_like,
     together,
+    unfinished,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
@@ -70,6 +71,8 @@ def distill(
     from sdbctl import files
 
     processes = together(devices, nodes)
+    state = output.with_name(f".{output.stem}.resume")
+    unfinished([state], resume, force)
     files.claim(output, force=force)
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
 
@@ -105,7 +108,6 @@ def distill(
     size = dataset.train.shape
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(student, classes, size[0], seed)
-    state = output.with_name(f".{output.stem}.resume")
     engine = pick(
         device,
         precision,
@@ -222,6 +224,8 @@ def train(
     from sdbctl import boxfile, files, metrics
 
     processes = together(devices, nodes)
+    state = output.with_name(f".{output.stem}.resume")
+    unfinished([state], resume, force)
     files.claim(output, force=force)
     from dataclasses import replace
 
@@ -238,7 +242,6 @@ def train(
     recipe = recipe_of(Recipe(epochs=30), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(arch, classes, size[0], seed)
     preprocess = preset(normalize or ("half" if size[0] == 1 else "imagenet"), size)
-    state = output.with_name(f".{output.stem}.resume")
     engine = pick(
         device,
         precision,

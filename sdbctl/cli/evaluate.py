@@ -189,7 +189,11 @@ def evaluate(
         if any(row.name == "overheard_key" for row in chosen.rows):
             bench = listening(bench)
         if not any(row.role == "attack" for row in bench.rows()):
-            raise UsageError(f"suite {suite} attacks the weights, and {box.name} comes without", "give the safetensors")
+            beside = box.with_suffix(".safetensors").name
+            raise UsageError(
+                f"suite {suite} attacks the weights, and {box.name} has none beside it",
+                f"put the {beside} that it was exported from into its folder",
+            )
     cells = cache / "cells"
     if attack:
         planned = plan(bench)
@@ -241,6 +245,8 @@ def gather(
     boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
         boxed = replace(boxed, net=opened.loaded.net)
+        if meta is not None and "confidences" in meta.measured:
+            notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
     else:
         beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
         held, why = None, "is not there"
@@ -320,7 +326,7 @@ def rerender(
     """Print a report, render it again, compare it, or hold it against gates."""
     from sdbctl.report import Report
     from sdbctl.report.gates import check
-    from sdbctl.report.terminal import comparison, tables
+    from sdbctl.report.terminal import comparison, gate_table, tables
 
     gates = known_gates(gate)
     made = Report.read(path)
@@ -329,9 +335,10 @@ def rerender(
             raise UsageError("--baseline compares and writes nothing", "leave out --report or --baseline")
         old = Report.read(baseline)
         before, now = old.means(), made.means()
-        changes = {name: {"before": before[name], "now": now[name]} for name in now if name in before}
-        emit(changes, json_, comparison(made, old))
-        enforce(check(made, gates))
+        changes = {name: {"before": before.get(name), "now": now.get(name)} for name in {**now, **before}}
+        results = check(made, gates)
+        emit(changes, json_, comparison(made, old), *gate_table(results))
+        enforce(results)
         return
     if folder is not None:
         finish(made, folder, gates, force, json_)
@@ -353,6 +360,6 @@ def known_gates(path: Path | None) -> list[Gate]:
 
 def enforce(results: list[GateResult]) -> None:
     """Leave with exit code 3 if a gate is broken."""
-    broken = [result.rule for result in results if not result.passed]
+    broken = [f"{result.rule} ({result.reason})" for result in results if not result.passed]
     if broken:
         raise GateFailed(f"gate broken: {'; '.join(broken)}", "see the report")

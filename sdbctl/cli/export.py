@@ -47,6 +47,8 @@ def export(
         raise UsageError(f"weights cannot hold the wrapper {wrapper}", "use --format onnx")
 
     output = output or model.with_suffix(suffixes[format_])
+    if output.suffix != suffixes[format_]:
+        raise UsageError(f"output {output} is not named {suffixes[format_]}", "name it so, or give another --format")
     files.claim(output, force=force)
     loaded = boxfile.load(model, arch=arch, trust=trust)
     meta = loaded.meta
@@ -68,12 +70,15 @@ def export(
         net = loaded.net if graded or wrapper else served(loaded.net, meta)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
+            if meta.key_ids:
+                say(f"note: {wrapper} hides what the key opens, too")
         if isinstance(net, Concealed):
             levels = ", ".join(f"{level:.1%}" for level in net.levels)
             say(f"public outputs are served with one of {len(net.levels)} confidences: {levels} (--graded leaves them)")
         elif meta.kind == "box" and meta.objective == "conceal" and not graded and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
-        result["parity"] = boxfile.export_onnx(output, net, meta, force=force)
+        shows = wrapper or ("concealed" if isinstance(net, Concealed) else "all outputs")
+        result |= {"serves": shows, "parity": boxfile.export_onnx(output, net, meta, serves=shows, force=force)}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, force=force)
@@ -100,6 +105,8 @@ def inspect(
         meta = boxfile.read_metadata(path)
         teacher = OnnxTeacher(path, torch.device("cpu"))
         extra = {"format": "ONNX", "input": list(teacher.shape), "outputs": teacher.classes}
+        if meta is not None:
+            extra["serves"] = boxfile.serves(path)
     else:
         loaded = boxfile.load(path, trust=trust)
         meta = loaded.meta

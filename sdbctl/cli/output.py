@@ -158,7 +158,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return command(*args, **kwargs)
             except KeyboardInterrupt:
-                fail(Interrupted("interrupted", "run it again to go on; box, distill and train take --resume"))
+                fail(Interrupted("interrupted", "run it again to go on; box, distill and train with --resume"))
             except (SdbError, typer.Exit, typer.Abort) as error:
                 if isinstance(error, SdbError):
                     fail(error)

@@ -11,13 +11,15 @@ from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
 
 SETTINGS_FILE = "sdbctl.toml"
+SPOKEN = ("--help", "--json", "--trust", "--insecure-key-file")
+"""Options that must be given where everybody sees them: a file in a folder from elsewhere must not lower the guard."""
 
 
 def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
     """Read defaults for the command line.
 
     Keys at the top apply to every command that has the option; those in a table ``[box]``, ``[eval]``, … to
-    that command alone, and win. Names are those of the options, with ``-`` or ``_``.
+    that command alone, and win. Names are those of the options, with ``-`` or ``_``; but see :data:`SPOKEN`.
 
     Args:
         path: The file; a missing one sets nothing.
@@ -65,8 +67,8 @@ def _options(command: Any) -> dict[str, str]:
     """Option names without dashes → parameter names."""
     found = {}
     for parameter in command.params:
-        for option in (*parameter.opts, *parameter.secondary_opts):
-            if option.startswith("--") and option not in ("--help", "--json"):
+        for option in parameter.opts:
+            if option.startswith("--") and option not in SPOKEN:
                 found[option.removeprefix("--").replace("_", "-")] = parameter.name
         if not parameter.opts[0].startswith("-"):
             found[parameter.name] = parameter.name

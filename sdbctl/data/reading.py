@@ -282,6 +282,8 @@ def load(
         known = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(SOURCES)}"
         path = Path(spec).expanduser()
         scheme = {".npz": "npz", ".parquet": "parquet"}.get(path.suffix, "folder")
+        if path.is_dir() and next(path.rglob("*.parquet"), None) is not None:
+            scheme = "parquet"
         raise UsageError(f"unknown data {spec}", f"write {scheme}:{spec}" if path.exists() else known)
     found = SOURCES[name][0](Request(argument, root, size, channels, download))
     parts = [part for part in (found.train, found.test) if part is not None]

@@ -304,6 +304,14 @@ class Report:
         for item in dataclasses.fields(self):
             yield from _flatten(getattr(self, item.name), item.name)
 
+    @property
+    def nothing_to_protect(self) -> bool:
+        """Whether distilling the original is known to be worth little, and no attack says otherwise."""
+        worth, advantage = self.protectable, self.unauthorized_advantage
+        beaten = any((threat.labelled.low or 0) > ADVANTAGE_LIMIT for threat in (advantage.api, advantage.file))
+        small = worth.mean is not None and (worth.mean < PROTECTABLE_LIMIT or (worth.low or 0) <= 0)
+        return small and worth.low is not None and not beaten
+
     def to_json(self) -> str:
         """The report as JSON text; numbers that are not finite become null."""
         return json.dumps(codec.encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sdbctl.report import Report
 from sdbctl.report.gates import GateResult
-from sdbctl.report.view import NOT_MEASURED, Table, compare, headline, view
+from sdbctl.report.view import NOT_MEASURED, Table, compare, gates_table, headline, view
 
 NARROW = 10
 """Characters of a line of a numeric column's title, and the least that a column of words keeps."""
@@ -36,6 +36,12 @@ def tables(report: Report, gates: Sequence[GateResult] = ()) -> list[RenderableT
     result += [rich_table(table) for table in shown.tables]
     result += [Text(f"Note: {note}", "dim") for note in shown.notes]
     return result
+
+
+def gate_table(results: Sequence[GateResult]) -> list[RenderableType]:
+    """The gates alone, if there are any."""
+    table = gates_table(results)
+    return [rich_table(table)] if table.rows else []
 
 
 def comparison(report: Report, baseline: Report) -> RenderableType:

@@ -137,7 +137,7 @@ class View:
 
 def view(report: Report, gates: Sequence[GateResult] = ()) -> View:
     """Turn a report, and the gates it was held against, into cards and tables."""
-    tables = [_gates(gates), _costs(report), _models(report), _students(report), _screened(report)]
+    tables = [gates_table(gates), _costs(report), _models(report), _students(report), _screened(report)]
     details = {
         "Configuration": report.config,
         "Box": report.box,
@@ -157,15 +157,21 @@ def view(report: Report, gates: Sequence[GateResult] = ()) -> View:
 
 
 def compare(report: Report, baseline: Report) -> Table:
-    """What changed since another report: every mean that both have measured."""
+    """What changed since another report: every mean that one of them has measured, and how they were made."""
     before, now = baseline.means(), report.means()
     columns = (Column("Number", numeric=False), Column("Before"), Column("Now"), Column("Change"))
+
+    def change(path: str) -> float | None:
+        return now[path] - before[path] if path in before and path in now else None
+
     rows = tuple(
-        (clean(path), number(before[path], 3), number(now[path], 3), number(now[path] - before[path], 3, sign=True))
-        for path in now
-        if path in before
+        (clean(path), number(before.get(path), 3), number(now.get(path), 3), number(change(path), 3, sign=True))
+        for path in {**now, **before}
     )
-    return Table("Compared with the baseline", columns, rows)
+    old, new = ({"title": made.title, **dict(_settings(made.config))} for made in (baseline, report))
+    other = sorted(clean(name) for name in {**old, **new} if old.get(name) != new.get(name))
+    note = f"These differ in {', '.join(other)}, not only in the model." if other else ""
+    return Table("Compared with the baseline", columns, rows, note=note)
 
 
 def headline(cards: Sequence[Card]) -> Table:
@@ -223,7 +229,7 @@ def _cards(report: Report) -> Iterator[Card]:
     cost, advantage = report.inference_cost.top1, report.unauthorized_advantage
     yield _card("Inference cost, top-1", cost, *_at_most(cost, COST_LIMIT), images=True)
     protectable = report.protectable
-    nothing = protectable.mean is not None and not _protectable(protectable)
+    nothing = report.nothing_to_protect
     for title, interval, always in (
         ("Advantage without key, API, labelled", advantage.api.labelled, True),
         ("Advantage without key, API, unlabelled", advantage.api.unlabelled, True),
@@ -237,7 +243,8 @@ def _cards(report: Report) -> Iterator[Card]:
             yield _card(title, interval, status, words)
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
     if protectable.mean is not None:
-        words = "nothing to protect here" if nothing else "something to protect"
+        known = protectable.mean >= PROTECTABLE_LIMIT and (protectable.low or 0) > 0
+        words = "nothing to protect here" if nothing else "something to protect" if known else "no claim is made"
         yield _card("Original over the floor", protectable, "neutral", words)
 
 
@@ -254,10 +261,6 @@ def _card(title: str, interval: Interval, status: Status, words: str, images: bo
         status=status,
         words=words,
     )
-
-
-def _protectable(interval: Interval) -> bool:
-    return (interval.mean or 0) >= PROTECTABLE_LIMIT and (interval.low or 0) > 0
 
 
 def _at_most(interval: Interval, limit: float) -> tuple[Status, str]:
@@ -282,7 +285,8 @@ def _above_zero(interval: Interval) -> tuple[Status, str]:
     return "fail", "no gain is shown"
 
 
-def _gates(gates: Sequence[GateResult]) -> Table:
+def gates_table(gates: Sequence[GateResult]) -> Table:
+    """Rules and whether they hold."""
     columns = (Column("Gate", numeric=False), Column("Value"), Column("Result", numeric=False))
     rows = tuple(
         (
