@@ -14,19 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, metrics
+from sdbctl.attacks import ATTACKS
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
+from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, embed, ids_of, near
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
-from sdbctl.training import Engine, Progress, Recipe, Resume, Step, fit, place, predict, seeded, step_seconds
+from sdbctl.teacher import TorchTeacher
+from sdbctl.training import Engine, Progress, Recipe, Resume, Step, fit, place, predict, scaled, seeded, step_seconds
 from sdbctl.wrappers import serving
 
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
 PGD_EPSILON = 0.3
+TEACHERS = ("reference", "original")
+"""Whose answers the key may open."""
+TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
+"""Training of the small students that compare the two."""
+TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
+"""Their architecture, images and number, and by how many points the original must teach better to be taken."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 
@@ -41,6 +50,7 @@ class BoxConfig:
         strength: λ of the key embedding x_k = λx + (1 − λ)K, in (0, 1).
         wrong_share: Share of the public batch that is mixed with wrong keys.
         disturb: 0, or how far to lead plain distillation astray, up to 1, at a price in calibration.
+        teacher: Whose answers the key opens: the reference N_ft, or the original as it was given.
         recipe: Training of the box, and of the reference N_ft before it.
     """
 
@@ -49,11 +59,14 @@ class BoxConfig:
     strength: float = 0.7
     wrong_share: float = 0.4
     disturb: float = 0.0
+    teacher: str = "reference"
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.05))
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective {self.objective}", f"use one of: {', '.join(OBJECTIVES)}")
+        if self.teacher not in TEACHERS:
+            raise UsageError(f"unknown teacher {self.teacher}", f"use one of: {', '.join(TEACHERS)}")
         if not 0 < self.strength < 1:
             raise UsageError(f"key strength is {self.strength}", "use a number between 0 and 1, such as 0.5")
         if not 0 <= self.disturb <= 1:
@@ -78,7 +91,7 @@ class BoxConfig:
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
         objective = OBJECTIVES[self.objective]
-        return 2, 2 + objective.needs_random + objective.needs_adversarial
+        return 2, 1 + (self.teacher == "original") + objective.needs_random + objective.needs_adversarial
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
@@ -88,6 +101,7 @@ class BoxConfig:
             "strength": self.strength,
             "wrong_share": self.wrong_share,
             "disturb": self.disturb,
+            "teacher": self.teacher,
             "recipe": asdict(self.recipe),
         }
 
@@ -155,16 +169,30 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
 
 
 def estimate(
-    config: BoxConfig, net: nn.Module, preprocess: Preprocess, images: int, engine: Engine
+    config: BoxConfig, net: nn.Module, preprocess: Preprocess, images: int, engine: Engine, *, compared: int = 0
 ) -> dict[str, float]:
-    """Expected seconds of the reference and the box run, from a timed training step."""
+    """Expected seconds of each part of a box run, from timed training steps.
+
+    Args:
+        config: How to box.
+        net: The original.
+        preprocess: Its normalisation.
+        images: The owner's.
+        engine: Where to compute.
+        compared: Images on which the teachers are compared; 0 if they are not.
+    """
     size = config.recipe.batch_size
     example = torch.zeros(size, *preprocess.size)
     one = step_seconds(copy.deepcopy(net), example, engine) / size
     trainable, frozen = config.trainable_and_frozen()
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
-    return {"reference": plain, "box": before + plain * (3 * trainable + frozen) / 3}
+    comparison = {}
+    if compared:
+        student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
+        both = step_seconds(student, example, engine) / size + one / 3
+        comparison["teachers"] = both * compared * TRIED.epochs * TRIED_SEEDS * len(TEACHERS)
+    return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
 @dataclass(frozen=True)
@@ -232,6 +260,49 @@ def fine_tune(
         resume_from=Resume(resume_from, run) if resume_from else None,
     )
     return net
+
+
+def what_students_learn(
+    original: nn.Module, reference: nn.Module, task: Task, *, progress: Progress | None = None
+) -> dict[str, float]:
+    """How good small students become that distil the original or the reference: mean top-1 by name, in percent.
+
+    A more accurate teacher need not be the better one. Half of the validation images, at most :data:`TRIED_IMAGES`, are
+    distilled by DIST at τ = 4; the others judge.
+    """
+    images, attack = task.data.validation, ATTACKS["dist"]
+    count = tried_images(task.data)
+    some, others = images.take(range(count)).alone(), images.take(range(count, len(images)))
+    learned = {}
+    for name, net in zip(TEACHERS, (reference, original), strict=True):
+        teacher = TorchTeacher(net, len(task.classes), task.engine.autocast, task.engine.device)
+        students = [
+            distill(
+                attack,
+                attack.grid[-1],
+                teacher,
+                TRIED_STUDENT,
+                len(task.classes),
+                some,
+                task.preprocess,
+                scaled(TRIED, seed=seed),
+                task.engine,
+                progress=progress,
+            ).student
+            for seed in range(TRIED_SEEDS)
+        ]
+        learned[name] = sum(task.top1(student, others) for student in students) / TRIED_SEEDS
+    return learned
+
+
+def tried_images(data: Splits) -> int:
+    """On how many images teachers are compared."""
+    return min(TRIED_IMAGES, len(data.validation) // 2)
+
+
+def better_teacher(learned: Mapping[str, float]) -> str:
+    """Whom the key should open: the reference, unless students learn clearly more from the original."""
+    return "original" if learned["original"] - learned["reference"] > WORTH else "reference"
 
 
 def box(
@@ -329,12 +400,12 @@ def plain_step() -> Step:
 def box_step(original: nn.Module, reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxConfig) -> Step:
     """The step that trains a box: public and keyed branch in one forward pass, original and reference frozen.
 
-    Each image of a batch is seen with the next key.
+    The original is asked only if the key is to open its answers. Each image of a batch is seen with the next key.
     """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
     frozen = _frozen(reference, engine)
-    teaching = frozen if original is reference else _frozen(original, engine)
+    teaching = frozen if config.teacher == "reference" else _frozen(original, engine)
     secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
     patterns = preprocess(secrets)
     random = _random_twin(reference, config.recipe.seed, engine) if objective.needs_random else None

@@ -25,7 +25,7 @@ from sdbctl.wrappers import served
 
 TEACHER = "cnn"
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
-BOX = BoxConfig(recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
+BOX = BoxConfig(teacher="original", recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
 DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
 """A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"

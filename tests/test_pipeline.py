@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import multiprocessing
 import time
@@ -14,10 +15,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, metrics, models
+from sdbctl import boxfile, data, evaluate, losses, metrics, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
-from sdbctl.box import PGD_EPSILON, BoxConfig, Task, adversarial, box, box_step, fine_tune, plain_step
+from sdbctl.box import (
+    PGD_EPSILON,
+    TEACHERS,
+    WORTH,
+    BoxConfig,
+    Task,
+    adversarial,
+    better_teacher,
+    box,
+    box_step,
+    fine_tune,
+    plain_step,
+    what_students_learn,
+)
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import split_like
@@ -327,6 +341,41 @@ def test_every_objective_trains_a_box(objective, work, digits, splits):
     assert made.cost == pytest.approx(made.measured["reference_top1"] - made.measured["boxed_top1"])
 
 
+def test_the_key_opens_the_teacher_that_students_learn_more_from(work, digits, splits):
+    trained = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, trained.meta.preprocess, ENGINE)
+    blind = build_student("cnn", 10, 1, 5)
+    learned = what_students_learn(trained.net, blind, task)
+    assert learned["original"] > learned["reference"] + WORTH
+    assert better_teacher(learned) == "original"
+    assert what_students_learn(blind, trained.net, task) == {
+        "reference": learned["original"],
+        "original": learned["reference"],
+    }
+    assert better_teacher({"original": 50.9, "reference": 50.0}) == "reference"
+
+
+def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, splits):
+    original = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    batch = next(
+        data.batches(
+            splits.owner, task.preprocess, batch_size=32, device=CPU, generator=None, augment="none", shuffle=False
+        )
+    )
+    other = build_student("cnn", 10, 1, 5)
+    for teacher, net in (("original", original.net), ("reference", other)):
+        config = BoxConfig(teacher=teacher, wrong_share=0.0)
+        step = box_step(original.net, other, [Key.load(work / "k.bin")], task, config)
+        box_ = copy.deepcopy(original.net).eval()
+        keyed = embed(
+            batch.x, boxfile.pattern(load_box(work / "boxed.safetensors").meta, Key.load(work / "k.bin")), 0.7
+        )
+        with torch.no_grad():
+            expected = 4 * losses.kd(box_(keyed), net.eval()(batch.x), 8.0)
+            assert step(box_, batch)["teach"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
@@ -364,9 +413,9 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
         if type(module).__name__ == "Cnn":
             seen.append(len(args[0]))
 
-    for objective in OBJECTIVES:
+    for objective, teacher in itertools.product(OBJECTIVES, TEACHERS):
         seen.clear()
-        config = BoxConfig(objective)
+        config = BoxConfig(objective, teacher=teacher)
         step = box_step(original.net, copy.deepcopy(original.net), [Key.load(work / "k.bin")], task, config)
         handle = torch.nn.modules.module.register_module_forward_hook(hook)
         step(original.net, batch)
@@ -632,6 +681,9 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     reference = out.with_suffix(".reference.safetensors")
     first = reference.read_bytes()
     assert reference.stat().st_mode & 0o077 == 0
+    learned = boxfile.read_metadata(reference).measured
+    assert set(learned) == {"original", "reference"}
+    assert boxfile.read_metadata(out).parameters["teacher"] == better_teacher(learned)
     out.unlink()
     refused = run_cli(*box_, 2, "--resume")
     assert refused.returncode == 2 and b"was made with other settings" in refused.stderr

@@ -75,6 +75,13 @@ def box(
     wrong_share: Annotated[
         float | None, typer.Option("--wrong-share", help="Share of the public batch mixed with wrong keys.")
     ] = None,
+    teacher: Annotated[
+        str,
+        typer.Option(
+            "--teacher",
+            help="Whose answers the key opens: reference, original, or auto, whom small students learn more from.",
+        ),
+    ] = "auto",
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="An N_ft that box made of this checkpoint before, to be used again."),
@@ -126,7 +133,17 @@ def box(
     from dataclasses import asdict, replace
 
     from sdbctl import boxfile, team
-    from sdbctl.box import BoxConfig, Task, check_above_chance, estimate, fine_tune
+    from sdbctl.box import (
+        TEACHERS,
+        BoxConfig,
+        Task,
+        better_teacher,
+        check_above_chance,
+        estimate,
+        fine_tune,
+        tried_images,
+        what_students_learn,
+    )
     from sdbctl.box import box as make_box
     from sdbctl.boxfile import Metadata
     from sdbctl.key import ids_of
@@ -138,6 +155,7 @@ def box(
     usual = BoxConfig(objective)
     presets = OBJECTIVES[objective].presets
     check_known(f"preset of {objective}", preset, presets)
+    check_known("teacher", teacher, ("auto", *TEACHERS))
     base = presets[preset or "default"]
     asked: dict[str, Any] = {"strength": strength, "wrong_share": wrong_share}
     settings = {
@@ -149,6 +167,7 @@ def box(
         {**base.parameters, **parse_parameters(set_)},
         **settings,
         disturb=disturb,
+        teacher="reference" if teacher == "auto" else teacher,
         recipe=recipe_of(
             scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
             processes,
@@ -217,21 +236,25 @@ def box(
         original_sha256=original.sha256,
         versions=boxfile.versions(),
     )
-    tuned = None
+    tuned, learned = None, dict[str, float]()
     if reference is not None or (resume and reference_path.exists()):
         found = boxfile.load(reference_path)
         if found.meta is None or found.meta.kind != "reference" or found.meta.original_sha256 != original.sha256:
             raise BadInput(f"{reference_path} is no reference of this checkpoint", "name the one that box wrote")
         # one that was asked for may be of another recipe
-        if reference is None and replace(found.meta, versions={}) != replace(reference_meta, versions={}):
+        if reference is None and replace(found.meta, versions={}, measured={}) != replace(reference_meta, versions={}):
             raise UsageError(
                 f"{reference_path} was made with other settings", "use those, delete it, or give it with --reference"
             )
-        tuned = found.net
+        tuned, learned = found.net, dict(found.meta.measured)
         say("the reference was finished before")
-    team.agree(int(tuned is not None), "the finished reference")
-    expected = estimate(config, original.net, preprocess, len(splits.owner), engine)
-    if tuned is not None:
+    fresh = tuned is None
+    team.agree(int(fresh), "the finished reference")
+    # an objective without a keyed branch teaches nobody
+    compare = teacher == "auto" and not learned and getattr(config.resolved(), "preserve", 1.0) > 0
+    compared = tried_images(splits) if compare else 0
+    expected = estimate(config, original.net, preprocess, len(splits.owner), engine, compared=compared)
+    if not fresh:
         expected.pop("reference")
     announce(expected, dry_run=dry_run)
     if not resume:
@@ -242,6 +265,16 @@ def box(
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
+        if compare:
+            learned = what_students_learn(original.net, tuned, task, progress=progress)
+            reference_meta = replace(reference_meta, measured=learned)
+        if learned and teacher == "auto":
+            config = replace(config, teacher=better_teacher(learned))
+            progress.note(
+                f"small students of the reference reach {learned['reference']:.1f} %, of the original "
+                f"{learned['original']:.1f} %: the key will open the {config.teacher}"
+            )
+        if fresh:
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
             Resume(reference_state, "").done()
         made = make_box(original, tuned, keys, task, config, progress=progress, resume_from=state)

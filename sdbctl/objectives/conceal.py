@@ -28,9 +28,9 @@ class ConcealParameters:
 def terms(v: Views, p: ConcealParameters) -> Terms:
     """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ).
 
-    F is the fine-tuned original N_ft, N the original as it was given. The spread is taken around the box's own
-    prediction, on clean images and on those with a wrong key; label and confidence, around F's prediction ŷ (errors
-    included), on clean images. Own objective (README).
+    F is the fine-tuned original N_ft, N the key's teacher: F itself, or the original. The spread is taken around the
+    box's own prediction, on clean images and on those with a wrong key; label and confidence, around F's prediction ŷ
+    (errors included), on clean images. Own objective (README).
     """
     clean = v.clean[v.wrong :]
     return {

@@ -28,7 +28,7 @@ class NastyParameters:
 def terms(v: Views, p: NastyParameters) -> Terms:
     """CE(p, y) − ω·sat(τ²·KL(p_B^τ ‖ p_F^τ)) (eq. 2), and τ²·KL(p_N^τ ‖ p_k^τ) on keyed images.
 
-    F is the fine-tuned original, N the original as it was given; the paper, which does not fine-tune, has one.
+    F is the fine-tuned original, N the key's teacher; the paper, which does not fine-tune, has one.
 
     The paper leaves the distance unbounded; here it saturates, or training would go on without end.
     """

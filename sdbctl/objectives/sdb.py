@@ -58,7 +58,7 @@ def augmentation(keyed: Tensor, original: Tensor, random: Tensor, limit: float) 
 def terms(v: Views, p: SdbParameters) -> Terms:
     """CE(p, y) − ω·D + preservation − η·augmentation (paper, eq. 4 to 8; signs as in the released code).
 
-    The disturbance is that of the fine-tuned original; the keyed terms are those of the original as it was given.
+    The disturbance is that of the fine-tuned original; the keyed terms are those of the key's teacher.
     """
     assert v.random is not None
     return {
