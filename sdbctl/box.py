@@ -279,7 +279,7 @@ def what_students_learn(
         students = [
             distill(
                 attack,
-                attack.grid[-1],
+                attack.grid[0],
                 teacher,
                 TRIED_STUDENT,
                 len(task.classes),

@@ -230,7 +230,7 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
 
 
 _TAU4 = {"temperature": 4.0, "alpha": 0.9}
-_GRID = (_TAU4, *DIST.grid[1:], {"temperature": 8.0, "alpha": 1.0})
+_GRID = (_TAU4, DIST.grid[0], {"temperature": 8.0, "alpha": 1.0})
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:

@@ -116,7 +116,7 @@ def inverted(attacker: Attacker, config: Config) -> None:
     )
 
 
-_SETTINGS = ({"temperature": 4.0, "alpha": 0.9}, DIST.grid[2])
+_SETTINGS = ({"temperature": 4.0, "alpha": 0.9}, DIST.grid[0])
 
 
 def _attack(summary: str, source: str, train: Train, config: Config, access: Access = Access.PROBABILITIES) -> Attack:

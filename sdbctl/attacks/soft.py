@@ -131,14 +131,14 @@ DIST = _attack(
     "correlations of probabilities",
     "Huang et al., NeurIPS 2022",
     dist,
+    {"temperature": 4.0, "weight": 2.0},
     {"temperature": 1.0, "weight": 2.0},
     {"temperature": 4.0, "weight": 1.0},
-    {"temperature": 4.0, "weight": 2.0},
 )
 _CONSTANTS = (
+    {"temperature": 4.0, "weight": 2.0, "confidence": 0.4},
     {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
     {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
-    {"temperature": 4.0, "weight": 2.0, "confidence": 0.4},
 )
 DIST_CONSTANT = Attack(
     "correlations with constant logits of the label",
