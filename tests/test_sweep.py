@@ -124,6 +124,9 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
         out,
         "--json",
     )
+    planned = run_cli(*command, *short, "--dry-run")
+    assert planned.returncode == 0 and b"2 settings: hide=1; hide=8" in planned.stderr
+    assert b"time estimate" in planned.stderr and not out.exists()
     done = run_cli(*command, *short)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,7 @@ def sweep(
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
     report: Annotated[Path, typer.Option("--report", help="Folder of boxes and reports.")] = Path("sdbctl-sweep"),
+    dry_run: o.DryRun = False,
     trust: o.Trust = False,
     json_: o.Json = False,
 ) -> None:
@@ -146,6 +148,39 @@ def sweep(
         "students": [student, student_epochs, student_batch_size, seeds, suite, tune],
         "precision": precision,
     }
+    shared = report / "reference.safetensors"
+
+    def make_box(row: Row, output: Path, dry_run: bool = False) -> None:
+        box.box(
+            checkpoint,
+            [key_file],
+            data=data,
+            data_root=data_root,
+            owner_size=owner_size,
+            transfer_size=transfer_size,
+            test_size=test_size,
+            reference=shared if shared.exists() else None,
+            objective=str(row.objective),
+            preset=row.preset,
+            set_=[f"{key}={value}" for key, value in row.parameters.items()],
+            epochs=epochs,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            dry_run=dry_run,
+            output=output,
+            resume=True,
+            trust=trust,
+        )
+
+    if dry_run:
+        say(f"{len(rows)} settings: {'; '.join(row.name for row in rows)}")
+        first = next((row for row in rows if row.objective), None)
+        if first is not None:
+            say("the reference is made once; each box, before its students are trained, takes about this:")
+            with tempfile.TemporaryDirectory() as nowhere:
+                make_box(first, Path(nowhere) / "box.safetensors", dry_run=True)
+        return
     report.mkdir(parents=True, exist_ok=True)
     begun = report / "run.json"
     if begun.exists():
@@ -157,7 +192,6 @@ def sweep(
         if other:
             raise UsageError(f"{report} holds a sweep with other {', '.join(other)}", "name another --report")
     files.write(begun, json.dumps(run, indent=2))
-    shared = report / "reference.safetensors"
     reports: dict[str, Report] = {}
     for number, row in enumerate(rows, 1):
         say(f"setting {number} of {len(rows)}: {row.name}")
@@ -168,26 +202,7 @@ def sweep(
         own = boxed.with_suffix(".reference.safetensors")
         with contextlib.redirect_stdout(sys.stderr):
             if row.objective and not boxed.exists():
-                box.box(
-                    checkpoint,
-                    [key_file],
-                    data=data,
-                    data_root=data_root,
-                    owner_size=owner_size,
-                    transfer_size=transfer_size,
-                    test_size=test_size,
-                    reference=shared if shared.exists() else None,
-                    objective=row.objective,
-                    preset=row.preset,
-                    set_=[f"{key}={value}" for key, value in row.parameters.items()],
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    device=device,
-                    precision=precision,
-                    output=boxed,
-                    resume=True,
-                    trust=trust,
-                )
+                make_box(row, boxed)
             if not shared.exists() and own.exists():
                 files.write(shared, own.read_bytes(), private=True)
             if not onnx.exists():
