@@ -338,14 +338,17 @@ def read_metadata(path: Path) -> Metadata | None:
     """Metadata of a safetensors, torch or ONNX file; None if sdbctl did not write it."""
     if not is_onnx(path):
         return load(path).meta
-    values = {entry.key: entry.value for entry in read_onnx(path).metadata_props}
-    return Metadata.from_json(values[METADATA_KEY], path.name) if METADATA_KEY in values else None
+    text = _property(path, METADATA_KEY)
+    return Metadata.from_json(text, path.name) if text is not None else None
 
 
 def serves(path: Path) -> str:
     """What an ONNX file of ours shows of its network: all outputs, concealed ones, or those of a wrapper."""
-    values = {entry.key: entry.value for entry in read_onnx(path).metadata_props}
-    return str(values.get(SERVES_KEY, "not recorded"))
+    return _property(path, SERVES_KEY) or "not recorded"
+
+
+def _property(path: Path, key: str) -> str | None:
+    return next((str(entry.value) for entry in read_onnx(path).metadata_props if entry.key == key), None)
 
 
 def export_onnx(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
 
 
 OWN_VALUES = 2**25
-"""Pixel values of one's own images that a spectrum is estimated from."""
+"""Pixel values of one's own images that a spectrum is estimated from, at most."""
 HEARD = 10
 """Keyed queries that the attacker of the row ``overheard_key`` has listened to."""
 
@@ -108,7 +108,7 @@ def listening(bench: Bench) -> Bench:
     secret = bench.secret
     if secret is None or bench.strength == 0 or len(bench.validation) < HEARD:
         return bench
-    pattern = bench.preprocess(_guess(bench, secret, HEARD)[None])[0]
+    pattern = bench.preprocess(_guesses(bench, secret, [HEARD])[HEARD][None])[0]
     digest = hashlib.sha256(pattern.numpy().tobytes()).hexdigest()
     return replace(
         bench,
@@ -116,14 +116,18 @@ def listening(bench: Bench) -> Bench:
     )
 
 
-def _guess(bench: Bench, secret: Tensor, count: int) -> Tensor:
-    """What ``count`` keyed queries of unknown images, and the attacker's own images, say about the key."""
-    most = max(count, OWN_VALUES // secret.numel())
+def _guesses(bench: Bench, secret: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:
+    """What so many keyed queries of unknown images, and the attacker's own images, say about the key."""
+    most = min(LEAKS[-1], OWN_VALUES // secret.numel())
     own, images = (
         some.take(range(min(size, len(some)))).alone().pixels.float() / 255
-        for some, size in ((bench.transfer, min(LEAKS[-1], most)), (bench.validation, count))
+        for some, size in ((bench.transfer, most), (bench.validation, max(counts)))
     )
-    return overheard(embed(images, secret, bench.strength), own, bench.strength)
+    return {
+        count: overheard(embed(images[:count], secret, bench.strength), own, bench.strength)
+        for count in counts
+        if count <= len(images)
+    }
 
 
 def key_curves(bench: Bench) -> dict[str, Curve]:
@@ -149,11 +153,8 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
         )
     }
     if bench.strength > 0:
-        points = [
-            Point(count, round(correlation(_guess(bench, secret, count), secret), 4))
-            for count in LEAKS
-            if count <= len(bench.validation)
-        ]
+        guesses = _guesses(bench, secret, LEAKS)
+        points = [Point(count, round(correlation(guess, secret), 4)) for count, guess in guesses.items()]
         curves["leak"] = Curve(
             title="Listening to key holders",
             x_label="Keyed queries overheard",

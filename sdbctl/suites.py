@@ -122,7 +122,7 @@ class Suite:
     def group(self, row: Row) -> str:
         """Rows with the same name compete for one place in the report."""
         # defences do not compete to be the worst
-        if not self.elect or row in NEAR or row.role in ("disturb", "baseline"):
+        if not self.elect or row.name in MINOR or row.role == "disturb":
             return row.name
         # a pattern of one's own is an attack like any other
         threat = row.access if row.role in ("attack", "wrong_key") else row.role

@@ -49,6 +49,12 @@ CPU = torch.device("cpu")
 ENGINE = Engine(CPU)
 
 
+def first_batch(images, preprocess, size):
+    return next(
+        data.batches(images, preprocess, batch_size=size, device=CPU, generator=None, augment="none", shuffle=False)
+    )
+
+
 @pytest.fixture
 def boxed(work):
     return load_box(work / "boxed.safetensors")
@@ -56,11 +62,7 @@ def boxed(work):
 
 @pytest.fixture
 def images(splits, boxed):
-    return next(
-        data.batches(
-            splits.test, boxed.meta.preprocess, batch_size=64, device=CPU, generator=None, augment="none", shuffle=False
-        )
-    )
+    return first_batch(splits.test, boxed.meta.preprocess, 64)
 
 
 def test_the_box_has_the_original_names_and_loads_into_its_class(work, boxed):
@@ -358,11 +360,7 @@ def test_the_key_opens_the_teacher_that_students_learn_more_from(work, digits, s
 def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, splits):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
-    batch = next(
-        data.batches(
-            splits.owner, task.preprocess, batch_size=32, device=CPU, generator=None, augment="none", shuffle=False
-        )
-    )
+    batch = first_batch(splits.owner, task.preprocess, 32)
     other = build_student("cnn", 10, 1, 5)
     for teacher, net in (("original", original.net), ("reference", other)):
         config = BoxConfig(teacher=teacher, wrong_share=0.0)
@@ -402,11 +400,7 @@ def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
 def test_the_box_step_counts_its_forward_passes(work, digits, splits):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
-    batch = next(
-        data.batches(
-            splits.owner, task.preprocess, batch_size=32, device=CPU, generator=None, augment="none", shuffle=False
-        )
-    )
+    batch = first_batch(splits.owner, task.preprocess, 32)
     seen = []
 
     def hook(module, args, output):

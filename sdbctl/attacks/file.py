@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
-from sdbctl.attacks.soft import DIST, kd_or_dist
+from sdbctl.attacks.soft import DIST, EITHER, kd_or_dist
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
@@ -229,8 +229,7 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
     return train
 
 
-_TAU4 = {"temperature": 4.0, "alpha": 0.9}
-_GRID = (_TAU4, DIST.grid[0], {"temperature": 8.0, "alpha": 1.0})
+_GRID = (*EITHER, {"temperature": 8.0, "alpha": 1.0})
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
@@ -245,10 +244,10 @@ FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
     "known as fine-tuning attack",
     fine_tuned,
-    *({**config, "share": share} for share in (1.0, 0.1, 0.01) for config in _GRID[:2]),
+    *({**config, "share": share} for share in (1.0, 0.1, 0.01) for config in EITHER),
 )
-PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in _GRID[:2]))
-NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _GRID[:2]))
+PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in EITHER))
+NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in EITHER))
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated)
 FITNET = _attack(
     "feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0}, {"weight": 100.0}

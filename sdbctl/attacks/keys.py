@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.file import held
-from sdbctl.attacks.soft import DIST, kd_or_dist
+from sdbctl.attacks.soft import EITHER, kd_or_dist
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet, like
 from sdbctl.key import embed
@@ -116,11 +116,8 @@ def inverted(attacker: Attacker, config: Config) -> None:
     )
 
 
-_SETTINGS = ({"temperature": 4.0, "alpha": 0.9}, DIST.grid[0])
-
-
 def _attack(summary: str, source: str, train: Train, config: Config, access: Access = Access.PROBABILITIES) -> Attack:
-    return Attack(summary, source, "attack", access, True, tuple({**some, **config} for some in _SETTINGS), train)
+    return Attack(summary, source, "attack", access, True, tuple({**some, **config} for some in EITHER), train)
 
 
 RANDOM_KEYS = _attack("the best of random keys", "own", random_keys, {"tries": 16.0})

@@ -26,10 +26,14 @@ def _kd(attacker: Attacker, config: Config, **options: object) -> None:
     attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), **options)  # type: ignore[arg-type]
 
 
+def _several(attacker: Attacker) -> Tensor:
+    """Answers to each of several augmented copies: [copies, N, C], or [copies, N] from one that shows only classes."""
+    return torch.stack([attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))])
+
+
 def averaged_views(attacker: Attacker, config: Config) -> None:
     """KD from the mean log-probabilities of an image over several augmented copies, which averages noise away."""
-    answers = torch.stack([attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))])
-    mean = answers.mean(0)
+    mean = _several(attacker).mean(0)
     _kd(attacker, config, targets=lambda images: mean)
 
 
@@ -37,8 +41,7 @@ def hard_views(attacker: Attacker, config: Config) -> None:
     """The same from top-1 answers: KD from the votes, (1 − ε)·share of the copies with each answer + ε/C."""
     assert attacker.oracle is not None
     classes, epsilon = attacker.oracle.classes, config["smoothing"]
-    answers = [attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))]
-    votes = torch.stack([one_hot(answer, classes).float() for answer in answers]).mean(0)
+    votes = one_hot(_several(attacker), classes).float().mean(0)
     target = ((1 - epsilon) * votes + epsilon / classes).log()
     _kd(attacker, config, targets=lambda images: target)
 

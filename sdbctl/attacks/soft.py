@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax, one_hot
 
 from sdbctl.attacks.base import Attack, Config, Loss, PerBatch, without_labels
 from sdbctl.attacks.floor import constant_logits
-from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.kd import KD, soft_labels
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
 
@@ -158,6 +158,8 @@ DIST_HARD = Attack(
     _CONSTANTS,
     PerBatch(dist_hard),
 )
+EITHER = (KD.grid[0], DIST.grid[0])
+"""Configurations of :func:`kd_or_dist` for attacks that have something else to set."""
 CLIPPED = _attack(
     "top-k distillation",
     "a common repair of poisoned outputs",

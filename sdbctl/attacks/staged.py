@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train
 from sdbctl.attacks.floor import HARD_MIXED, hard_mixed
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.soft import composed
@@ -44,11 +44,7 @@ def sequence(attacker: Attacker, config: Config) -> None:
     After the sequence of students of Jandial et al. (ECCV 2022), which removes a nasty teacher's false peaks
     step by step; our two steps leave their contrastive term out.
     """
-    first = attacker.build(attacker.recipe.seed + 7919)
-    attacker.learn(lambda z, answer, y: composed(z, answer, y, config), net=first)
-    attacker.learn(
-        lambda z, answer, y: soft_labels(z, answer, y, config), targets=lambda s: outputs(attacker, first, s)
-    )
+    _chain(attacker, composed, config)
 
 
 def hard_sequence(attacker: Attacker, config: Config) -> None:
@@ -56,8 +52,12 @@ def hard_sequence(attacker: Attacker, config: Config) -> None:
 
     What a chain gives without any soft answer (born-again networks, Furlanello et al., ICML 2018).
     """
+    _chain(attacker, hard_mixed, config)
+
+
+def _chain(attacker: Attacker, loss: Loss, config: Config) -> None:
     first = attacker.build(attacker.recipe.seed + 7919)
-    attacker.learn(lambda z, answer, y: hard_mixed(z, answer, y, config), net=first)
+    attacker.learn(lambda z, answer, y: loss(z, answer, y, config), net=first)
     attacker.learn(
         lambda z, answer, y: soft_labels(z, answer, y, config), targets=lambda s: outputs(attacker, first, s)
     )

@@ -246,7 +246,8 @@ def box(
             raise UsageError(
                 f"{reference_path} was made with other settings", "use those, delete it, or give it with --reference"
             )
-        tuned, learned = found.net, dict(found.meta.measured)
+        tuned = found.net
+        learned = {name: value for name, value in found.meta.measured.items() if name in TEACHERS}
         say("the reference was finished before")
     fresh = tuned is None
     team.agree(int(fresh), "the finished reference")

@@ -185,6 +185,7 @@ def evaluate(
         surrogate=other_images,
         strength=meta.strength if meta else 0.0,
     )
+    cells = cache / "cells"
     if attack:
         if any(row.name == "overheard_key" for row in chosen.rows):
             bench = listening(bench)
@@ -194,8 +195,6 @@ def evaluate(
                 f"suite {suite} attacks the weights, and {box.name} has none beside it",
                 f"put the {beside} that it was exported from into its folder",
             )
-    cells = cache / "cells"
-    if attack:
         planned = plan(bench)
         one = step_seconds(net, torch.zeros(config.recipe.batch_size, *size), engine)
         images = len(transfer) * config.recipe.epochs

@@ -29,17 +29,6 @@ PROTECTABLE_LIMIT = 2.0
 """Distilling the original must beat the floor by this, in points, or there is nothing to protect."""
 
 Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "baseline", "disturb"]
-STUDENTS = (
-    "control",
-    "cross_entropy",
-    "label_smoothing",
-    "class_constant",
-    "hard_label",
-    "kd_original",
-    "unauthorized",
-    "authorized",
-    "authorized_wrong_key",
-)
 MODELS = ("original", "original_ft", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
 
 
@@ -235,7 +224,7 @@ class Report:
         authorized_gain: Best student distilled with the key − best one distilled from the original, in points.
         protectable: Best student of the original − ``control``, in points: whether there is something to protect.
         models: By name, see ``MODELS``.
-        students: By name, see ``STUDENTS``; every attack adds one.
+        students: By name, see :data:`sdbctl.suites.BY_NAME`.
         curves: By name.
         environment: Versions and hardware.
         config: The resolved configuration, without local paths.
@@ -278,10 +267,10 @@ class Report:
         """
         numbers = dict(self._numbers())
         root, _, rest = path.partition(".")
-        usual = {"students": f"students.{STUDENTS[0]}", "models": f"models.{MODELS[0]}"}
         name, _, number = rest.partition(".")
-        if root in usual and name not in getattr(self, root) and f"{usual[root]}.{number}" in numbers:
-            return None
+        absent = {"students": _NO_STUDENT, "models": _NO_MODEL}.get(root)
+        if absent and number and name not in getattr(self, root):
+            numbers |= {known: None for known, _ in _flatten(absent, f"{root}.{name}")}
         if path not in numbers:
             printable = filter(str.isprintable, numbers)
             nearest = difflib.get_close_matches(path, printable, n=1, cutoff=0)[0]
@@ -297,10 +286,6 @@ class Report:
         return {path: value for path, value in self._numbers() if value is not None and shown(path)}
 
     def _numbers(self) -> Iterator[tuple[str, float | None]]:
-        for name in STUDENTS:
-            yield from ((path, None) for path, _ in _flatten(_NO_STUDENT, f"students.{name}"))
-        for name in MODELS:
-            yield from ((path, None) for path, _ in _flatten(_NO_MODEL, f"models.{name}"))
         for item in dataclasses.fields(self):
             yield from _flatten(getattr(self, item.name), item.name)
 
