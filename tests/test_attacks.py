@@ -259,6 +259,17 @@ def test_dkd_against_numpy():
     assert soft.dkd(z, t, y, config).item() == pytest.approx(total)
 
 
+def test_dkd_from_constants_pulls_the_other_classes_together():
+    z, _, y = tensors()
+    config = {"temperature": 2.0, "beta": 3.0, "confidence": 0.8}
+    ps, mask = softmax(Z / 2), np.eye(5, dtype=bool)[Y]
+    pair, told = np.stack([ps[mask], 1 - ps[mask]], 1), np.tile([0.8, 0.2], (6, 1))
+    rest = ps[~mask].reshape(6, 4) / (1 - ps[mask])[:, None]
+    total = 4 * (kl(told, pair) + 3 * kl(np.full((6, 4), 0.25), rest)) - np.log(softmax(Z)[mask]).mean()
+    for name, answer, labels in (("dkd_constant", None, y), ("dkd_hard", y, y), ("dkd_hard_unlabelled", y, None)):
+        assert ATTACKS[name].train.loss(z, answer, labels, config).item() == pytest.approx(total)
+
+
 def test_dist_against_numpy():
     z, t, y = tensors()
     p, q = softmax(Z), softmax(T)

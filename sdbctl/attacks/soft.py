@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
@@ -62,16 +64,16 @@ def kd_or_dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Confi
     return (dist if "weight" in config else soft_labels)(z, answer, y, config)
 
 
-def dist_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """:func:`dist` from constant logits of the label: what the loss gives without any information."""
+def from_label(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Another loss, from constant logits of the label: what it gives without any information."""
     assert y is not None
-    return dist(z, constant_logits(y, z.shape[1], config), y, config)
+    return loss(z, constant_logits(y, z.shape[1], config), y, config)
 
 
-def dist_hard(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """:func:`dist` from constant logits of the teacher's top-1 answers, with CE on the labels."""
+def from_top1(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Another loss, from constant logits of the teacher's top-1 answers."""
     assert answer is not None
-    return dist(z, constant_logits(answer, z.shape[1], config), y, config)
+    return loss(z, constant_logits(answer, z.shape[1], config), y, config)
 
 
 def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -119,6 +121,30 @@ def _attack(summary: str, source: str, loss: Loss, *grid: Config, labels: bool =
     return Attack(summary, source, "attack", Access.PROBABILITIES, labels, grid or ({},), PerBatch(loss))
 
 
+def _without_soft(what: str, source: str, loss: Loss, *grid: Config) -> tuple[Attack, Attack]:
+    """The floor of an attack: the same from the label, and from top-1 answers, which must not look like a leak."""
+    return (
+        Attack(
+            f"{what} constant logits of the label",
+            f"{source}, without a teacher",
+            "floor",
+            Access.NONE,
+            True,
+            grid,
+            PerBatch(partial(from_label, loss)),
+        ),
+        Attack(
+            f"{what} constant logits of the teacher's top-1 answers",
+            f"{source}, with top-1 access",
+            "floor",
+            Access.LABELS,
+            True,
+            grid,
+            PerBatch(partial(from_top1, loss)),
+        ),
+    )
+
+
 LOGITS_MSE = _attack("squared distance of centred logits", "Ba & Caruana, NeurIPS 2014", logits_mse, labels=False)
 DKD = _attack(
     "decoupled distillation",
@@ -126,6 +152,14 @@ DKD = _attack(
     dkd,
     {"temperature": 4.0, "beta": 1.0},
     {"temperature": 4.0, "beta": 8.0},
+)
+DKD_CONSTANT, DKD_HARD = _without_soft(
+    "decoupled distillation from",
+    "Zhao et al., CVPR 2022",
+    dkd,
+    {"temperature": 4.0, "beta": 1.0, "confidence": 0.8},
+    {"temperature": 4.0, "beta": 1.0, "confidence": 0.4},
+    {"temperature": 4.0, "beta": 1.0, "confidence": 0.95},
 )
 DIST = _attack(
     "correlations of probabilities",
@@ -135,28 +169,13 @@ DIST = _attack(
     {"temperature": 1.0, "weight": 2.0},
     {"temperature": 4.0, "weight": 1.0},
 )
-_CONSTANTS = (
+DIST_CONSTANT, DIST_HARD = _without_soft(
+    "correlations with",
+    "Huang et al., NeurIPS 2022",
+    dist,
     {"temperature": 4.0, "weight": 2.0, "confidence": 0.4},
     {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
     {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
-)
-DIST_CONSTANT = Attack(
-    "correlations with constant logits of the label",
-    "Huang et al., NeurIPS 2022, without a teacher",
-    "floor",
-    Access.NONE,
-    True,
-    _CONSTANTS,
-    PerBatch(dist_constant),
-)
-DIST_HARD = Attack(
-    "correlations with constant logits of the teacher's top-1 answers",
-    "Huang et al., NeurIPS 2022, with top-1 access",
-    "floor",
-    Access.LABELS,
-    True,
-    _CONSTANTS,
-    PerBatch(dist_hard),
 )
 EITHER = (KD.grid[0], DIST.grid[0])
 """Configurations of :func:`kd_or_dist` for attacks that have something else to set."""
@@ -176,6 +195,6 @@ REPAIRED = _attack(
     {"temperature": 20.0, "alpha": 0.9},
 )
 COMPOSED = _attack("high-temperature composition", "after Jandial et al., ECCV 2022", composed)
-DKD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, COMPOSED_UNLABELLED = map(
-    without_labels, (DKD, DIST, DIST_HARD, CLIPPED, COMPOSED)
+DKD_UNLABELLED, DKD_HARD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, COMPOSED_UNLABELLED = (
+    map(without_labels, (DKD, DKD_HARD, DIST, DIST_HARD, CLIPPED, COMPOSED))
 )
