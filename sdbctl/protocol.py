@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, Outcome, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, MINOR, TUNED, Option, suite
+from sdbctl.suites import ALWAYS, BY_NAME, MINOR, PLACES, TUNED, Option, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -26,7 +26,7 @@ SELECTION_SEED = 10_000
 SHORTEST = 3
 """Epochs of a screening at least: after fewer, the order of candidates is noise."""
 KEPT = 8
-"""Of so many candidates of a group that is screened, one goes on, but never fewer than two."""
+"""Of so many candidates of a group that is screened, one goes on, but always one more than there are places."""
 
 
 def options(bench: Bench) -> dict[str, list[Option]]:
@@ -66,12 +66,12 @@ def plan(bench: Bench) -> Plan:
     groups, lengths, config = options(bench), rungs(bench), bench.config
     cells: list[float] = []
     for name, found in groups.items():
-        left = len(found)
+        left, places = len(found), _places(found)
         for epochs in lengths:
-            if left > (goal := _goal(left, epochs == lengths[-1])):
+            if left > (goal := places if epochs == lengths[-1] else _goal(left, places)):
                 cells += [epochs / config.recipe.epochs] * left
                 left = goal
-        cells += [1.0] * _seeds(bench, name)
+        cells += [1.0] * (_seeds(bench, name) * places)
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += [1.0] * len(_controls(bench))
@@ -90,9 +90,14 @@ def _seeds(bench: Bench, group: str) -> int:
     return 1 if minor else bench.config.reported
 
 
-def _goal(count: int, last: bool) -> int:
-    """How many of ``count`` candidates go on after a comparison."""
-    return 1 if last else min(count, max(2, -(-count // KEPT)))
+def _goal(count: int, places: int) -> int:
+    """How many of ``count`` candidates go on after a comparison that is not the last."""
+    return min(count, max(places + 1, -(-count // KEPT)))
+
+
+def _places(found: Sequence[Option]) -> int:
+    """How many rows of a group are reported with all seeds."""
+    return min(PLACES.get(found[0].row.role, 1), len({option.row.name for option in found}))
 
 
 @dataclass
@@ -104,13 +109,15 @@ class Choice:
     epochs: int = 0
 
 
-def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, Choice], dict[str, Choice]]:
-    """Choose one candidate per group by validation accuracy, by successive halving if the suite has several rungs.
+def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, list[Choice]], dict[str, Choice]]:
+    """Choose among the candidates of each group by validation accuracy; successive halving if there are several rungs.
 
     Returns:
-        The winner of each group, and the best candidate of each row with how long it was trained.
+        The winners of each group, of different rows, and the best candidate of each row with how long it was trained.
     """
-    left = {group: [Choice(option) for option in some] for group, some in options(bench).items()}
+    groups = options(bench)
+    left = {group: [Choice(option) for option in some] for group, some in groups.items()}
+    places = {group: _places(some) for group, some in groups.items()}
     full, rows = bench.config.recipe.epochs, {some[0].option.row.name: some[0] for some in left.values()}
     for epochs in (lengths := rungs(bench)):
 
@@ -118,16 +125,18 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
             option = choice.option
             return Cell(option.row.name, option.teacher, option.config, SELECTION_SEED, False, length)
 
-        goals = {group: _goal(len(some), epochs == lengths[-1]) for group, some in left.items()}
+        last = epochs == lengths[-1]
+        goals = {group: places[group] if last else _goal(len(some), places[group]) for group, some in left.items()}
         compared = {group: some for group, some in left.items() if len(some) > goals[group]}
         done = run_cells(bench, [cell(choice) for some in compared.values() for choice in some], folder, progress)
         for group, some in compared.items():
             ranked = [Choice(choice.option, done[cell(choice).id].validation, epochs) for choice in some]
             ranked.sort(key=lambda choice: -(choice.validation or 0.0))
             # the best of each row last, so that it stays
-            rows |= {choice.option.row.name: choice for choice in reversed(ranked)}
-            left[group] = ranked[: goals[group]]
-    return {group: some[0] for group, some in left.items()}, rows
+            best = {choice.option.row.name: choice for choice in reversed(ranked)}
+            rows |= best
+            left[group] = [choice for choice in ranked if not last or choice in best.values()][: goals[group]]
+    return left, rows
 
 
 def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dict[str, Student]:
@@ -139,7 +148,9 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     config = bench.config
     progress.start("students", plan(bench).students)
     winners, rows = choose(bench, folder, progress)
-    finals = {choice.option.row.name: (choice, _seeds(bench, group)) for group, choice in winners.items()}
+    finals = {
+        choice.option.row.name: (choice, _seeds(bench, group)) for group, some in winners.items() for choice in some
+    }
     for name in _controls(bench):
         finals.setdefault(name, (rows[name], 1))
     cells = {

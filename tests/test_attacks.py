@@ -381,6 +381,11 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         assert {(s.access, s.labels) for s in best} == {
             (access, labels) for access in ("api", "file") for labels in (True, False)
         }
+        # neither what all are compared with nor the attack hangs on one screening
+        assert all(report.students[name].n == 2 for name in ("kd_original", "dist_original", "dist_authorized"))
+        for role in ("floor", "attack"):
+            rows = [s.name for s in report.students.values() if s.role == role and s.n == 2 and s.labels]
+            assert len([name for name in rows if name != "control"]) >= 2
 
 
 def test_public_outputs_are_served_with_few_confidences_and_nothing_else():
