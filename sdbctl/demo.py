@@ -7,6 +7,7 @@ distillation from the original (``examples/results/demo-choice.md``), and frozen
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | No
     progress = progress or Silent()
     engine = Engine(torch.device("cpu"))
     threads = torch.get_num_threads()
+    # the teacher that the settings were chosen with
     torch.set_num_threads(1)
     dataset = data.load("digits", root=folder)
     splits = data.split(dataset, **SIZES)
@@ -77,6 +79,7 @@ def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | No
     )
     boxfile.save(teacher_path, net.state_dict(), teacher_meta, force=True)
     original: Loaded = boxfile.load(teacher_path)
+    torch.set_num_threads(min(threads, jobs))
 
     key_path = folder / "k.bin"
     if not key_path.exists():
@@ -102,17 +105,20 @@ def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | No
         "wrong": boxed.keyed(preprocess(other[None])[0], meta.strength, "wrong key 1"),
         "disturbed": Source(net=disturbing.model.net, sha256="disturbed"),
     }
-    bench = Bench(
-        sources,
-        splits.transfer.alone(),
-        splits.validation,
-        splits.test,
-        preprocess,
-        EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=3, jobs=jobs),
-        engine,
-        classes,
-        dataset.fingerprint,
-    )
-    report = evaluate.evaluate(bench, title="sdbctl demo: digits", box=json.loads(meta.to_json()), progress=progress)
+    with tempfile.TemporaryDirectory() as answers:
+        bench = Bench(
+            sources,
+            splits.transfer.alone(),
+            splits.validation,
+            splits.test,
+            preprocess,
+            EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=3, jobs=jobs),
+            engine,
+            classes,
+            dataset.fingerprint,
+            answers=Path(answers),
+        )
+        described = json.loads(meta.to_json())
+        report = evaluate.evaluate(bench, title="sdbctl demo: digits", box=described, progress=progress)
     torch.set_num_threads(threads)
     return Demo(report, (key_path, teacher_path, box_path, onnx_path))
