@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, Outcome, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, MINOR, PLACES, TUNED, Option, suite
+from sdbctl.suites import ALWAYS, BY_NAME, MINOR, PLACES, TUNED, TWINS, Option, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -74,7 +74,7 @@ def plan(bench: Bench) -> Plan:
         cells += [1.0] * (_seeds(bench, name) * places)
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
-    cells += [1.0] * len(_controls(bench))
+    cells += [1.0] * _spare(bench)
     return Plan(len(cells), sum(cells))
 
 
@@ -82,6 +82,15 @@ def _controls(bench: Bench) -> list[str]:
     """Rows that are shown with one seed if others of their group beat them."""
     competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
     return [name for name in ALWAYS if any(option.row.name == name for found in competing for option in found)]
+
+
+def _spare(bench: Bench) -> int:
+    """Students at most that are trained beside the winners, depending on who wins."""
+    competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
+    twins = [
+        min(_places(found), sum(name in TWINS for name in {option.row.name for option in found})) for found in competing
+    ]
+    return len(_controls(bench)) + sum(twins) * bench.config.reported
 
 
 def _seeds(bench: Bench, group: str) -> int:
@@ -151,6 +160,9 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     finals = {
         choice.option.row.name: (choice, _seeds(bench, group)) for group, some in winners.items() for choice in some
     }
+    for name, (_, seeds) in list(finals.items()):
+        if (twin := TWINS.get(name)) in rows:
+            finals.setdefault(twin, (rows[twin], seeds))
     for name in _controls(bench):
         finals.setdefault(name, (rows[name], 1))
     cells = {

@@ -92,6 +92,22 @@ TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}
 """Configurations at most of rows that are shown beside the comparison: plain distillation, as most papers report."""
 ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "authorized_wrong_key")
 """Rows that are reported even if others of their group are better: what every paper has."""
+TWINS: Mapping[str, str] = {
+    "unauthorized": "hard_mixed",
+    "unauthorized_unlabelled": "hard_constant",
+    "dist": "dist_hard",
+    "dist_unlabelled": "dist_hard_unlabelled",
+    "dkd": "dkd_hard",
+    "dkd_unlabelled": "dkd_hard_unlabelled",
+    "clipped": "hard_mixed",
+    "clipped_unlabelled": "hard_constant",
+    "stripped": "hard_mixed",
+    "stripped_unlabelled": "hard_constant",
+    "stripped_dist": "dist_hard",
+    "reestimated": "dist_hard",
+    "noisy": "dist_hard",
+}
+"""Attacks and the same loss without soft outputs: where the attack is reported, so is this, with as many seeds."""
 PLACES: Mapping[Role, int] = {"floor": 2, "attack": 2}
 """Rows of a group that get all seeds, where not one: whom a single screening names is the best by chance."""
 

@@ -15,7 +15,7 @@ from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
 from sdbctl.report import Report, Student
-from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES
+from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
 from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, concealed, served, serving
@@ -360,7 +360,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     made, progress = bench(work, splits, boxed, suite, pattern), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
     assert progress.planned == protocol.plan(made).students
-    spared = len(protocol._controls(made))
+    spared = protocol._spare(made)
     assert progress.planned - spared <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
     again = Counting()
     resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
@@ -386,6 +386,8 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         for role in ("floor", "attack"):
             rows = [s.name for s in report.students.values() if s.role == role and s.n == 2 and s.labels]
             assert len([name for name in rows if name != "control"]) >= 2
+        for name, twin in TWINS.items():
+            assert report.students[twin].n >= (2 if report.students[name].n == 2 else 0)
 
 
 def test_public_outputs_are_served_with_few_confidences_and_nothing_else():
