@@ -118,7 +118,8 @@ def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | No
             dataset.fingerprint,
             answers=Path(answers),
         )
-        described = json.loads(meta.to_json())
-        report = evaluate.evaluate(bench, title="sdbctl demo: digits", box=described, progress=progress)
+        report = evaluate.evaluate(
+            bench, title="sdbctl demo: digits", box=json.loads(meta.to_json()), progress=progress
+        )
     torch.set_num_threads(threads)
     return Demo(report, (key_path, teacher_path, box_path, onnx_path))

@@ -68,7 +68,7 @@ def plan(bench: Bench) -> Plan:
     for name, found in groups.items():
         left, places = len(found), _places(found)
         for epochs in lengths:
-            if left > (goal := places if epochs == lengths[-1] else _goal(left, places)):
+            if left > (goal := _goal(left, places, epochs == lengths[-1])):
                 cells += [epochs / config.recipe.epochs] * left
                 left = goal
         cells += [1.0] * (_seeds(bench, name) * places)
@@ -78,19 +78,25 @@ def plan(bench: Bench) -> Plan:
     return Plan(len(cells), sum(cells))
 
 
+def _competing(bench: Bench) -> list[list[Option]]:
+    """The groups that have several rows."""
+    return [found for found in options(bench).values() if len(_rows(found)) > 1]
+
+
 def _controls(bench: Bench) -> list[str]:
     """Rows that are shown with one seed if others of their group beat them."""
-    competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
-    return [name for name in ALWAYS if any(option.row.name == name for found in competing for option in found)]
+    rows = {name for found in _competing(bench) for name in _rows(found)}
+    return [name for name in ALWAYS if name in rows]
 
 
 def _spare(bench: Bench) -> int:
     """Students at most that are trained beside the winners, depending on who wins."""
-    competing = [found for found in options(bench).values() if len({option.row.name for option in found}) > 1]
-    twins = [
-        min(_places(found), sum(name in TWINS for name in {option.row.name for option in found})) for found in competing
-    ]
+    twins = [min(_places(found), len(TWINS.keys() & _rows(found))) for found in _competing(bench)]
     return len(_controls(bench)) + sum(twins) * bench.config.reported
+
+
+def _rows(found: Sequence[Option]) -> set[str]:
+    return {option.row.name for option in found}
 
 
 def _seeds(bench: Bench, group: str) -> int:
@@ -99,14 +105,14 @@ def _seeds(bench: Bench, group: str) -> int:
     return 1 if minor else bench.config.reported
 
 
-def _goal(count: int, places: int) -> int:
-    """How many of ``count`` candidates go on after a comparison that is not the last."""
-    return min(count, max(places + 1, -(-count // KEPT)))
+def _goal(count: int, places: int, last: bool) -> int:
+    """How many of ``count`` candidates go on after a comparison."""
+    return places if last else min(count, max(places + 1, -(-count // KEPT)))
 
 
 def _places(found: Sequence[Option]) -> int:
     """How many rows of a group are reported with all seeds."""
-    return min(PLACES.get(found[0].row.role, 1), len({option.row.name for option in found}))
+    return min(PLACES.get(found[0].row.role, 1), len(_rows(found)))
 
 
 @dataclass
@@ -135,16 +141,17 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
             return Cell(option.row.name, option.teacher, option.config, SELECTION_SEED, False, length)
 
         last = epochs == lengths[-1]
-        goals = {group: places[group] if last else _goal(len(some), places[group]) for group, some in left.items()}
+        goals = {group: _goal(len(some), places[group], last) for group, some in left.items()}
         compared = {group: some for group, some in left.items() if len(some) > goals[group]}
         done = run_cells(bench, [cell(choice) for some in compared.values() for choice in some], folder, progress)
         for group, some in compared.items():
             ranked = [Choice(choice.option, done[cell(choice).id].validation, epochs) for choice in some]
             ranked.sort(key=lambda choice: -(choice.validation or 0.0))
-            # the best of each row last, so that it stays
-            best = {choice.option.row.name: choice for choice in reversed(ranked)}
+            best: dict[str, Choice] = {}
+            for choice in ranked:
+                best.setdefault(choice.option.row.name, choice)
             rows |= best
-            left[group] = [choice for choice in ranked if not last or choice in best.values()][: goals[group]]
+            left[group] = (list(best.values()) if last else ranked)[: goals[group]]
     return left, rows
 
 

@@ -79,14 +79,8 @@ NEAR = (
 WRAPPED = tuple(
     Row(f"wrapped_{name.replace('-', '_')}", f"KD behind {name}", "baseline", "kd", (name,)) for name in WRAPPERS
 )
-LABELS = {
-    "dkd_constant": "DKD, constant label logits",
-    "dkd_hard": "DKD, constant top-1 logits",
-    "dkd_hard_unlabelled": "DKD, constant top-1 logits, no labels",
-}
-"""Names of rows whose summary is too long for a chart."""
 EXTRA = tuple(
-    Row(name, LABELS.get(name, attack.summary), attack.role, name, ("boxed",) if attack.access > Access.NONE else ())
+    Row(name, attack.summary, attack.role, name, ("boxed",) if attack.access > Access.NONE else ())
     for name, attack in ATTACKS.items()
     if name not in {row.attack for row in CORE}
 )

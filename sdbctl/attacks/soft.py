@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -123,25 +124,14 @@ def _attack(summary: str, source: str, loss: Loss, *grid: Config, labels: bool =
 
 def _without_soft(what: str, source: str, loss: Loss, *grid: Config) -> tuple[Attack, Attack]:
     """The floor of an attack: the same from the label, and from top-1 answers, which must not look like a leak."""
+
+    def floor(told: str, how: str, access: Access, constants: Callable[..., Tensor]) -> Attack:
+        summary, train = f"{what}, constant {told} logits", PerBatch(partial(constants, loss))
+        return Attack(summary, f"{source}, {how}", "floor", access, True, grid, train)
+
     return (
-        Attack(
-            f"{what} constant logits of the label",
-            f"{source}, without a teacher",
-            "floor",
-            Access.NONE,
-            True,
-            grid,
-            PerBatch(partial(from_label, loss)),
-        ),
-        Attack(
-            f"{what} constant logits of the teacher's top-1 answers",
-            f"{source}, with top-1 access",
-            "floor",
-            Access.LABELS,
-            True,
-            grid,
-            PerBatch(partial(from_top1, loss)),
-        ),
+        floor("label", "without a teacher", Access.NONE, from_label),
+        floor("top-1", "with top-1 access", Access.LABELS, from_top1),
     )
 
 
@@ -154,7 +144,7 @@ DKD = _attack(
     {"temperature": 4.0, "beta": 8.0},
 )
 DKD_CONSTANT, DKD_HARD = _without_soft(
-    "decoupled distillation from",
+    "DKD",
     "Zhao et al., CVPR 2022",
     dkd,
     {"temperature": 4.0, "beta": 1.0, "confidence": 0.8},
@@ -170,7 +160,7 @@ DIST = _attack(
     {"temperature": 4.0, "weight": 1.0},
 )
 DIST_CONSTANT, DIST_HARD = _without_soft(
-    "correlations with",
+    "DIST",
     "Huang et al., NeurIPS 2022",
     dist,
     {"temperature": 4.0, "weight": 2.0, "confidence": 0.4},
