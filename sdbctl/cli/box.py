@@ -110,8 +110,9 @@ def box(
 ) -> None:
     """Put a trained classifier into a Safe Distillation Box.
 
-    Writes the box (same weights' names as the original) and, beside it, the reference: the original
-    fine-tuned with plain cross-entropy on the same data, which eval compares with. Keep the reference private.
+    Writes the box, with the original's weight names, and beside it the reference, which eval compares with.
+
+    The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private.
     """
     output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":

@@ -7,52 +7,138 @@ from typing import Annotated
 
 import typer
 
+# the panels of --help
+DATA, TRAINING, MACHINE, FILES = "Data", "Training", "Machine", "Files and output"
+
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="SPEC",
         help="Data set: a torchvision name, folder:PATH, parquet:PATH, npz:PATH, digits.",
+        rich_help_panel=DATA,
     ),
 ]
-DataRoot = Annotated[Path, typer.Option("--data-root", envvar="SDBCTL_DATA", help="Folder of torchvision data sets.")]
-Download = Annotated[bool, typer.Option("--download", help="Let torchvision download the data set.")]
-ImageSize = Annotated[int | None, typer.Option("--image-size", min=4, help="Resize images to this.")]
-TransferSize = Annotated[int | None, typer.Option("--transfer-size", min=1, help="Images of the attacker's split.")]
-OwnerSize = Annotated[int | None, typer.Option("--owner-size", min=1, help="Images of the owner's split.")]
-TestSize = Annotated[int | None, typer.Option("--test-size", min=1, help="Test images to use.")]
+DataRoot = Annotated[
+    Path,
+    typer.Option(
+        "--data-root",
+        metavar="FOLDER",
+        envvar="SDBCTL_DATA",
+        help="Where torchvision data sets are.",
+        rich_help_panel=DATA,
+    ),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Let torchvision download the data set.", rich_help_panel=DATA)
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", metavar="PIXELS", min=4, help="Resize images to this.", rich_help_panel=DATA),
+]
+TransferSize = Annotated[
+    int | None,
+    typer.Option("--transfer-size", metavar="N", min=1, help="Images of the attacker's split.", rich_help_panel=DATA),
+]
+OwnerSize = Annotated[
+    int | None,
+    typer.Option("--owner-size", metavar="N", min=1, help="Images of the owner's split.", rich_help_panel=DATA),
+]
+TestSize = Annotated[
+    int | None, typer.Option("--test-size", metavar="N", min=1, help="Test images to use.", rich_help_panel=DATA)
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
 ]
-InsecureKey = Annotated[bool, typer.Option("--insecure-key-file", help="Accept a key file that others can read.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="auto (measured at start), fp32 or bf16.")]
-Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training images.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=2, help="Images per step.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of initialisation, order and augmentation.")
+InsecureKey = Annotated[
+    bool,
+    typer.Option("--insecure-key-file", help="Accept a key file that others can read.", rich_help_panel=FILES),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.", rich_help_panel=FILES)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=FILES)]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="NAME", help="auto (measured at start), fp32 or bf16.", rich_help_panel=MACHINE
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", metavar="N", min=1, help="Passes over the training images.", rich_help_panel=TRAINING),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", min=2, help="Images per step.", rich_help_panel=TRAINING),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", metavar="NUMBER", help="Peak learning rate.", rich_help_panel=TRAINING),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=2**32 - 1,
+        help="Seed of initialisation, order and augmentation.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=FILES)]
 Arch = Annotated[
     str | None, typer.Option("--arch", metavar="NAME", help="Architecture, if it is not to be identified.")
 ]
 Normalize = Annotated[
     str | None,
-    typer.Option("--normalize", metavar="PRESET", help="Normalisation preset, if it is not to be found by trying."),
+    typer.Option(
+        "--normalize",
+        metavar="PRESET",
+        help="Normalisation preset, if it is not to be found by trying.",
+        rich_help_panel=DATA,
+    ),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Let the checkpoint run the code it contains. Dangerous.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Let the checkpoint run the code it contains. Dangerous.", rich_help_panel=FILES),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=TRAINING)]
 Devices = Annotated[
-    int, typer.Option("--devices", min=1, help="Processes that train together on this machine, one per GPU.")
+    int,
+    typer.Option(
+        "--devices",
+        metavar="N",
+        min=1,
+        help="Processes that train together on this machine, one per GPU.",
+        rich_help_panel=MACHINE,
+    ),
 ]
-Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines, started by torchrun or Slurm.")]
-Strategy = Annotated[str, typer.Option("--strategy", help="How processes share the work; auto is DDP.")]
+Nodes = Annotated[
+    int,
+    typer.Option(
+        "--nodes", metavar="N", min=1, help="Machines, started by torchrun or Slurm.", rich_help_panel=MACHINE
+    ),
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        help="How processes share the work; auto is DDP.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, time and memory, and do nothing.")]
 Profile = Annotated[
     Path | None,
-    typer.Option("--profile", metavar="FILE", help="Write a torch profiler trace of some steps (for Perfetto)."),
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help="Write a torch profiler trace of some steps (for Perfetto).",
+        rich_help_panel=MACHINE,
+    ),
 ]
