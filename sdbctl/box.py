@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, metrics
+from sdbctl import boxfile, metrics, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
@@ -356,9 +356,13 @@ def box(
             "residual": metrics.residual(public),
         }
 
+    random = None
+    if OBJECTIVES[config.objective].needs_random:
+        with seeded(config.recipe.seed):
+            random = models.build(original.architecture, original.classes, original.channels)
     fit(
         net,
-        box_step(original.net, reference, keys, task, config),
+        box_step(original.net, reference, random, keys, task, config),
         data.owner,
         task.preprocess,
         config.recipe,
@@ -385,7 +389,9 @@ def box(
         seen, *opened = (predict(model, data.validation, task.preprocess, engine) for model in (net, *unlocked))
         measured |= serving(seen, torch.cat(opened))
     made.meta = replace(meta, measured=measured)
-    return Boxed(made, original.file_state(net), measured)
+    # an auxiliary head that stays as it was would show what the features still know
+    unused = {name: torch.zeros_like(tensor) for name, tensor in original.others.items()}
+    return Boxed(made, original.file_state(net) | unused, measured)
 
 
 def plain_step() -> Step:
@@ -397,10 +403,18 @@ def plain_step() -> Step:
     return step
 
 
-def box_step(original: nn.Module, reference: nn.Module, keys: Sequence[Key], task: Task, config: BoxConfig) -> Step:
-    """The step that trains a box: public and keyed branch in one forward pass, original and reference frozen.
+def box_step(
+    original: nn.Module,
+    reference: nn.Module,
+    random: nn.Module | None,
+    keys: Sequence[Key],
+    task: Task,
+    config: BoxConfig,
+) -> Step:
+    """The step that trains a box: public and keyed branch in one forward pass, all other networks frozen.
 
-    The original is asked only if the key is to open its answers. Each image of a batch is seen with the next key.
+    The original is asked only if the key is to open its answers, and ``random``, with fresh weights for SDB's knowledge
+    augmentation, only by objectives that need it. Each image of a batch is seen with the next key.
     """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
@@ -408,7 +422,7 @@ def box_step(original: nn.Module, reference: nn.Module, keys: Sequence[Key], tas
     teaching = frozen if config.teacher == "reference" else _frozen(original, engine)
     secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
     patterns = preprocess(secrets)
-    random = _random_twin(reference, config.recipe.seed, engine) if objective.needs_random else None
+    fresh = _frozen(random, engine) if random is not None and objective.needs_random else None
     misleading = adversarial(frozen, task) if objective.needs_adversarial else None
     strength = config.strength
 
@@ -419,7 +433,7 @@ def box_step(original: nn.Module, reference: nn.Module, keys: Sequence[Key], tas
         with torch.no_grad(), engine.autocast():
             shown = frozen(x).float()
             taught = shown if teaching is frozen else teaching(x).float()
-            other = random(keyed).float() if random else None
+            other = fresh(keyed).float() if fresh else None
         public = (
             torch.cat([embed(x[:wrong], _wrong_keys(secrets, preprocess)[turn[:wrong]], strength), x[wrong:]])
             if wrong
@@ -442,6 +456,16 @@ def box_step(original: nn.Module, reference: nn.Module, keys: Sequence[Key], tas
     return step
 
 
+def check_held(images: ImageSet) -> None:
+    """Refuse images that are too many for an objective with a copy of each.
+
+    Raises:
+        UsageError: They are streamed.
+    """
+    if not images.in_memory:
+        raise UsageError("this objective holds a copy of every image in memory", "use --owner-size, or another")
+
+
 def adversarial(net: nn.Module, task: Task) -> Tensor:
     """Copies of the owner's images that mislead a network: uint8 [N, C, H, W], on the device.
 
@@ -452,8 +476,7 @@ def adversarial(net: nn.Module, task: Task) -> Tensor:
         UsageError: The images are too many to be held in memory.
     """
     images, engine = task.data.owner, task.engine
-    if not images.in_memory:
-        raise UsageError("this objective holds a copy of every image in memory", "use --owner-size, or another")
+    check_held(images)
     copies = []
     for batch in batches(
         images, task.preprocess, batch_size=500, device=engine.device, generator=None, augment="none", shuffle=False
@@ -509,14 +532,3 @@ def _digest(model: nn.Module) -> str:
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:
     return place(copy.deepcopy(model), engine.device).eval().requires_grad_(False)
-
-
-def _random_twin(model: nn.Module, seed: int, engine: Engine) -> nn.Module:
-    """The same architecture with fresh weights, the R of SDB's knowledge augmentation."""
-    twin = copy.deepcopy(model)
-    with seeded(seed):
-        for module in twin.modules():
-            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-    return _frozen(twin, engine)

@@ -153,7 +153,8 @@ class Box(nn.Module):
             BadInput: The key is not this box's.
         """
         check_key(self.meta, key)
-        return Unlocked(self.net, pattern(self.meta, key), self.meta.strength)
+        where = next(self.net.parameters()).device
+        return Unlocked(self.net, pattern(self.meta, key).to(where), self.meta.strength)
 
 
 class Unlocked(nn.Module):
@@ -215,6 +216,7 @@ class Loaded:
     Attributes:
         net: The network in evaluation mode, taking normalised images.
         keys: Its state_dict keys → the file's.
+        others: Tensors of the file that the network has not: auxiliary heads, which only training uses.
         meta: The file's metadata; None for a foreign checkpoint, which does not say how to normalise.
         architecture: Its name.
         classes: Number of classes.
@@ -224,6 +226,7 @@ class Loaded:
 
     net: nn.Module
     keys: dict[str, str]
+    others: dict[str, Tensor]
     meta: Metadata | None
     architecture: str
     classes: int
@@ -231,9 +234,9 @@ class Loaded:
     sha256: str
 
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
-        """State of ``net``, a copy of this network, under the file's own keys."""
+        """State of ``net``, a copy of this network, under the file's own keys, with all that the file had."""
         state = net.state_dict()
-        return {name: state[own] for own, name in self.keys.items()}
+        return self.others | {name: state[own] for own, name in self.keys.items()}
 
 
 def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
@@ -261,12 +264,16 @@ def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
         raise BadInput(f"{path.name}: {error.message}", "give --arch, or write the file again") from None
     if meta and found.classes != len(meta.classes):
         raise BadInput(f"{path.name} has {found.classes} outputs and {len(meta.classes)} class names")
+    if meta and found.channels != meta.preprocess.size[0]:
+        raise BadInput(f"{path.name} takes {found.channels} channels and says {meta.preprocess.size[0]}")
     net = models.build(found.name, found.classes, found.channels)
     # files from before torch 0.4.1 lack BatchNorm's counters, which nothing depends on
     names = {own: theirs for own, theirs in found.keys.items() if theirs in content.state_dict}
     net.load_state_dict({**net.state_dict(), **{own: content.state_dict[name] for own, name in names.items()}})
     keys = {own: content.original_keys[name] for own, name in names.items()}
-    return Loaded(net.eval(), keys, meta, found.name, found.classes, found.channels, content.sha256)
+    rest = content.state_dict.keys() - names.values()
+    others = {content.original_keys[name]: content.state_dict[name] for name in rest}
+    return Loaded(net.eval(), keys, others, meta, found.name, found.classes, found.channels, content.sha256)
 
 
 def load_box(path: str | Path) -> Box:
@@ -295,7 +302,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """Read an ONNX file with the weights it may keep beside it.
 
     Raises:
-        BadInput: It is no ONNX model, or its external data lies outside its folder.
+        BadInput: It is no ONNX model, its external data lies outside its folder, or a weight is no number.
     """
     import onnx
     from onnx.external_data_helper import load_external_data_for_model
@@ -316,6 +323,11 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         load_external_data_for_model(model, str(path.parent))
     except Exception:
         raise BadInput(f"the external weights of {path} are damaged", "export it again") from None
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    for tensor in model.graph.initializer:
+        # infinite ones may be masks
+        if tensor.data_type in floats and np.isnan(onnx.numpy_helper.to_array(tensor)).any():
+            raise BadInput(f"{tensor.name} in {path} holds NaN weights", "export it again")
     return model
 
 
@@ -351,9 +363,7 @@ def _property(path: Path, key: str) -> str | None:
     return next((str(entry.value) for entry in read_onnx(path).metadata_props if entry.key == key), None)
 
 
-def export_onnx(
-    path: Path, net: nn.Module, meta: Metadata, *, serves: str = "all outputs", force: bool = False
-) -> float:
+def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = False) -> float:
     """Write a network as ONNX with its metadata, after checking that it computes the same.
 
     The graph has one input ``input`` [batch, C, H, W], normalised exactly as the original's, and one output
@@ -361,10 +371,9 @@ def export_onnx(
 
     Args:
         path: The file.
-        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffer ``flat``
-            is negative, then that is compared, too.
+        net: The network. An attribute ``shows`` is recorded (see :func:`serves`). If it has an attribute ``bare``, the
+            network that it answers with while its buffer ``flat`` is negative, then that is compared, too.
         meta: Its metadata.
-        serves: What the graph shows of the network, in words, for the record.
         force: Whether to replace an existing file.
 
     Returns:
@@ -380,7 +389,7 @@ def export_onnx(
     generator = torch.Generator().manual_seed(0)
     example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=generator))
     proto = _to_onnx(net, example)
-    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, serves)):
+    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, getattr(net, "shows", "all outputs"))):
         proto.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()

@@ -235,7 +235,13 @@ def _strip(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _clean(name: str, tensor: Tensor, path: Path) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_nested
+        or tensor.is_meta
+        or tensor.is_quantized
+        or tensor.is_complex()
+    ):
         raise BadInput(f"{name} in {path} is no plain tensor", "save a float state_dict")
     if tensor.is_floating_point():
         tensor = tensor.float()

@@ -150,7 +150,31 @@ def pick_device(name: str) -> torch.device:
         raise EnvironmentFailure("device cuda was asked for, but torch sees no GPU", "use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name}", "use auto, cpu or cuda") from None
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Refuse a network that cannot take such images, before anything else is asked of it.
+
+    Args:
+        model: The network.
+        shape: Of an image (C, H, W).
+
+    Raises:
+        UsageError: It fails on two of them.
+    """
+    weight = next(model.parameters())
+    training = model.training
+    try:
+        model.eval()(torch.zeros(2, *shape, device=weight.device))
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError):
+        raise UsageError(f"the network cannot take images of {sized(shape)}", "use --image-size") from None
+    finally:
+        model.train(training)
 
 
 def pick_engine(device: str, precision: Precision, model: nn.Module, example: Tensor) -> tuple[Engine, str]:
@@ -164,8 +188,12 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
 
     Returns:
         The engine and one line that says what was chosen and why.
+
+    Raises:
+        UsageError: The network cannot take such images.
     """
     where = pick_device(device)
+    check_takes(model, tuple(example.shape[1:]))
     if precision != "auto":
         return Engine(where, precision), f"{where}, {precision} (as asked)"
     seconds = {"fp32": math.inf, "bf16": math.inf}
@@ -176,10 +204,10 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
                 once = step_seconds(model, example.to(where), Engine(where, name))
                 seconds[name] = min(seconds[name], once)
             except RuntimeError:
-                pass
+                # not every device and layer has bf16
+                if name == "fp32":
+                    raise
     best: Literal["fp32", "bf16"] = "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
-    if seconds["fp32"] == math.inf:
-        raise UsageError(f"the network cannot take images of {sized(tuple(example.shape[1:]))}", "use --image-size")
     ratio = seconds["fp32"] / seconds["bf16"]
     return Engine(where, best), f"{where}, {best} (bf16 is {ratio:.1f}x fp32 here)"
 

@@ -140,7 +140,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, net: nn.Module, wrapper: str) -> None:
         super().__init__()
-        self.net, self.wrapper = net, WRAPPERS[wrapper]
+        self.net, self.wrapper, self.shows = net, WRAPPERS[wrapper], wrapper
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → log-probabilities."""
@@ -189,6 +189,7 @@ class Concealed(nn.Module):
     """A concealing box as it is served: :func:`concealed` behind the network."""
 
     flat: Tensor
+    shows = "concealed"
 
     def __init__(self, net: nn.Module, levels: Sequence[float], flat: float) -> None:
         super().__init__()

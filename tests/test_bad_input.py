@@ -1,13 +1,16 @@
 """Whatever is wrong: one line that says what, where and what to do; the right exit code; nothing half-written."""
 
+import contextlib
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -56,39 +59,73 @@ BROKEN = {
     "text": (b"hello, I am no model\n" * 50, ""),
     "zip": (b"PK\x03\x04" + b"\0" * 500, ""),
 }
+REPORT = Path(__file__).parents[1] / "examples" / "results" / "demo.json"
+BOX, TEACHER, KEY, DIGITS = "boxed.safetensors", "teacher.safetensors", "k.bin", ("--data", "digits")
 COMMANDS = {
-    "box": lambda path, work: ["box", path, "--key-file", work / "k.bin", "--data", "digits"],
+    "box": lambda path, work: ["box", path, "--key-file", work / KEY, *DIGITS],
+    "box --key-file": lambda path, work: ["box", work / TEACHER, "--key-file", path, *DIGITS],
+    "box --reference": lambda path, work: [
+        "box",
+        work / TEACHER,
+        "--key-file",
+        work / KEY,
+        *DIGITS,
+        "--reference",
+        path,
+    ],
     "export": lambda path, work: ["export", path, "-o", path.parent / "out.onnx"],
     "inspect": lambda path, work: ["inspect", path],
-    "distill": lambda path, work: ["distill", path, "--data", "digits"],
-    "eval": lambda path, work: ["eval", path, "--data", "digits"],
+    "inspect --key-file": lambda path, work: ["inspect", work / BOX, "--key-file", path],
+    "distill": lambda path, work: ["distill", path, *DIGITS],
+    "distill --key-file": lambda path, work: ["distill", work / BOX, *DIGITS, "--key-file", path],
+    "distill parquet": lambda path, work: [
+        "distill",
+        work / "teacher.pt",
+        "--arch",
+        "cnn",
+        "--data",
+        f"parquet:{path}",
+    ],
+    "distill npz": lambda path, work: ["distill", work / "teacher.pt", "--arch", "cnn", "--data", f"npz:{path}"],
+    "eval": lambda path, work: ["eval", path, *DIGITS],
+    "eval --key-file": lambda path, work: ["eval", work / BOX, *DIGITS, "--key-file", path],
+    "eval --original": lambda path, work: ["eval", work / BOX, *DIGITS, "--original", path],
+    "eval --reference": lambda path, work: ["eval", work / BOX, *DIGITS, "--reference", path],
+    "eval --surrogate": lambda path, work: ["eval", work / BOX, *DIGITS, "--surrogate", f"npz:{path}"],
+    "eval --gate": lambda path, work: ["eval", work / BOX, *DIGITS, "--gate", path],
     "report": lambda path, work: ["report", path],
-    "original": lambda path, work: ["eval", work / "boxed.safetensors", "--original", path, "--data", "digits"],
-    "gate": lambda path, work: ["eval", work / "boxed.safetensors", "--gate", path, "--data", "digits"],
-    "key": lambda path, work: ["inspect", work / "boxed.safetensors", "--key-file", path],
-    "data": lambda path, work: ["distill", work / "teacher.pt", "--arch", "cnn", "--data", f"parquet:{path}"],
-    "npz": lambda path, work: ["distill", work / "teacher.pt", "--arch", "cnn", "--data", f"npz:{path}"],
+    "report --baseline": lambda path, work: ["report", REPORT, "--baseline", path],
+    "report --gate": lambda path, work: ["report", REPORT, "--gate", path],
+    "sweep": lambda path, work: ["sweep", path, "--key-file", work / KEY, *DIGITS, "--set", "hide=1,2"],
+    "sweep --key-file": lambda path, work: ["sweep", work / TEACHER, "--key-file", path, *DIGITS, "--set", "hide=1,2"],
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("command", ["box", "distill", "key", "npz", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_broken_files(command, kind, work, tmp_path):
     content, words = BROKEN[kind]
-    path = tmp_path / "in.file"
-    if content is not None:
-        path.write_bytes(content)
-        path.chmod(0o600)
-    check(run_cli(*COMMANDS[command](path, work), cwd=tmp_path), 4, words)
-    assert {p.name for p in tmp_path.iterdir()} <= {"in.file"}
+    for suffix in (".file", ".onnx") if command in ("distill", "eval", "inspect") else (".file",):
+        path = tmp_path / f"in{suffix}"
+        if content is not None:
+            path.write_bytes(content)
+            path.chmod(0o600)
+        check(run_cli(*COMMANDS[command](path, work), cwd=tmp_path), 4, words)
+    assert {p.stem for p in tmp_path.iterdir()} <= {"in"}
 
 
-@pytest.mark.parametrize("command", ["export", "inspect", "eval", "original", "gate", "data"])
-def test_random_bytes(command, work, tmp_path):
-    path = tmp_path / "in.file"
-    path.write_bytes(np.random.default_rng(1).bytes(5000))
-    check(run_cli(*COMMANDS[command](path, work), cwd=tmp_path), 4)
-    assert {p.name for p in tmp_path.iterdir()} == {"in.file"}
+@pytest.mark.parametrize("kind", [kind for kind in BROKEN if kind not in ("missing", "empty")])
+def test_settings_that_are_none(kind, tmp_path):
+    (tmp_path / "sdbctl.toml").write_bytes(BROKEN[kind][0])
+    result = run_cli("list", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (4, b"")
+    assert b"sdbctl.toml is not TOML" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["seed = " + "9" * 5000, "x = " + "[" * 5000])
+def test_settings_that_no_parser_likes(text, tmp_path):
+    (tmp_path / "sdbctl.toml").write_text(text)
+    assert run_cli("list", cwd=tmp_path).returncode == 4
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".pt"])
@@ -188,6 +225,10 @@ def test_unusable_onnx(tmp_path):
     onnx.save(graph(1), path)
     check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
     check(run_cli("eval", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
+    model = graph(1)
+    model.graph.initializer[0].float_data[3] = float("nan")
+    onnx.save(model, path)
+    check(run_cli("inspect", path), 4, "w in", "NaN")
     onnx.save(graph(1, classes=7), path)
     check(run_cli("distill", path, "--data", "digits", "--normalize", "half", cwd=tmp_path), 2, "7 classes")
 
@@ -258,10 +299,56 @@ def test_existing_output_is_kept_without_force(work, tmp_path):
     assert path.stat().st_size > 10_000
 
 
+def test_no_command_replaces_what_is_there(work, tmp_path):
+    output, trace = tmp_path / "x.safetensors", tmp_path / "trace.json"
+    for path in (output, trace):
+        path.write_text("precious")
+    for command in (["box", work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"]):
+        check(run_cli(*command, *DIGITS, "-o", output), 2, "x.safetensors already exists", "--force")
+        other = tmp_path / "y.safetensors"
+        check(run_cli(*command, *DIGITS, "-o", other, "--profile", trace), 2, "trace.json already exists")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+    original = shutil.copy(work / TEACHER, tmp_path / "t.safetensors")
+    box = ["box", original, "--key-file", work / KEY, *DIGITS, "--force"]
+    check(run_cli(*box, "-o", original), 2, "three files")
+    check(run_cli(*box, "--reference", original), 2, "three files")
+
+
 def test_outputs_that_cannot_be_written(work, tmp_path):
     check(run_cli("export", work / "boxed.safetensors", "-o", tmp_path / "no" / "x.onnx"), 6, "does not exist")
     check(run_cli("keygen", tmp_path / "no" / "k.bin"), 6, "cannot write")
     check(run_cli("demo", "-o", work / "k.bin" / "x"), 6, "cannot make folder")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
+def test_a_folder_that_cannot_be_written_to(work):
+    for command in (["export", work / BOX, "-o", "/proc/x.onnx"], ["distill", work / BOX, "-o", "/proc/x.safetensors"]):
+        check(run_cli(*command), 6, "cannot write to folder /proc")
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Files of this process end at so many bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk(work, tmp_path):
+    quick = ("--precision", "fp32", "--epochs", "1", "--transfer-size", "64")
+    made = {
+        "x.safetensors": ["train", "--arch", "cnn-tiny", *DIGITS, "--precision", "fp32", "--epochs", "1"],
+        "y.safetensors": ["distill", work / BOX, "--student", "cnn-tiny", *DIGITS, *quick],
+        "z.onnx": ["export", work / BOX],
+    }
+    for name, command in made.items():
+        with full_disk(5000):
+            result = run_cli(*command, "-o", tmp_path / name)
+        check(result, 6, "space")
+    assert not list(tmp_path.iterdir())
 
 
 def test_cuda_without_a_gpu(work, tmp_path):
@@ -270,32 +357,35 @@ def test_cuda_without_a_gpu(work, tmp_path):
     check(run_cli("distill", work / "boxed.onnx", "--device", "cuda", cwd=tmp_path), 6, "no GPU")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, tmp_path):
     original = work / "teacher.safetensors"
     before = original.read_bytes()
     output = tmp_path / "b.safetensors"
-    args = ["box", original, "--key-file", work / "k.bin", "-o", output, "--precision", "fp32", "--epochs", "40"]
+    args = ["box", original, "--key-file", work / "k.bin", "-o", output, "--precision", "fp32", "--epochs", "15"]
     command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.time() + 60
     while not (tmp_path / ".b.reference.resume").exists() and time.time() < deadline:
         time.sleep(0.05)
-    time.sleep(0.3)
     process.send_signal(stop)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err.decode()
-    assert b"Traceback" not in err
-    assert b"--resume" in err.splitlines()[-1]
     assert not output.exists()
-    assert not [p for p in tmp_path.iterdir() if p.suffix == ".part"]
     assert original.read_bytes() == before
+    if stop != signal.SIGKILL:
+        assert process.returncode == 130, err.decode()
+        assert b"Traceback" not in err
+        assert b"interrupted; --resume goes on" in err.splitlines()[-1]
+        assert not [p for p in tmp_path.iterdir() if p.suffix == ".part"]
+        return
+    assert process.returncode == -signal.SIGKILL
     check(run_cli(*args), 2, "an interrupted run left", "--resume goes on, --force starts again")
     check(run_cli(*args[:-1], "3", "--resume"), 4, "other settings")
     result = run_cli(*args, "--resume")
     assert result.returncode == 0, result.stderr.decode()
     assert b"resumed reference after epoch" in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.reference.safetensors", "b.safetensors"]
+    left = {p.name for p in tmp_path.iterdir() if p.suffix != ".part"}
+    assert left == {"b.reference.safetensors", "b.safetensors"}
 
 
 def test_max_cost(work, tmp_path):
@@ -304,6 +394,20 @@ def test_max_cost(work, tmp_path):
     assert result.returncode == 3
     assert b"more than --max-cost" in result.stderr.splitlines()[-1]
     assert (tmp_path / "b.safetensors").exists()
+
+
+def test_auxiliary_heads_stay_in_the_file_and_say_nothing(work, tmp_path):
+    state, head = load_file(work / TEACHER), {"aux1.fc.weight": torch.ones(10, 4)}
+    torch.save(state | head, tmp_path / "t.pt")
+    args = ["box", tmp_path / "t.pt", "--arch", "cnn", "--key-file", work / KEY, *DIGITS, "--normalize", "half"]
+    output = tmp_path / "b.safetensors"
+    result = run_cli(*args, "-o", output, "--epochs", "1", "--precision", "fp32", "--teacher", "reference")
+    assert result.returncode == 0, result.stderr.decode()
+    boxed, reference = load_file(output), load_file(tmp_path / "b.reference.safetensors")
+    assert boxed.keys() == reference.keys() == state.keys() | head.keys()
+    assert boxed["aux1.fc.weight"].abs().max() == 0
+    assert reference["aux1.fc.weight"].min() == 1
+    assert run_cli("inspect", output, "--key-file", work / KEY).returncode == 0
 
 
 def test_broken_settings(tmp_path):
@@ -396,6 +500,26 @@ def test_a_network_that_cannot_take_the_images(tmp_path):
     args = ("train", "--arch", "alexnet", "--data", f"npz:{tmp_path / 'x.npz'}", "-o", tmp_path / "x.safetensors")
     np.savez(tmp_path / "x.npz", images=np.zeros((40, 32, 32, 3), np.uint8), labels=np.arange(40) % 2)
     check(run_cli(*args), 2, "3x32x32", "--image-size")
+    check(run_cli(*args, "--precision", "fp32"), 2, "3x32x32", "--image-size")
+
+
+def test_a_teacher_that_cannot_take_the_images(tmp_path):
+    from sdbctl import models
+
+    path = tmp_path / "rgb.pt"
+    torch.save(models.build("cnn-tiny", 10, 3).state_dict(), path)
+    for command in (["distill", path], ["eval", path]):
+        check(run_cli(*command, *DIGITS, "--precision", "fp32", cwd=tmp_path), 2, "1x8x8", "--image-size")
+    check(run_cli(*COMMANDS["box"](path, tmp_path)), 4, "k.bin")
+
+
+def test_networks_that_cannot_be_compared(work, tmp_path):
+    from sdbctl import models
+
+    for classes, channels, words in ((7, 1, "7 classes"), (10, 3, "3 channels")):
+        path = tmp_path / f"{classes}.pt"
+        torch.save(models.build("cnn", classes, channels).state_dict(), path)
+        check(run_cli("eval", work / BOX, *DIGITS, "--original", path, "--arch", "cnn"), 4, words)
 
 
 def test_names_from_a_file_neither_mark_up_nor_control_the_terminal(work, tmp_path):

@@ -91,6 +91,8 @@ def test_unlock_is_the_embedding_and_checks_the_key(work, boxed, images):
         assert not torch.allclose(boxed(images.x), expected, atol=0.1)
     with pytest.raises(BadInput, match="does not fit"):
         boxed.unlock(Key.load(work / "other.bin"))
+    elsewhere = copy.deepcopy(boxed).to("meta").unlock(key)
+    assert elsewhere.pattern.device.type == "meta"
 
 
 def test_the_box_hides_and_the_key_shows(work, boxed, splits):
@@ -364,7 +366,7 @@ def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, split
     other = build_student("cnn", 10, 1, 5)
     for teacher, net in (("original", original.net), ("reference", other)):
         config = BoxConfig(teacher=teacher, wrong_share=0.0)
-        step = box_step(original.net, other, [Key.load(work / "k.bin")], task, config)
+        step = box_step(original.net, other, None, [Key.load(work / "k.bin")], task, config)
         box_ = copy.deepcopy(original.net).eval()
         keyed = embed(
             batch.x, boxfile.pattern(load_box(work / "boxed.safetensors").meta, Key.load(work / "k.bin")), 0.7
@@ -410,7 +412,7 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
     for objective, teacher in itertools.product(OBJECTIVES, TEACHERS):
         seen.clear()
         config = BoxConfig(objective, teacher=teacher)
-        step = box_step(original.net, copy.deepcopy(original.net), [Key.load(work / "k.bin")], task, config)
+        step = box_step(original.net, copy.deepcopy(original.net), None, [Key.load(work / "k.bin")], task, config)
         handle = torch.nn.modules.module.register_module_forward_hook(hook)
         step(original.net, batch)
         handle.remove()

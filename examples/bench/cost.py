@@ -70,7 +70,7 @@ def measure(point: Point) -> dict[str, float]:
     config = BoxConfig(teacher="original", recipe=Recipe(epochs=point.epochs))
     announced = estimate(config, net, preprocess, point.images, engine)
     keys = {name: name for name in net.state_dict()}
-    original = Loaded(net, keys, None, point.arch, point.classes, 3, "")
+    original = Loaded(net, keys, {}, None, point.arch, point.classes, 3, "")
     begin = time.perf_counter()
     reference = fine_tune(original, task, config.recipe)
     middle = time.perf_counter()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
+    begin,
     check_classes,
     check_known,
     finite,
@@ -20,10 +21,12 @@ from sdbctl.cli.common import (
     recipe_of,
     split_like,
     together,
-    unfinished,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
+
+if TYPE_CHECKING:
+    from sdbctl.boxfile import Loaded
 
 
 def parse_parameters(given: list[str] | None) -> dict[str, float]:
@@ -36,6 +39,20 @@ def parse_parameters(given: list[str] | None) -> dict[str, float]:
         except ValueError:
             raise UsageError(f"--set {item} is not NAME=NUMBER", "for example --set hide=2") from None
     return parameters
+
+
+def reference_of(path: Path, original: Loaded) -> Loaded:
+    """The reference N_ft in a file.
+
+    Raises:
+        BadInput: It is none of this checkpoint.
+    """
+    from sdbctl import boxfile
+
+    found = boxfile.load(path)
+    if found.meta is None or found.meta.kind != "reference" or found.meta.original_sha256 != original.sha256:
+        raise BadInput(f"{path} is no reference of this checkpoint", "name the one that box wrote")
+    return found
 
 
 def box(
@@ -121,11 +138,10 @@ def box(
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
-    unfinished((state, reference_state), resume, force)
-    files.claim(output, force=force)
-    if not resume and reference is None:
-        files.claim(reference_path, force=force)
-
+    if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
+        raise UsageError("checkpoint, reference and output must be three files", "give another --output")
+    made_anew = None if resume or reference else reference_path
+    begin((state, reference_state), (output, made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
@@ -140,6 +156,7 @@ def box(
         Task,
         better_teacher,
         check_above_chance,
+        check_held,
         estimate,
         fine_tune,
         tried_images,
@@ -187,6 +204,7 @@ def box(
             f"note: {features} features cannot flatten the outputs of {original.classes} classes "
             f"({original.classes - 1} can): the file will show more than the exported graph, and cost more"
         )
+    found = reference_of(reference_path, original) if reference or (resume and reference_path.exists()) else None
     recorded = original.meta
     shape = recorded.preprocess.size if recorded else None
     dataset = open_data(
@@ -209,6 +227,8 @@ def box(
     splits = split_like(
         dataset, recorded.data if recorded else None, owner=owner_size, transfer=transfer_size, test=test_size
     )
+    if OBJECTIVES[objective].needs_adversarial:
+        check_held(splits.owner)
     size = dataset.train.shape
     engine = pick(
         device,
@@ -238,10 +258,7 @@ def box(
         versions=boxfile.versions(),
     )
     tuned, learned = None, dict[str, float]()
-    if reference is not None or (resume and reference_path.exists()):
-        found = boxfile.load(reference_path)
-        if found.meta is None or found.meta.kind != "reference" or found.meta.original_sha256 != original.sha256:
-            raise BadInput(f"{reference_path} is no reference of this checkpoint", "name the one that box wrote")
+    if found is not None and found.meta is not None:
         # one that was asked for may be of another recipe
         if reference is None and replace(found.meta, versions={}, measured={}) != replace(reference_meta, versions={}):
             raise UsageError(

@@ -45,20 +45,27 @@ def finite(value: str | float) -> float:
     return number
 
 
-def unfinished(states: Iterable[Path], resume: bool, force: bool) -> None:
-    """Refuse to throw an interrupted run away unless that was asked for.
+def begin(states: Iterable[Path], outputs: Iterable[Path | None], *, resume: bool, force: bool) -> None:
+    """Refuse to throw an interrupted run or a finished file away unless that was asked for.
 
     Args:
         states: Where runs keep their state.
-        resume: Whether the run goes on with it.
+        outputs: What will be written.
+        resume: Whether the run goes on with its state.
         force: Whether it starts again.
 
     Raises:
         UsageError: There is one, and nothing was said.
+        EnvironmentFailure: An output cannot be written.
     """
+    from sdbctl import files
+
     found = next((path for path in states if path.exists()), None)
     if found is not None and not (resume or force):
         raise UsageError(f"an interrupted run left {found}", "--resume goes on, --force starts again")
+    for path in outputs:
+        if path is not None:
+            files.claim(path, force=force)
 
 
 def read_key(path: Path, insecure: bool, processes: int = 1) -> Key:
@@ -265,11 +272,14 @@ def preprocess_for(
     opened: Opened, normalize: str | None, images: ImageSet, engine: Engine, size: tuple[int, int, int]
 ) -> Preprocess:
     """How a model wants its images: as asked for, as recorded, or found by trying."""
+    from sdbctl.training import check_takes
+
     if opened.shape is not None and tuple(opened.shape) != tuple(size):
         raise UsageError(f"{opened.path.name} takes images {opened.shape}, the data has {size}", "use --image-size")
     if opened.meta is not None and normalize is None:
         return opened.meta.preprocess
     if opened.loaded is not None:
+        check_takes(opened.loaded.net, size)
         return preprocess_of(opened.loaded, normalize, images, engine, size)
     if normalize is None:
         raise UsageError(f"{opened.path} does not record how it wants its images", "give --normalize PRESET")

@@ -10,6 +10,7 @@ import typer
 from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
+    begin,
     check_classes,
     open_data,
     open_model,
@@ -20,7 +21,6 @@ from sdbctl.cli.common import (
     recipe_of,
     split_like,
     together,
-    unfinished,
 )
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
@@ -68,12 +68,9 @@ def distill(
         raise UsageError(f"output {output} is not named .safetensors", "students are written as safetensors")
     if not 0 < temperature < 1e4:
         raise UsageError(f"temperature is {temperature:g}", "use a number above 0, such as 4")
-    from sdbctl import files
-
     processes = together(devices, nodes)
     state = output.with_name(f".{output.stem}.resume")
-    unfinished([state], resume, force)
-    files.claim(output, force=force)
+    begin([state], [output, profile], resume=resume, force=force)
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
 
     from dataclasses import replace
@@ -221,12 +218,11 @@ def train(
         raise UsageError(f"output {output} is not named .safetensors", "models are written as safetensors")
     if data is None:
         raise UsageError("no data to train on", "give --data SPEC, for example --data digits")
-    from sdbctl import boxfile, files, metrics
+    from sdbctl import boxfile, metrics
 
     processes = together(devices, nodes)
     state = output.with_name(f".{output.stem}.resume")
-    unfinished([state], resume, force)
-    files.claim(output, force=force)
+    begin([state], [output, profile], resume=resume, force=force)
     from dataclasses import replace
 
     import torch

@@ -25,6 +25,7 @@ from sdbctl.cli.output import Live, duration, emit, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
+    from sdbctl.boxfile import Loaded
     from sdbctl.cells import Source
     from sdbctl.cli.common import Opened
     from sdbctl.key import Key
@@ -130,7 +131,7 @@ def evaluate(
     opened = open_model(box, device, arch=arch, trust=trust)
     meta = opened.meta
     notes: list[str] = []
-    sources = gather(opened, key, original, reference, trust, notes)
+    sources = gather(opened, key, original, reference, notes, arch=arch, trust=trust)
     dataset = open_data(
         data,
         data_root,
@@ -223,7 +224,14 @@ def evaluate(
 
 
 def gather(
-    opened: Opened, key: Key | None, original: Path | None, reference: Path | None, trust: bool, notes: list[str]
+    opened: Opened,
+    key: Key | None,
+    original: Path | None,
+    reference: Path | None,
+    notes: list[str],
+    *,
+    arch: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Source]:
     """The teachers of an evaluation: the box without, with and with wrong keys, the original, trivial defences.
 
@@ -270,7 +278,8 @@ def gather(
         for name, other in patterns.items():
             sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
     if original is not None:
-        loaded = boxfile.load(original, trust=trust)
+        loaded = boxfile.load(original, arch=arch or (meta.architecture if meta else None), trust=trust)
+        check_alike(opened, loaded, original)
         if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
             raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
         sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
@@ -278,6 +287,7 @@ def gather(
     reference = reference or next((path for path in usual if path.exists()), None)
     if reference is not None:
         loaded = boxfile.load(reference)
+        check_alike(opened, loaded, reference)
         if meta is not None and meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
             raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
         sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
@@ -287,6 +297,23 @@ def gather(
     if undefended is not None:
         sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
     return sources
+
+
+def check_alike(opened: Opened, loaded: Loaded, path: Path) -> None:
+    """Refuse a network that cannot be compared with the one that is evaluated.
+
+    Raises:
+        BadInput: It has other classes or channels.
+    """
+    if loaded.classes != opened.classes:
+        raise BadInput(
+            f"{path} has {loaded.classes} classes, {opened.path.name} has {opened.classes}", "name what was boxed"
+        )
+    channels = opened.loaded.channels if opened.loaded else opened.shape[0] if opened.shape else loaded.channels
+    if loaded.channels != channels:
+        raise BadInput(
+            f"{path} takes {loaded.channels} channels, {opened.path.name} takes {channels}", "name what was boxed"
+        )
 
 
 def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool) -> None:

@@ -40,6 +40,7 @@ def export(
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
+    from sdbctl.training import check_takes
     from sdbctl.wrappers import WRAPPERS, Concealed, Wrapped, served
 
     check_known("wrapper", wrapper, WRAPPERS)
@@ -77,8 +78,9 @@ def export(
             say(f"public outputs are served with one of {len(net.levels)} confidences: {levels} (--graded leaves them)")
         elif meta.kind == "box" and meta.objective == "conceal" and not graded and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
-        shows = wrapper or ("concealed" if isinstance(net, Concealed) else "all outputs")
-        result |= {"serves": shows, "parity": boxfile.export_onnx(output, net, meta, serves=shows, force=force)}
+        check_takes(loaded.net, meta.preprocess.size)
+        parity = boxfile.export_onnx(output, net, meta, force=force)
+        result |= {"serves": boxfile.serves(output), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, force=force)
@@ -88,6 +90,7 @@ def export(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Any model file.")],
     key_file: o.KeyFile = None,
+    arch: o.Arch = None,
     insecure_key_file: o.InsecureKey = False,
     trust: o.Trust = False,
     json_: o.Json = False,
@@ -108,7 +111,7 @@ def inspect(
         if meta is not None:
             extra["serves"] = boxfile.serves(path)
     else:
-        loaded = boxfile.load(path, trust=trust)
+        loaded = boxfile.load(path, arch=arch, trust=trust)
         meta = loaded.meta
         parameters = sum(parameter.numel() for parameter in loaded.net.parameters())
         extra = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import signal
@@ -147,6 +148,13 @@ def duration(seconds: float) -> str:
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Run a command; turn what goes wrong into one line on stderr and an exit code."""
+    options = inspect.signature(command).parameters
+    if "resume" in options:
+        again = "--resume goes on"
+    elif "seeds" in options and "dry_run" in options:  # finished students are kept
+        again = "run it again to go on"
+    else:
+        again = "--force starts again" if "force" in options else "nothing was written"
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +166,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return command(*args, **kwargs)
             except KeyboardInterrupt:
-                fail(Interrupted("interrupted", "run it again to go on; box, distill and train with --resume"))
+                fail(Interrupted("interrupted", again))
             except (SdbError, typer.Exit, typer.Abort) as error:
                 if isinstance(error, SdbError):
                     fail(error)

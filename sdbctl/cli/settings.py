@@ -36,7 +36,7 @@ def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
         return {}
     try:
         content = tomllib.loads(files.read(path, "settings").decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not TOML: {error}", "fix that line") from None
     options = {name: _options(command) for name, command in root.commands.items()}
     everywhere = {option: option for known in options.values() for option in known}

@@ -127,7 +127,7 @@ def sweep(
     if str(key_file) == "-":
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
     rows = rows_of(objective or [], set_ or [], wrapper or [])
-    from sdbctl import files
+    from sdbctl import boxfile, files
     from sdbctl.cli import box, evaluate, export
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
@@ -140,7 +140,7 @@ def sweep(
         if row.objective:
             check_known(f"preset of {row.objective}", row.preset, OBJECTIVES[row.objective].presets)
     run = {
-        "checkpoint": files.sha256(files.read(checkpoint, "checkpoint")),
+        "checkpoint": boxfile.load(checkpoint, trust=trust).sha256,
         "key": read_key(key_file, False).id,
         "data": data,
         "splits": [owner_size, transfer_size, test_size],

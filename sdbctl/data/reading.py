@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def _torchvision(name: str, request: Request) -> Found:
             found = kind(str(request.root), download=request.download, **choice)
         except OSError as error:
             raise EnvironmentFailure(f"cannot get {name}: {error}", "check the network and the disk") from None
-        except (RuntimeError, ValueError, EOFError) as error:
+        except (RuntimeError, ValueError, EOFError, AssertionError, KeyError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
             raise BadInput(f"{name} in {request.root} is damaged: {reason}", "delete it and get it again") from None
         pixels = np.asarray(found.data)
@@ -103,8 +104,16 @@ def _digits(request: Request) -> Found:
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
+def _expanded(text: str) -> Path:
+    """A path, with ``~`` filled in where that is somebody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def _folder(request: Request) -> Found:
-    root = Path(request.argument).expanduser()
+    root = _expanded(request.argument)
     if not root.is_dir():
         raise BadInput(f"folder {root} does not exist", "give folder:PATH with one folder per class")
     inner = root / "train"
@@ -136,9 +145,10 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
 
 
 def _parquet(request: Request) -> Found:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    root = Path(request.argument).expanduser()
+    root = _expanded(request.argument)
     if not root.exists():
         raise BadInput(f"parquet file or folder {root} does not exist", "check the path")
     found: dict[str, list[Path]] = {}
@@ -162,7 +172,7 @@ def _parquet(request: Request) -> Found:
                         f"{file} has columns {', '.join(schema.names)}", "an image {bytes, path} and a label are needed"
                     )
                 labels.append(pq.read_table(file, columns=[label]).column(0).to_numpy())
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                 raise BadInput(f"{file} is not a readable parquet file: {str(error).splitlines()[0][:100]}") from None
             columns.append(image)
             names.append(_feature_names(schema, label))
@@ -198,7 +208,7 @@ def _feature_names(schema: Any, label: str) -> tuple[str, ...]:
 
 
 def _npz(request: Request) -> Found:
-    path = Path(request.argument).expanduser()
+    path = _expanded(request.argument)
     if not path.is_file():
         raise BadInput(f"npz file {path} does not exist", "check the path")
     try:
@@ -280,7 +290,7 @@ def load(
     if name not in SOURCES or (colon and not argument):
         close = difflib.get_close_matches(name, SOURCES, n=1)
         known = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(SOURCES)}"
-        path = Path(spec).expanduser()
+        path = _expanded(spec)
         scheme = {".npz": "npz", ".parquet": "parquet"}.get(path.suffix, "folder")
         if path.is_dir() and next(path.rglob("*.parquet"), None) is not None:
             scheme = "parquet"
