@@ -139,6 +139,10 @@ MOST_PASSES = 4
 """How many times more epochs a student of few images is trained at most."""
 
 
+FOREIGN = ("knockoff", "copycat")
+"""Attacks that need a surrogate data set."""
+
+
 def on_key(attack: str) -> bool:
     """Whether an attack looks for the key."""
     return attack.endswith(("_key", "_keys"))
@@ -229,7 +233,12 @@ class Bench:
             possible = (bool(teachers) or not row.teachers) and (
                 row.access == "api" or (boxed is not None and boxed.weights is not None)
             )
-            if possible and (self.strength > 0 or not on_key(row.attack)):
+            foreign = row.attack in FOREIGN
+            if (
+                possible
+                and (self.strength > 0 or not on_key(row.attack))
+                and (self.surrogate is not None or not foreign)
+            ):
                 rows.append(replace(row, teachers=teachers))
         return rows
 
@@ -257,6 +266,7 @@ class Bench:
             boxfile.versions(),
             code(),
             self.engine.precision,
+            self.engine.device.type,
             attack,
             source,
             # what a key is compared with, and the weights in an ONNX file
@@ -286,7 +296,8 @@ class Bench:
         """Where this teacher's answers are kept."""
         if self.answers is None or not teacher:
             return None
-        parts = [self.sources[teacher].sha256, self.engine.precision, self.preprocess.to_dict(), boxfile.versions()]
+        where = [self.engine.device.type, self.engine.precision]
+        parts = [self.sources[teacher].sha256, where, self.preprocess.to_dict(), boxfile.versions()]
         return Record(self.answers, json.dumps(parts, sort_keys=True))
 
     def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:

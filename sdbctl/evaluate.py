@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +28,7 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
+from sdbctl.suites import PLACES
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
 MODEL_LABELS = {
@@ -39,6 +39,7 @@ MODEL_LABELS = {
     "wrong": "boxed, with a wrong key",
     "disturbed": "boxed, with --disturb",
 }
+FINALISTS = PLACES["attack"]
 _MODEL_NAMES = {"reference": "original_ft", "keyed": "boxed_keyed", "wrong": "boxed_wrong_key"}
 
 
@@ -52,7 +53,6 @@ def measure_models(bench: Bench) -> tuple[dict[str, Model], dict[str, Tensor]]:
         outputs[name] = predict(teacher.logits, bench.test, bench.preprocess, bench.engine)
         scores = asdict(metrics.score(outputs[name], bench.test.labels))
         bins = tuple(Bin(*values) for values in scores.pop("reliability"))
-        scores.pop("spread")
         key = _MODEL_NAMES.get(name, name)
         models[key] = Model(name=key, label=label, n_images=scores.pop("n"), reliability=bins, **scores)
     return models, outputs
@@ -135,45 +135,67 @@ def evaluate(
 
 
 def headline(students: Mapping[str, Student]) -> dict[str, Any]:
-    """The numbers in front: advantage, gain, and whether there is something to protect."""
+    """The numbers in front: advantage, gain, and whether there is something to protect.
 
-    def best(role: Role, access: Sequence[str] = ("api",), labels: Sequence[bool | None] | None = None) -> list[float]:
-        """By seed, the best of several rows that compete."""
+    What a claim is made against is the strongest of its rows, so that the bound holds whichever it is: of each threat
+    the two rows that are best on validation data are held against the control, and the higher difference counts. What
+    a claim is made for, the control and key holders, is chosen by :func:`sdbctl.metrics.crossfit`, which flatters none.
+    """
+
+    def rivals(role: Role, access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:
+        """Rows that compete, from the best on validation data."""
         rows = [
             student
             for name, student in students.items()
             # a pattern of one's own is an attack like any other
             if (student.role == role or (role == "attack" and name == "authorized_wrong_key"))
             and student.mean is not None
-            and student.access in access
+            and student.access == access
             and (labels is None or student.labels in labels)
             and not name.startswith("control")
         ]
-        if not rows:
-            return []
-        most = max(student.n for student in rows)
-        rows = [student for student in rows if student.n == most]
-        known = [student.validations or (student.validation,) * most for student in rows]
-        return metrics.crossfit(
-            [[value or 0.0 for value in values] for values in known],
-            [[value or 0.0 for value in student.values] for student in rows],
-        )
+        most = max((student.n for student in rows), default=0)
+        return sorted((row for row in rows if row.n == most), key=lambda row: -_mean(_validations(row)))
+
+    def fair(rows: list[Student]) -> list[float]:
+        return metrics.crossfit(list(map(_validations, rows)), [_known(row.values) for row in rows]) if rows else []
 
     def over(values: list[float], control: str) -> Interval:
         return paired(values, students[control].values) if values and control in students else Interval()
 
+    def strongest(access: Sequence[str], labels: Sequence[bool | None] | None, control: str) -> tuple[Interval, str]:
+        rows = [row for kind in access for row in rivals("attack", kind, labels)[:FINALISTS]]
+        found = [(over(_known(row.values), control), row.name) for row in rows if control in students]
+        return max(found, key=lambda one: one[0].mean or 0.0, default=(Interval(), ""))
+
     def advantage(access: Sequence[str]) -> Advantage:
         if not any(s.role == "attack" and s.access == access[0] and s.mean is not None for s in students.values()):
             return Advantage()
-        unlabelled = best("attack", access, [False])
-        return Advantage(over(best("attack", access), "control"), over(unlabelled, "control_unlabelled"))
+        labelled, best = strongest(access, None, "control")
+        unlabelled, other = strongest(access, [False], "control_unlabelled")
+        return Advantage(labelled, unlabelled, best, other)
 
-    original, authorized = best("reference"), best("authorized")
+    originals = rivals("reference", labels=[True, None])
+    authorized = fair(rivals("authorized"))
+    gains = [paired(authorized, row.values) for row in originals] if authorized else []
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
-        "authorized_gain": paired(authorized, original) if authorized and original else Interval(),
-        "protectable": over(original, "control"),
+        "authorized_gain": min(gains, key=lambda gain: gain.mean or 0.0, default=Interval()),
+        "protectable": over(fair(originals), "control"),
+        "protectable_unlabelled": over(fair(rivals("reference", labels=[False])), "control_unlabelled"),
     }
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value or 0.0 for value in values]
+
+
+def _validations(student: Student) -> list[float]:
+    return _known(student.validations or (student.validation,) * student.n)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
 
 
 def verdict(report: Report) -> str:
@@ -181,16 +203,16 @@ def verdict(report: Report) -> str:
     api, held, protectable = report.unauthorized_advantage.api, report.unauthorized_advantage.file, report.protectable
     # a suite may have tried only those who hold the file
     threat, means = (held, "file") if api.labelled.mean is None else (api, "outputs")
-    advantage, who = threat.labelled, ""
-    if threat.unlabelled.mean is not None and _most(threat.unlabelled) > _most(threat.labelled):
-        # each is compared with a floor of its own
-        advantage, who = threat.unlabelled, " without labels"
-    if advantage.mean is None:
+    if threat.labelled.mean is None:
         return "No student was trained, so nothing is known about protection; use --attack."
+    # each is compared with a floor of its own
+    threats = [(threat.labelled, ""), (threat.unlabelled, " without labels")]
+    known = [(interval, who) for interval, who in threats if interval.mean is not None]
+    gains = ", and ".join(_gain(interval, who) for interval, who in known)
     if protectable.mean is None:
         return (
-            f"The attacker gains {advantage.mean:+.1f} points over the floor; whether there was something to protect "
-            "is unknown without --original."
+            f"Distilling the box gains {gains} over the floor (95 %); whether there was something to protect is "
+            "unknown without --original."
         )
     if report.nothing_to_protect:
         finding = (
@@ -200,20 +222,14 @@ def verdict(report: Report) -> str:
         if (threat.unlabelled.low or 0) > ADVANTAGE_LIMIT:
             finding += f" Attackers without labels gain {threat.unlabelled.mean:+.1f} points over their own floor."
         return finding
-    if advantage.high is None:
-        finding = f"One seed only: distilling the box{who} gains {advantage.mean:+.1f} points over the floor"
-    elif advantage.high <= ADVANTAGE_LIMIT:
-        finding = (
-            f"Undistillable through its {means} by the attacks tried: at most {advantage.high:+.1f} points over the "
-            f"floor{who} (95 %)"
-        )
-    elif advantage.low is not None and advantage.low > ADVANTAGE_LIMIT:
-        finding = f"Not protected: distilling the box{who} gains {advantage.mean:+.1f} points over the floor"
+    if any(interval.high is None for interval, _ in known):
+        finding = "One seed only"
+    elif all((interval.high or 0.0) <= ADVANTAGE_LIMIT for interval, _ in known):
+        finding = f"Undistillable through its {means} by the attacks tried"
+    elif any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, _ in known):
+        finding = "Not protected"
     else:
-        finding = (
-            f"Not shown to be undistillable: distilling the box{who} gains {advantage.mean:+.1f} points over the "
-            f"floor, at most {advantage.high:+.1f} (95 %)"
-        )
+        finding = "Not shown to be undistillable"
     worth = f"the original gives {protectable.mean:+.1f}"
     gain = report.authorized_gain
     key = f"; the key is worth {gain.mean:+.1f} points against distilling the original" if gain.mean is not None else ""
@@ -222,15 +238,14 @@ def verdict(report: Report) -> str:
     elif held.labelled.mean is None:
         other = "Attackers who hold the file were not tried"
     else:
-        most = f", at most {held.labelled.high:+.1f}" if held.labelled.high is not None else ""
-        other = f"Who holds the file gains {held.labelled.mean:+.1f}{most}"
-    return f"{finding}; {worth}{key}. {other}."
+        other = f"Who holds the file gains {_gain(held.labelled, '')}"
+    return f"{finding}: distilling the box gains {gains} over the floor (95 %); {worth}{key}. {other}."
 
 
-def _most(interval: Interval) -> float:
-    """The upper bound, or for lack of one the mean."""
-    known = interval.mean if interval.high is None else interval.high
-    return -math.inf if known is None else known
+def _gain(interval: Interval, who: str) -> str:
+    """``+0.8 points without labels, at most +1.9``, the bound where there is one."""
+    most = "" if interval.high is None else f", at most {interval.high:+.1f}"
+    return f"{interval.mean:+.1f} points{who}{most}"
 
 
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:

@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from sdbctl.losses import conceal_kl, split_target
+from sdbctl.losses import conceal_kl
 
 ECE_BINS = 15
 RESIDUAL_TEMPERATURE = 4.0
@@ -29,7 +29,6 @@ class Scores:
         nll: Negative log-likelihood of the label.
         nll_binary: Negative log-likelihood of the event "the prediction is right" under its confidence.
         residual: Dark knowledge left, KL(u ‖ p̂^τ) at τ = 4 over the non-target classes.
-        spread: Standard deviation of the non-target logits.
         reliability: Per bin (mean confidence, accuracy, share of images); empty bins are left out.
     """
 
@@ -39,7 +38,6 @@ class Scores:
     nll: float
     nll_binary: float
     residual: float
-    spread: float
     n: int
     reliability: tuple[tuple[float, float, float], ...]
 
@@ -103,7 +101,6 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
         **means,
         ece=sum(abs(c - a) * share for c, a, share in bins),
         residual=residual(logits),
-        spread=split_target(logits, logits.argmax(1))[1].std(1, unbiased=False).mean().item(),
         n=len(labels),
         reliability=bins,
     )

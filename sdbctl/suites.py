@@ -60,6 +60,20 @@ CORE = (
     Row("hard_constant", "constant top-1 logits", "floor", "hard_constant", ("boxed",)),
     Row("kd_original", "KD from the original", "reference", "kd", ("reference", "original")),
     Row("dist_original", "DIST from the original", "reference", "dist", ("reference", "original")),
+    Row(
+        "kd_original_unlabelled",
+        "KD from the original, no labels",
+        "reference",
+        "kd_unlabelled",
+        ("reference", "original"),
+    ),
+    Row(
+        "dist_original_unlabelled",
+        "DIST from the original, no labels",
+        "reference",
+        "dist_unlabelled",
+        ("reference", "original"),
+    ),
     Row("unauthorized", "KD from the box", "attack", "kd", ("boxed",)),
     Row("unauthorized_unlabelled", "KD from the box, no labels", "attack", "kd_unlabelled", ("boxed",)),
     Row("dist", "DIST from the box", "attack", "dist", ("boxed",)),
@@ -99,13 +113,30 @@ TWINS: Mapping[str, str] = {
     "dist_unlabelled": "dist_hard_unlabelled",
     "dkd": "dkd_hard",
     "dkd_unlabelled": "dkd_hard_unlabelled",
+    "mixup": "hard_mixup",
+    "cutmix": "hard_cutmix",
+    "knockoff": "copycat",
+    "averaged_views": "hard_views",
+    "averaged_noise": "hard_views",
+    "sequence": "hard_sequence",
+    "two_stage": "hard_mixed",
+    "recalibrated": "hard_mixed",
+    "repaired": "hard_mixed",
+    "composed": "hard_mixed",
+    "composed_unlabelled": "hard_constant",
+    "logits_mse": "hard_constant",
     "clipped": "hard_mixed",
     "clipped_unlabelled": "hard_constant",
     "stripped": "hard_mixed",
     "stripped_unlabelled": "hard_constant",
     "stripped_dist": "dist_hard",
+    "stripped_dist_unlabelled": "dist_hard_unlabelled",
     "reestimated": "dist_hard",
+    "reestimated_unlabelled": "dist_hard_unlabelled",
     "noisy": "dist_hard",
+    "noisy_unlabelled": "dist_hard_unlabelled",
+    "amplified": "dkd_hard",
+    "amplified_unlabelled": "dkd_hard_unlabelled",
 }
 """Attacks and the same loss without soft outputs: where the attack is reported, so is this, with as many seeds."""
 PLACES: Mapping[Role, int] = {"floor": 2, "attack": 2}
@@ -139,8 +170,9 @@ class Suite:
 
     def group(self, row: Row) -> str:
         """Rows with the same name compete for one place in the report."""
-        # defences do not compete to be the worst; what all others are compared with is not left to a screening
-        if not self.elect or row.name in MINOR or row.role in ("disturb", "reference", "authorized"):
+        # defences do not compete to be the worst; what a claim is made against is not left to a screening
+        alone = row.role in ("disturb", "authorized") or (row.role == "reference" and row.labels)
+        if not self.elect or row.name in MINOR or alone:
             return row.name
         # a pattern of one's own is an attack like any other
         threat = row.access if row.role in ("attack", "wrong_key") else row.role

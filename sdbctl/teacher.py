@@ -165,7 +165,7 @@ class Record:
 class Oracle:
     """A teacher behind an interface of limited access, which counts queries.
 
-    Nothing but answers can be reached through it: the teacher lives in a closure.
+    It has no attribute but answers: the teacher lives in a closure. That keeps honest attacks honest; it is no sandbox.
 
     Args:
         teacher: Who answers.

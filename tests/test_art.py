@@ -46,7 +46,11 @@ def theirs(kind, box, splits, seed):
 def ours(kind, box, splits, seed):
     recipe = Recipe(epochs=EPOCHS, batch_size=32, lr=0.1, augment="none", seed=seed)
     teacher, config = TorchTeacher(box.net, 10, ENGINE.autocast, ENGINE.device), ATTACKS[kind].grid[0]
-    done = distill(ATTACKS[kind], config, teacher, "cnn-tiny", 10, splits.transfer, box.meta.preprocess, recipe, ENGINE)
+    # the toolbox, too, is asked about images without labels
+    known = {"surrogate": splits.transfer.unlabelled()}
+    done = distill(
+        ATTACKS[kind], config, teacher, "cnn-tiny", 10, splits.transfer, box.meta.preprocess, recipe, ENGINE, **known
+    )
     return metrics.top1(predict(done.student, splits.test, box.meta.preprocess, ENGINE), splits.test.labels)
 
 

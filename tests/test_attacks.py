@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import boxfile, curves, evaluate, protocol
+from sdbctl import boxfile, curves, evaluate, metrics, protocol
 from sdbctl.attacks import ATTACKS, base, file, keys, queries, soft
-from sdbctl.cells import Bench, Cell, EvalConfig, Source
+from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Source
 from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
@@ -375,7 +375,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     if suite in ("file", "standard"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
     if suite == "standard":
-        assert set(report.students) >= {row.name for row in ALL if row not in NEAR} - {"disturbed"}
+        assert set(report.students) >= {row.name for row in ALL if row not in NEAR} - {"disturbed", *FOREIGN}
         assert report.get("unauthorized_advantage.api.unlabelled.mean") is not None
         best = [s for s in report.students.values() if s.role in ("attack", "wrong_key") and s.n == 2]
         assert {(s.access, s.labels) for s in best} == {
@@ -386,7 +386,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         for role in ("floor", "attack"):
             rows = [s.name for s in report.students.values() if s.role == role and s.n == 2 and s.labels]
             assert len([name for name in rows if name != "control"]) >= 2
-        for name, twin in TWINS.items():
+        for name, twin in ((name, twin) for name, twin in TWINS.items() if name not in FOREIGN):
             assert report.students[twin].n >= (2 if report.students[name].n == 2 else 0)
 
 
@@ -444,7 +444,7 @@ def made_of(*students):
 
 
 def some(name, role, values, validations=None, **more):
-    known = tuple(validations or values)
+    known = tuple(values if validations is None else validations)
     return Student(name=name, label=name, role=role, mean=float(np.mean(values)), n=len(values), values=tuple(values),
                    validations=known, validation=float(np.mean(known)), **more)  # fmt: skip
 
@@ -463,7 +463,9 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     assert (api.labelled.mean, api.unlabelled.mean) == pytest.approx((-0.967, 6.033), abs=0.01)
     assert numbers["protectable"].mean == pytest.approx(5.03, abs=0.01)
     report = Report(title="x", created="", tool="", verdict="", **numbers)
-    assert evaluate.verdict(report).startswith("Not protected: distilling the box without labels gains +6.0")
+    assert (api.labelled_by, api.unlabelled_by) == ("a", "b")
+    said = evaluate.verdict(report)
+    assert said.startswith("Not protected: distilling the box gains -1.0 points, at most -0.8, and +6.0 points without")
 
 
 def test_a_suite_of_the_file_alone_has_a_verdict_of_its_own():
@@ -491,11 +493,73 @@ def test_votes_of_top1_answers_against_numpy():
     assert np.allclose(learned["target"].exp().numpy(), 0.7 * shares + 0.1)
 
 
-def test_the_best_attack_is_not_chosen_by_the_students_that_are_reported():
-    attack = [some("a", "attack", (9.0, 1.0, 1.0)), some("b", "attack", (2.0, 2.0, 2.0))]
-    numbers = evaluate.headline(made_of(some("control", "floor", (0.0, 0.0, 0.0)), *attack))
-    # seed 0 takes b, which is better elsewhere; the others take a
-    assert numbers["unauthorized_advantage"].api.labelled.mean == pytest.approx((2 + 1 + 1) / 3)
+def test_the_stronger_of_two_finalists_counts_and_the_weaker_reference():
+    attacks = [
+        some("a", "attack", (9.0, 1.0, 1.0), (5.0, 5.0, 5.0)),
+        some("b", "attack", (2.0, 2.0, 2.0), (4.0, 4.0, 4.0)),
+        # would have won, but nobody chose it on validation data
+        some("c", "attack", (7.0, 7.0, 7.0), (3.0, 3.0, 3.0)),
+    ]
+    others = [some("kd_original", "reference", (8.0, 8.0, 8.0)), some("dist_original", "reference", (9.0, 9.0, 8.0))]
+    key = some("authorized", "authorized", (9.0, 9.0, 9.0))
+    numbers = evaluate.headline(made_of(some("control", "floor", (0.0, 0.0, 0.0)), *attacks, *others, key))
+    threat = numbers["unauthorized_advantage"].api
+    assert (threat.labelled.mean, threat.labelled_by) == (pytest.approx(11 / 3), "a")
+    assert numbers["authorized_gain"].mean == pytest.approx(1 / 3)
+
+
+def test_who_holds_the_file_is_never_weaker_than_who_does_not():
+    api = [some("a", "attack", (5.0, 6.0), (1.0, 1.0)), some("b", "attack", (4.0, 4.0), (0.0, 0.0))]
+    held = [some(name, "attack", (3.0, 3.0), (9.0, 9.0), access="file") for name in ("c", "d")]
+    numbers = evaluate.headline(made_of(some("control", "floor", (0.0, 0.0)), *api, *held))
+    threats = numbers["unauthorized_advantage"]
+    assert threats.file.labelled == threats.api.labelled
+    assert threats.file.labelled_by == "a"
+
+
+def test_the_bound_of_an_advantage_holds_whichever_row_is_the_best():
+    """Five equal attacks, or one better than the others, against eight equal rows of the floor, five seeds."""
+    rng, beaten, runs = np.random.default_rng(0), 0, 300
+    for better in (0.0, 0.5):
+        for _ in range(runs):
+            skill = rng.normal(size=(13, 5))
+            skill[0] += better
+            seen, told = (skill + 0.3 * rng.normal(size=skill.shape) for _ in range(2))
+            rows = [
+                some(f"r{number}", "attack" if number < 5 else "floor", told[number], seen[number])
+                for number in range(13)
+            ]
+            control = some("control", "floor", metrics.crossfit(seen[5:], told[5:]))
+            bound = evaluate.headline(made_of(control, *rows))["unauthorized_advantage"].api.labelled.high
+            beaten += bound < better
+    assert beaten / (2 * runs) < 0.04
+
+
+def test_every_attack_on_answers_has_a_twin_without_them():
+    """Else what a loss does by itself would look like a leak; these are another thing, or have several students."""
+    alone = {"skeptical", "markov", "restored", "data_free", "random_keys", "simple_keys", "searched_key"}
+    rows = {row.name: row for row in ALL}
+    attacks = {name for name, row in rows.items() if row.role == "attack" and row.access == "api"}
+    assert attacks - TWINS.keys() == alone
+    # a twin needs no labels that the attack has not
+    assert all(rows[twin].role == "floor" and rows[twin].labels <= rows[name].labels for name, twin in TWINS.items())
+
+
+def test_amplified_targets_against_numpy(boxed, transfer):
+    """One size for what is left of the other classes; the predicted class stays ahead and keeps its distance."""
+    learned = {}
+    z = np.array([[5.0, 1.0, 1.2, 0.8], [0.1, 0.0, 0.3, 0.2]])
+    attacker = SimpleNamespace(learn=lambda loss, targets: learned.update(target=targets(None)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdbctl.attacks.file.held", lambda _: None)
+        patch.setattr("sdbctl.attacks.file.outputs", lambda *_: torch.from_numpy(z).float())
+        file.amplified(attacker, {"temperature": 4.0, "beta": 1.0, "scale": 3.0})
+    rest = np.array([1.0, 1.2, 0.8])
+    expected = 3 * (rest - rest.mean()) / rest.std()
+    assert np.allclose(learned["target"][0], [4.0, *expected], atol=1e-5)
+    low = np.array([0.1, 0.0, 0.2])
+    others = 3 * (low - low.mean()) / low.std()
+    assert np.allclose(learned["target"][1], [others[0], others[1], others.max() + 0.1, others[2]], atol=1e-5)
 
 
 def test_a_pattern_of_ones_own_is_an_attack_but_a_nearly_right_one_is_not():

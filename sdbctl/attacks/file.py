@@ -12,10 +12,11 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
-from sdbctl.attacks.soft import DIST, EITHER, kd_or_dist
+from sdbctl.attacks.soft import DIST, DKD, EITHER, dkd, kd_or_dist
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
+from sdbctl.losses import split_target
 from sdbctl.models.stages import Stages, head
 from sdbctl.teacher import Access
 from sdbctl.training import place, scaled, seeded
@@ -58,6 +59,26 @@ def _train_box(
     epochs = max(TUNE_EPOCHS, -(-TUNE_STEPS * size // len(images)))
     recipe = scaled(attacker.recipe, epochs=epochs, lr=rate, batch_size=size)
     attacker.fit(net, lambda model, batch: cross_entropy(mode(model)(batch.x), batch.y), images, recipe=recipe)
+
+
+def amplified(attacker: Attacker, config: Config) -> None:
+    """DKD from the bare weights, whatever is left of the other classes brought to one size.
+
+    A box leaves little of them, but what is left is correlated with what it hides; how large it is says nothing. The
+    non-target logits of each image get the standard deviation ``scale`` (compare logit standardisation, Sun et al.,
+    CVPR 2024), and the predicted class keeps its distance from their mean.
+    """
+
+    def targets(images: ImageSet) -> Tensor:
+        z = outputs(attacker, held(attacker), images)
+        target = z.argmax(1)
+        own, rest = split_target(z, target)
+        mean, size = rest.mean(1, keepdim=True), rest.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)
+        least = (config["scale"] * (rest - mean) / size).amax(1) + 0.1
+        scaled = config["scale"] * (z - mean) / size
+        return scaled.scatter(1, target[:, None], (own - mean[:, 0]).maximum(least)[:, None])
+
+    attacker.learn(lambda z, answer, y: dkd(z, answer, y, config), targets=targets)
 
 
 def rehead(attacker: Attacker, config: Config) -> None:
@@ -239,6 +260,12 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
 STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
 STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
+AMPLIFIED = _attack(
+    "what the bare weights still show, amplified",
+    "own",
+    amplified,
+    *({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0)),
+)
 REHEAD = _attack("a new last layer on the box's features", "known as linear probing", rehead)
 FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
@@ -249,6 +276,9 @@ FINE_TUNED = _attack(
 PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in EITHER))
 NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in EITHER))
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated)
+AMPLIFIED_UNLABELLED, NOISY_UNLABELLED, REESTIMATED_UNLABELLED, STRIPPED_DIST_UNLABELLED = map(
+    without_labels, (AMPLIFIED, NOISY, REESTIMATED, STRIPPED_DIST)
+)
 FITNET = _attack(
     "feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0}, {"weight": 100.0}
 )

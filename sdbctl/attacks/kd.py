@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Config, PerBatch
@@ -21,13 +23,16 @@ def _grid(*pairs: tuple[float, float]) -> tuple[Config, ...]:
     return tuple({"temperature": temperature, "alpha": alpha} for temperature, alpha in pairs)
 
 
+FIRST = ((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5))
+"""(τ, α) to try first; ``--tune 20`` tries all."""
+
 KD = Attack(
     "distillation from soft labels",
     "Hinton et al., arXiv 1503.02531",
     "attack",
     Access.PROBABILITIES,
     True,
-    _grid((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5)),
+    _grid(*FIRST, *(pair for pair in product((1, 2, 4, 8, 20), (0.1, 0.5, 0.9, 1)) if pair not in FIRST)),
     PerBatch(soft_labels),
 )
 KD_UNLABELLED = Attack(
@@ -36,6 +41,6 @@ KD_UNLABELLED = Attack(
     "attack",
     Access.PROBABILITIES,
     False,
-    _grid((4, 1), (8, 1), (20, 1), (1, 1)),
+    _grid((4, 1), (8, 1), (20, 1), (1, 1), (2, 1)),
     PerBatch(soft_labels),
 )

@@ -12,6 +12,7 @@ from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.data import Batch, ImageSet, like
+from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
 from sdbctl.training import seeded
@@ -125,20 +126,22 @@ def mixed_hard(mix: Mix) -> Train:
 
 
 def knockoff(attacker: Attacker, config: Config) -> None:
-    """Knockoff Nets with random selection: soft answers to images of another data set (Orekondy et al., CVPR 2019).
-
-    Without a surrogate data set the unlabelled transfer set is used.
-    """
-    pool = attacker.surrogate or attacker.images
-    _kd(attacker, config, sets=lambda epoch: attacker.augmented(pool, epoch))
+    """Knockoff Nets with random selection: soft answers to images of another data set (Orekondy et al., CVPR 2019)."""
+    _kd(attacker, config, sets=lambda epoch: attacker.augmented(_foreign(attacker), epoch))
 
 
 def copycat(attacker: Attacker, config: Config) -> None:
     """Copycat CNN: top-1 answers to images of another data set (Correia-Silva et al., IJCNN 2018)."""
-    pool = attacker.surrogate or attacker.images
     attacker.learn(
-        lambda z, answer, y: hard_label(z, answer, None, config), sets=lambda epoch: attacker.augmented(pool, epoch)
+        lambda z, answer, y: hard_label(z, answer, None, config),
+        sets=lambda epoch: attacker.augmented(_foreign(attacker), epoch),
     )
+
+
+def _foreign(attacker: Attacker) -> ImageSet:
+    if attacker.surrogate is None:
+        raise UsageError("this attack asks about images of another data set", "give --surrogate SPEC")
+    return attacker.surrogate
 
 
 class Generator(nn.Module):

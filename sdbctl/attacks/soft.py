@@ -44,9 +44,9 @@ def dkd(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> T
 
 
 def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """Correlation instead of equality: CE + β·(1 − ρ over classes) + γ·(1 − ρ over images).
+    """Correlation instead of equality: CE + τ²·(β·(1 − ρ over classes) + γ·(1 − ρ over images)).
 
-    Pearson's ρ between student's and teacher's probabilities; β = γ = ``weight`` (Huang et al., NeurIPS 2022).
+    Pearson's ρ between student's and teacher's probabilities at τ; β = γ = ``weight`` (Huang et al., NeurIPS 2022).
     """
     assert answer is not None
     tau = config["temperature"]

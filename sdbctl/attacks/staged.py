@@ -34,6 +34,7 @@ def two_stage(attacker: Attacker, config: Config) -> None:
     )
     attacker.learn(
         lambda z, answer, y: soft_labels(z, answer, y, config),
+        sets=lambda epoch: attacker.view(half + epoch),
         recipe=scaled(attacker.recipe, epochs=max(1, attacker.recipe.epochs - half), lr=attacker.recipe.lr / 2),
     )
 

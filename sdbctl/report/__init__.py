@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
@@ -75,10 +75,14 @@ class Advantage:
     Attributes:
         labelled: The attacker has labels for the transfer images.
         unlabelled: The attacker has none.
+        labelled_by: Name of that student in ``Report.students``.
+        unlabelled_by: Likewise.
     """
 
     labelled: Interval = Interval()
     unlabelled: Interval = Interval()
+    labelled_by: str = ""
+    unlabelled_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class Student:
         seconds: Time for one student.
         queries: Inputs sent to the teacher, each view counted.
         validation: Accuracy on the validation split, which selected the settings.
-        note: A mark beside the label, such as "used to train the box, not in the headline".
+        note: A mark beside the label, such as "not tuned".
     """
 
     name: str
@@ -223,6 +227,7 @@ class Report:
         unauthorized_advantage: What attackers gain.
         authorized_gain: Best student distilled with the key − best one distilled from the original, in points.
         protectable: Best student of the original − ``control``, in points: whether there is something to protect.
+        protectable_unlabelled: The same of attackers without labels, against their own control.
         models: By name, see ``MODELS``.
         students: By name, see :data:`sdbctl.suites.BY_NAME`.
         curves: By name.
@@ -242,6 +247,7 @@ class Report:
     unauthorized_advantage: UnauthorizedAdvantage = UnauthorizedAdvantage()
     authorized_gain: Interval = Interval()
     protectable: Interval = Interval()
+    protectable_unlabelled: Interval = Interval()
     models: dict[str, Model] = field(default_factory=dict)
     students: dict[str, Student] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -253,8 +259,8 @@ class Report:
     def get(self, path: str) -> float | None:
         """The number at a dotted path, such as ``unauthorized_advantage.api.labelled.high``.
 
-        An interval alone stands for its cautious bound: ``low`` for ``authorized_gain`` and ``protectable``,
-        where more is better, and ``high`` everywhere else.
+        An interval alone stands for its cautious bound: ``low`` for ``authorized_gain`` and ``protectable``, where more
+        is better, and ``high`` everywhere else.
 
         Args:
             path: Where the number stands in the JSON.
@@ -292,10 +298,14 @@ class Report:
     @property
     def nothing_to_protect(self) -> bool:
         """Whether distilling the original is known to be worth little, and no attack says otherwise."""
-        worth, advantage = self.protectable, self.unauthorized_advantage
-        beaten = any((threat.labelled.low or 0) > ADVANTAGE_LIMIT for threat in (advantage.api, advantage.file))
-        small = worth.mean is not None and (worth.mean < PROTECTABLE_LIMIT or (worth.low or 0) <= 0)
-        return small and worth.low is not None and not beaten
+        threats = self.unauthorized_advantage
+        return _worth_little(self.protectable, threats.api.labelled, threats.file.labelled)
+
+    @property
+    def nothing_to_protect_unlabelled(self) -> bool:
+        """The same for attackers without labels."""
+        threats = self.unauthorized_advantage
+        return _worth_little(self.protectable_unlabelled, threats.api.unlabelled, threats.file.unlabelled)
 
     def to_json(self) -> str:
         """The report as JSON text; numbers that are not finite become null."""
@@ -324,11 +334,7 @@ class Report:
                 f"{what} has schema version {str(version)[:20]!r}, this sdbctl reads {SCHEMA_VERSION}",
                 "use the sdbctl that wrote it",
             )
-        students = content.get("students")
-        for student in students.values() if isinstance(students, dict) else ():
-            if isinstance(student, dict):
-                # reports from before these were kept
-                student.setdefault("validations", [])
+        _fill_in(content)
         try:
             return codec.decode(cls, content)
         except (ValueError, RecursionError) as error:
@@ -342,6 +348,25 @@ class Report:
             BadInput: It is missing, damaged, something else, or of another version.
         """
         return cls.from_json(files.read(path, "report"), f"report {path}")
+
+
+def _worth_little(worth: Interval, *advantages: Interval) -> bool:
+    beaten = any((advantage.low or 0) > ADVANTAGE_LIMIT for advantage in advantages)
+    small = worth.mean is not None and (worth.mean < PROTECTABLE_LIMIT or (worth.low or 0) <= 0)
+    return small and worth.low is not None and not beaten
+
+
+def _fill_in(content: dict[str, Any]) -> None:
+    """Give a report from before some numbers were kept what it lacks: not measured."""
+    content.setdefault("protectable_unlabelled", codec.encode(Interval()))
+    threats, students = (content.get(name) for name in ("unauthorized_advantage", "students"))
+    for threat in threats.values() if isinstance(threats, dict) else ():
+        if isinstance(threat, dict):
+            threat.setdefault("labelled_by", "")
+            threat.setdefault("unlabelled_by", "")
+    for student in students.values() if isinstance(students, dict) else ():
+        if isinstance(student, dict):
+            student.setdefault("validations", [])
 
 
 def schema() -> str:
@@ -360,7 +385,7 @@ def _flatten(value: object, path: str) -> Iterator[tuple[str, float | None]]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, value if math.isfinite(value) else None
     elif isinstance(value, Interval):
-        bound = value.low if path in ("authorized_gain", "protectable") else value.high
+        bound = value.low if path in ("authorized_gain", "protectable", "protectable_unlabelled") else value.high
         yield from _flatten(bound, path)
     if dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):

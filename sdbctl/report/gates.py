@@ -116,9 +116,14 @@ def check_names(gates: Sequence[Gate], students: Iterable[str]) -> None:
         if root in known and name not in known[root]:
             nearest = difflib.get_close_matches(name, known[root], n=1, cutoff=0)[0]
             raise UsageError(f"no report has a number {gate.path}", f"did you mean {root}.{nearest}.{number}?")
-        if root in ("inference_cost", "unauthorized_advantage", "authorized_gain", "protectable", "models") or (
-            root == "students" and not number.startswith("config.")
-        ):
+        if root in (
+            "inference_cost",
+            "unauthorized_advantage",
+            "authorized_gain",
+            "protectable",
+            "protectable_unlabelled",
+            "models",
+        ) or (root == "students" and not number.startswith("config.")):
             empty.get(gate.path)
 
 
