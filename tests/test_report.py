@@ -116,7 +116,7 @@ def sample() -> Report:
             top5=Interval(2.68, 2.4, 2.97, 10_000),
         ),
         unauthorized_advantage=UnauthorizedAdvantage(
-            api=Advantage(labelled=Interval(0.09, -0.21, 0.39, 5)),
+            api=Advantage(labelled=Interval(0.09, -0.21, 0.39, 5), labelled_by="nasty_htc"),
             file=Advantage(labelled=Interval(0.62, 0.11, 1.13, 5)),
         ),
         authorized_gain=Interval(0.56, 0.21, 0.91, 5),
@@ -382,6 +382,8 @@ def test_cards_judge_by_bounds(report):
     assert cards["Inference cost, top-1"].status == "pass"
     assert cards["Inference cost, top-1"].n == "10,000 images"
     assert cards["Advantage without key, API, labelled"].status == "pass"
+    assert cards["Advantage without key, API, labelled"].by == "Sequence of checkpoints (HTC)"
+    assert "by: Sequence of checkpoints (HTC)" in html(report)
     assert cards["Advantage without key, API, unlabelled"].value == "not measured"
     assert cards["Advantage without key, file, labelled"].words == "above 0.5 not ruled out"
     assert cards["Authorized gain"].status == "pass"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdbctl.report import (
@@ -91,6 +91,7 @@ class Card:
         n: What it rests on.
         status: Whether it is good.
         words: Why.
+        by: Label of the student behind it, if it is one.
     """
 
     title: str
@@ -100,6 +101,7 @@ class Card:
     n: str
     status: Status
     words: str
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,17 +232,19 @@ def _cards(report: Report) -> Iterator[Card]:
     cost, advantage = report.inference_cost.top1, report.unauthorized_advantage
     yield _card("Inference cost, top-1", cost, *_at_most(cost, COST_LIMIT), images=True)
     nothing, unlabelled = report.nothing_to_protect, report.nothing_to_protect_unlabelled
-    for title, interval, vain, always in (
-        ("Advantage without key, API, labelled", advantage.api.labelled, nothing, True),
-        ("Advantage without key, API, unlabelled", advantage.api.unlabelled, unlabelled, True),
-        ("Advantage without key, file, labelled", advantage.file.labelled, nothing, False),
-        ("Advantage without key, file, unlabelled", advantage.file.unlabelled, unlabelled, False),
+    api, held = advantage.api, advantage.file
+    for title, interval, by, vain, always in (
+        ("Advantage without key, API, labelled", api.labelled, api.labelled_by, nothing, True),
+        ("Advantage without key, API, unlabelled", api.unlabelled, api.unlabelled_by, unlabelled, True),
+        ("Advantage without key, file, labelled", held.labelled, held.labelled_by, nothing, False),
+        ("Advantage without key, file, unlabelled", held.unlabelled, held.unlabelled_by, unlabelled, False),
     ):
+        student = report.students.get(by)
         status, words = _at_most(interval, ADVANTAGE_LIMIT)
         if vain and interval.mean is not None:
             status, words = "neutral", "nothing to protect here"
         if always or interval.mean is not None:
-            yield _card(title, interval, status, words)
+            yield replace(_card(title, interval, status, words), by=clean(student.label) if student else "")
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
     for title, worth, vain in (
         ("Original over the floor", report.protectable, nothing),
