@@ -175,13 +175,13 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
         unlabelled, other = strongest(access, [False], "control_unlabelled")
         return Advantage(labelled, unlabelled, best, other)
 
-    originals = rivals("reference", labels=[True, None])
     authorized = fair(rivals("authorized"))
-    gains = [paired(authorized, row.values) for row in originals] if authorized else []
+    # key holders are measured with labels
+    gains = [paired(authorized, row.values) for row in rivals("reference", labels=[True, None])] if authorized else []
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
         "authorized_gain": min(gains, key=lambda gain: gain.mean or 0.0, default=Interval()),
-        "protectable": over(fair(originals), "control"),
+        "protectable": over(fair(rivals("reference")), "control"),
         "protectable_unlabelled": over(fair(rivals("reference", labels=[False])), "control_unlabelled"),
     }
 
