@@ -208,11 +208,11 @@ def verdict(report: Report) -> str:
     # each is compared with a floor of its own
     threats = [(threat.labelled, ""), (threat.unlabelled, " without labels")]
     known = [(interval, who) for interval, who in threats if interval.mean is not None]
-    gains = ", and ".join(_gain(interval, who) for interval, who in known)
+    gains = " and ".join(_gain(interval, who) for interval, who in known)
     if protectable.mean is None:
         return (
-            f"Distilling the box gains {gains} over the floor (95 %); whether there was something to protect is "
-            "unknown without --original."
+            f"Distilling the box gains {gains} over the floor; whether there was something to protect is unknown "
+            "without --original."
         )
     if report.nothing_to_protect:
         finding = (
@@ -239,12 +239,12 @@ def verdict(report: Report) -> str:
         other = "Attackers who hold the file were not tried"
     else:
         other = f"Who holds the file gains {_gain(held.labelled, '')}"
-    return f"{finding}: distilling the box gains {gains} over the floor (95 %); {worth}{key}. {other}."
+    return f"{finding}: distilling the box gains {gains} over the floor; {worth}{key}. {other}."
 
 
 def _gain(interval: Interval, who: str) -> str:
-    """``+0.8 points without labels, at most +1.9``, the bound where there is one."""
-    most = "" if interval.high is None else f", at most {interval.high:+.1f}"
+    """``+0.8 points without labels (at most +1.9)``, the bound where there is one."""
+    most = "" if interval.high is None else f" (at most {interval.high:+.1f})"
     return f"{interval.mean:+.1f} points{who}{most}"
 
 

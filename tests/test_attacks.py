@@ -465,7 +465,7 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     report = Report(title="x", created="", tool="", verdict="", **numbers)
     assert (api.labelled_by, api.unlabelled_by) == ("a", "b")
     said = evaluate.verdict(report)
-    assert said.startswith("Not protected: distilling the box gains -1.0 points, at most -0.8, and +6.0 points without")
+    assert said.startswith("Not protected: distilling the box gains -1.0 points (at most -0.8) and +6.0 points without")
 
 
 def test_a_suite_of_the_file_alone_has_a_verdict_of_its_own():
