@@ -106,7 +106,7 @@ def ours(arch: str, pixels: np.ndarray, labels: np.ndarray, key: Key, device: to
     )
     config = BoxConfig("sdb", strength=STRENGTH, wrong_share=0.0)
     original = models.build(arch, 10, 3)
-    step = box_step(original, original, None, [key], task, config)
+    step = box_step(original, original, models.build(arch, 10, 3), [key], task, config)
     place(net, engine.device).train()
     optimiser, generator = optimiser_of(net), torch.Generator(engine.device).manual_seed(0)
 

@@ -278,7 +278,8 @@ def gather(
         for name, other in patterns.items():
             sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
     if original is not None:
-        loaded = boxfile.load(original, arch=arch or (meta.architecture if meta else None), trust=trust)
+        same = meta.architecture if meta is not None and meta.kind == "box" else None
+        loaded = boxfile.load(original, arch=arch or same, trust=trust)
         check_alike(opened, loaded, original)
         if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
             raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
