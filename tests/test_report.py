@@ -597,6 +597,7 @@ def test_a_comparison_shows_what_is_no_longer_measured_and_what_else_changed(rep
     [
         (Interval(0.5, -1.0, 2.0, 5), Interval(0.1, -0.5, 0.7, 5), True),
         (Interval(9.0, n=1), Interval(0.1, n=1), False),
+        (Interval(4.1, -0.7, 8.9, 3), Interval(0.1, -0.5, 0.7, 3), False),
         (Interval(-6.1, n=1), Interval(52.9, n=1), False),
         (Interval(-6.1, -7.0, -5.0, 5), Interval(52.9, 50.0, 55.0, 5), False),
         (Interval(9.0, 8.0, 10.0, 5), Interval(0.1, -0.5, 0.7, 5), False),

@@ -352,8 +352,8 @@ class Report:
 
 def _worth_little(worth: Interval, *advantages: Interval) -> bool:
     beaten = any((advantage.low or 0) > ADVANTAGE_LIMIT for advantage in advantages)
-    small = worth.mean is not None and (worth.mean < PROTECTABLE_LIMIT or (worth.low or 0) <= 0)
-    return small and worth.low is not None and not beaten
+    # more than that with wide bounds is not known to be little
+    return worth.mean is not None and worth.mean < PROTECTABLE_LIMIT and worth.low is not None and not beaten
 
 
 def _fill_in(content: dict[str, Any]) -> None:
