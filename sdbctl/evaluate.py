@@ -216,11 +216,11 @@ def verdict(report: Report) -> str:
         )
     if report.nothing_to_protect:
         finding = (
-            f"Nothing to protect here: distilling the original is worth only {protectable.mean:+.1f} points over "
+            f"Nothing to protect here: distilling the original is worth only {_signed(protectable.mean)} points over "
             "what an attacker has anyway."
         )
         if (threat.unlabelled.low or 0) > ADVANTAGE_LIMIT:
-            finding += f" Attackers without labels gain {threat.unlabelled.mean:+.1f} points over their own floor."
+            finding += f" Attackers without labels gain {_signed(threat.unlabelled.mean)} points over their own floor."
         return finding
     if any(interval.high is None for interval, _ in known):
         finding = "One seed only"
@@ -230,9 +230,13 @@ def verdict(report: Report) -> str:
         finding = "Not protected"
     else:
         finding = "Not shown to be undistillable"
-    worth = f"the original gives {protectable.mean:+.1f}"
+    worth = f"the original gives {_signed(protectable.mean)}"
     gain = report.authorized_gain
-    key = f"; the key is worth {gain.mean:+.1f} points against distilling the original" if gain.mean is not None else ""
+    key = (
+        f"; the key is worth {_signed(gain.mean)} points against distilling the original"
+        if gain.mean is not None
+        else ""
+    )
     if threat is held:
         other = "This is about who holds the file; attackers through the API were not tried"
     elif held.labelled.mean is None:
@@ -242,10 +246,15 @@ def verdict(report: Report) -> str:
     return f"{finding}: distilling the box gains {gains} over the floor; {worth}{key}. {other}."
 
 
+def _signed(value: float | None) -> str:
+    # adding zero makes a positive one of a negative
+    return f"{round(value or 0.0, 1) + 0.0:+.1f}"
+
+
 def _gain(interval: Interval, who: str) -> str:
     """``+0.8 points without labels (at most +1.9)``, the bound where there is one."""
-    most = "" if interval.high is None else f" (at most {interval.high:+.1f})"
-    return f"{interval.mean:+.1f} points{who}{most}"
+    most = "" if interval.high is None else f" (at most {_signed(interval.high)})"
+    return f"{_signed(interval.mean)} points{who}{most}"
 
 
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
