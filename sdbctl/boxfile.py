@@ -354,6 +354,11 @@ def read_metadata(path: Path) -> Metadata | None:
     return Metadata.from_json(text, path.name) if text is not None else None
 
 
+def shows(net: nn.Module) -> str:
+    """What an exported network shows, in words: its attribute ``shows``, or all outputs."""
+    return str(getattr(net, "shows", "all outputs"))
+
+
 def serves(path: Path) -> str:
     """What an ONNX file of ours shows of its network: all outputs, concealed ones, or those of a wrapper."""
     return _property(path, SERVES_KEY) or "not recorded"
@@ -371,7 +376,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
 
     Args:
         path: The file.
-        net: The network. An attribute ``shows`` is recorded (see :func:`serves`). If it has an attribute ``bare``, the
+        net: The network. What it :func:`shows` is recorded. If it has an attribute ``bare``, the
             network that it answers with while its buffer ``flat`` is negative, then that is compared, too.
         meta: Its metadata.
         force: Whether to replace an existing file.
@@ -389,7 +394,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
     generator = torch.Generator().manual_seed(0)
     example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=generator))
     proto = _to_onnx(net, example)
-    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, getattr(net, "shows", "all outputs"))):
+    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, shows(net))):
         proto.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()

@@ -1,8 +1,8 @@
 """How settings are chosen and students reported.
 
 Settings are chosen on the validation split with one set of seeds; the chosen ones are trained again with fresh,
-paired seeds, and only those, after their last epoch, are measured on the test split. Which row is the control, and
-which the best attack, is decided for each seed by the validation accuracy of all other seeds.
+paired seeds, and only those, after their last epoch, are measured on the test split. Which row is the control is
+decided for each seed by the validation accuracy of all other seeds.
 """
 
 from __future__ import annotations

@@ -79,8 +79,7 @@ def export(
         elif meta.kind == "box" and meta.objective == "conceal" and not graded and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
         check_takes(loaded.net, meta.preprocess.size)
-        parity = boxfile.export_onnx(output, net, meta, force=force)
-        result |= {"serves": boxfile.serves(output), "parity": parity}
+        result |= {"serves": boxfile.shows(net), "parity": boxfile.export_onnx(output, net, meta, force=force)}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, force=force)

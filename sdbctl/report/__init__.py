@@ -28,6 +28,9 @@ ADVANTAGE_LIMIT = 0.5
 PROTECTABLE_LIMIT = 2.0
 """Distilling the original must beat the floor by this, in points, or there is nothing to protect."""
 
+MORE_IS_BETTER = ("authorized_gain", "protectable", "protectable_unlabelled")
+"""Headline numbers of a report whose cautious bound is the lower one."""
+
 Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "baseline", "disturb"]
 MODELS = ("original", "original_ft", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
 
@@ -385,7 +388,7 @@ def _flatten(value: object, path: str) -> Iterator[tuple[str, float | None]]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, value if math.isfinite(value) else None
     elif isinstance(value, Interval):
-        bound = value.low if path in ("authorized_gain", "protectable", "protectable_unlabelled") else value.high
+        bound = value.low if path in MORE_IS_BETTER else value.high
         yield from _flatten(bound, path)
     if dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):

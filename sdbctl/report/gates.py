@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.report import MODELS, Report
+from sdbctl.report import MODELS, MORE_IS_BETTER, Report
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -116,14 +116,9 @@ def check_names(gates: Sequence[Gate], students: Iterable[str]) -> None:
         if root in known and name not in known[root]:
             nearest = difflib.get_close_matches(name, known[root], n=1, cutoff=0)[0]
             raise UsageError(f"no report has a number {gate.path}", f"did you mean {root}.{nearest}.{number}?")
-        if root in (
-            "inference_cost",
-            "unauthorized_advantage",
-            "authorized_gain",
-            "protectable",
-            "protectable_unlabelled",
-            "models",
-        ) or (root == "students" and not number.startswith("config.")):
+        if root in ("inference_cost", "unauthorized_advantage", *MORE_IS_BETTER, "models") or (
+            root == "students" and not number.startswith("config.")
+        ):
             empty.get(gate.path)
 
 
