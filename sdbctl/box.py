@@ -387,7 +387,7 @@ def box(
     }
     if not config.disturb:
         seen, *opened = (predict(model, data.validation, task.preprocess, engine) for model in (net, *unlocked))
-        measured |= serving(seen, torch.cat(opened))
+        measured |= serving(seen, data.validation.labels, torch.cat(opened))
     made.meta = replace(meta, measured=measured)
     # an auxiliary head that stays as it was would show what the features still know
     unused = {name: torch.zeros_like(tensor) for name, tensor in original.others.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -147,12 +146,12 @@ class Wrapped(nn.Module):
         return _behind(self.wrapper, self.net(x))
 
 
-CUTS = (0.5, 0.9)
-"""Between these, public confidences are served as one: unsure, likely, sure."""
+CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Public confidences may be told apart at one of these: unsure, and sure."""
 
 
-def concealed(z: Tensor, levels: Sequence[float], flat: float | Tensor) -> Tensor:
-    """Public outputs without all that the weights still show beside the prediction and a rough confidence.
+def concealed(z: Tensor, cut: float, levels: Sequence[float], flat: float | Tensor) -> Tensor:
+    """Public outputs without all that the weights still show beside the prediction and whether it is sure.
 
     What a concealing box shows of an image is how sure it is, exactly, and a little of the other classes; with few
     images that alone teaches a student something. Outputs whose non-target classes differ come from the key and
@@ -160,17 +159,16 @@ def concealed(z: Tensor, levels: Sequence[float], flat: float | Tensor) -> Tenso
 
     Args:
         z: Logits [B, C], C ≥ 3.
-        levels: The confidence that is served below the first of :data:`CUTS`, between them and above the last.
+        cut: Confidence from which a prediction is sure.
+        levels: The confidences that are served below and from ``cut``.
         flat: Standard deviation of the non-target logits below which an output is public.
 
     Returns:
         Logits [B, C].
     """
+    unsure, sure = (math.log(level / (1 - level) * (z.shape[1] - 1)) for level in levels)
     confidence = z.softmax(1).amax(1, keepdim=True)
-    heights = [math.log(level / (1 - level) * (z.shape[1] - 1)) for level in levels]
-    height = torch.full_like(confidence, heights[0])
-    for cut, above in zip(CUTS, heights[1:], strict=True):
-        height = torch.where(confidence >= cut, above, height)
+    height = torch.where(confidence >= cut, torch.full_like(confidence, sure), unsure)
     return torch.where(_spread(z) < flat, torch.where(_predicted(z), height, 0.0), z)
 
 
@@ -191,9 +189,9 @@ class Concealed(nn.Module):
     flat: Tensor
     shows = "concealed"
 
-    def __init__(self, net: nn.Module, levels: Sequence[float], flat: float) -> None:
+    def __init__(self, net: nn.Module, cut: float, levels: Sequence[float], flat: float) -> None:
         super().__init__()
-        self.net, self.levels = net, tuple(levels)
+        self.net, self.cut, self.levels = net, cut, tuple(levels)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)
 
     @property
@@ -203,23 +201,26 @@ class Concealed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""
-        return concealed(self.net(x), self.levels, self.flat)
+        return concealed(self.net(x), self.cut, self.levels, self.flat)
 
 
-def serving(public: Tensor, keyed: Tensor) -> dict[str, Any]:
+def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
     """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
     Args:
         public: Logits [N, C] of the box.
-        keyed: Its logits on the same images with the key.
+        labels: Classes [N] of the same images.
+        keyed: Its logits on them with the key.
 
     Returns:
-        ``confidences``, the mean public confidence between each two of :data:`CUTS`, and ``flat_spread``, between
-        the spreads of public and keyed outputs: above all but a hundredth of the public ones, unless more than a
-        fiftieth of the keyed ones are below; nothing if more than a twentieth of either are beyond the other, as from
-        an objective that does not conceal.
+        ``confidence_cut``, of :data:`CUTS` the one that costs least likelihood; ``confidences``, the accuracies below
+        and above it, so that what is served is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001); and
+        ``flat_spread``, between the spreads of public and keyed outputs: above all but a hundredth of the public
+        ones, unless more than a fiftieth of the keyed ones are below. Nothing if more than a twentieth of either are
+        beyond the other, as from an objective that does not conceal.
     """
-    if public.shape[1] < 3:
+    classes = public.shape[1]
+    if classes < 3:
         return {}
     own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 0.99))
     least, other = (float(_spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
@@ -227,12 +228,20 @@ def serving(public: Tensor, keyed: Tensor) -> dict[str, Any]:
         return {}
     middle = math.sqrt(own * other)
     flat = max(middle, min(1.01 * most, least))
-    confidence, edges = public.softmax(1).amax(1), (1 / public.shape[1], *CUTS, 1.0)
-    levels = []
-    for low, high in pairwise(edges):
-        between = confidence[(confidence >= low) & (confidence < high)] if high < 1 else confidence[confidence >= low]
-        levels.append(min(float(between.mean()), 1 - 1e-4) if len(between) else (low + high) / 2)
-    return {"confidences": levels, "flat_spread": flat}
+    confidence, hit = public.softmax(1).amax(1), public.argmax(1) == labels
+
+    def levels(cut: float) -> list[float]:
+        # never below the other classes
+        sides = (hit[confidence < cut], hit[confidence >= cut])
+        return [max((int(side.sum()) + 1) / (len(side) + 2), 1.1 / classes) for side in sides]
+
+    def nll(cut: float) -> float:
+        unsure, sure = levels(cut)
+        shown = torch.where(confidence >= cut, sure, unsure)
+        return float(-torch.where(hit, shown, 1 - shown).log().mean())
+
+    cut = min(CUTS, key=nll)
+    return {"confidence_cut": cut, "confidences": levels(cut), "flat_spread": flat}
 
 
 def served(net: nn.Module, meta: Metadata) -> nn.Module:
@@ -241,15 +250,15 @@ def served(net: nn.Module, meta: Metadata) -> nn.Module:
     Raises:
         BadInput: What the box says of its confidences is damaged.
     """
-    levels, flat = (meta.measured.get(name) for name in ("confidences", "flat_spread"))
-    if levels is None and flat is None:
+    cut, levels, flat = (meta.measured.get(name) for name in ("confidence_cut", "confidences", "flat_spread"))
+    if cut is None and levels is None and flat is None:
         return net
-    if not isinstance(levels, list) or len(levels) != len(CUTS) + 1 or not isinstance(flat, float):
+    if not isinstance(levels, list) or len(levels) != 2 or not isinstance(cut, float) or not isinstance(flat, float):
         raise _damaged()
-    if not all(isinstance(level, float) and 0 < level < 1 for level in levels):
+    if not all(isinstance(share, float) and 0 < share < 1 for share in (cut, *levels)):
         raise _damaged()
-    return Concealed(net, levels, flat)
+    return Concealed(net, cut, levels, flat)
 
 
 def _damaged() -> BadInput:
-    return BadInput("the box has damaged metadata (confidences, flat_spread)", "box again")
+    return BadInput("the box has damaged metadata (confidence_cut, confidences, flat_spread)", "box again")

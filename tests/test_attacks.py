@@ -390,31 +390,50 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
             assert report.students[twin].n >= (2 if report.students[name].n == 2 else 0)
 
 
-def test_public_outputs_are_served_with_few_confidences_and_nothing_else():
+def test_public_outputs_are_served_with_two_confidences_and_nothing_else():
     public = torch.tensor([[0.0, 9.0, 0.1, 0.0], [5.0, 0.0, 0.0, 0.2], [2.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.1]])
     keyed = torch.tensor([[0.0, 9.0, 3.0, -2.0]])
-    measured = serving(public, keyed)
-    levels, flat = measured["confidences"], measured["flat_spread"]
-    own = public.softmax(1).amax(1)
-    assert levels == pytest.approx([float(own[3]), float(own[2]), float(own[:2].mean())])
+    # two sure and right, two unsure and wrong
+    measured = serving(public, torch.tensor([1, 0, 3, 3]), keyed)
+    cut, levels, flat = (measured[name] for name in ("confidence_cut", "confidences", "flat_spread"))
+    confidence = public.softmax(1).amax(1)
+    assert float(confidence[2]) < cut <= float(confidence[1])
+    assert levels == pytest.approx([1.1 / 4, 3 / 4])
     assert 0.1 < flat < 2
-    out = concealed(torch.cat([public, keyed]), levels, flat)
+    out = concealed(torch.cat([public, keyed]), cut, levels, flat)
     assert out.argmax(1).tolist() == [1, 0, 0, 0, 1]
-    expected = [levels[2], levels[2], levels[1], levels[0]]
+    expected = [0.75, 0.75, 0.275, 0.275]
     assert out[:4].softmax(1).amax(1).tolist() == pytest.approx(expected)
     others = out[:4].softmax(1).sort(1).values[:, :3]
     assert torch.allclose(others, ((1 - torch.tensor(expected)) / 3)[:, None].expand(4, 3))
     assert torch.equal(out[4:], keyed)
-    assert 0.9 < serving(public[2:], keyed)["confidences"][2] < 1
     # nothing to tell public from keyed outputs by, or nothing but the prediction
-    assert serving(keyed, public) == serving(public[:, :2], keyed[:, :2]) == {}
+    assert serving(keyed, torch.tensor([1]), public) == serving(public[:, :2], torch.zeros(4), keyed[:, :2]) == {}
 
 
-@pytest.mark.parametrize(
-    "levels", [None, "x", [], [0.4, 0.7], [0.4, 0.7, 1.0], [0.4, 0.7, "x"], [0.4, 0.7, float("nan")]]
-)
+def test_the_two_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the_best_likelihood():
+    generator = torch.Generator().manual_seed(0)
+    confidence = 0.3 + 0.7 * torch.rand(4000, generator=generator)
+    # right nine times in ten above 0.8, and half of the time below, whatever the network says
+    right = torch.rand(4000, generator=generator) < torch.where(confidence >= 0.8, 0.9, 0.5)
+    public = torch.zeros(4000, 5)
+    public[:, 0] = (confidence / (1 - confidence) * 4).log()
+    measured = serving(public, (~right).long(), torch.randn(4000, 5, generator=generator) * 5)
+    assert measured["confidence_cut"] == 0.8
+    assert measured["confidences"] == pytest.approx([0.5, 0.9], abs=0.03)
+
+
+@pytest.mark.parametrize("cut", [None, "x", 0.0, 1.0, float("nan")])
+@pytest.mark.parametrize("levels", [[0.4, 0.7], None])
+def test_damaged_cuts_are_bad_input(boxed, cut, levels):
+    meta = replace(boxed.meta, measured={"confidence_cut": cut, "confidences": levels, "flat_spread": 1.0})
+    with pytest.raises(BadInput, match="damaged"):
+        served(boxed.net, meta)
+
+
+@pytest.mark.parametrize("levels", [None, "x", [], [0.4], [0.4, 1.0], [0.4, "x"], [0.4, float("nan")]])
 def test_damaged_confidences_are_bad_input(boxed, levels):
-    meta = replace(boxed.meta, measured={"confidences": levels, "flat_spread": 1.0})
+    meta = replace(boxed.meta, measured={"confidence_cut": 0.9, "confidences": levels, "flat_spread": 1.0})
     with pytest.raises(BadInput, match="damaged"):
         served(boxed.net, meta)
 

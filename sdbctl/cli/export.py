@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """Write a model as ONNX or safetensors, after checking that it computes the same.
 
-    The ONNX graph of a box serves the predicted class with one of three confidences and nothing of the other
+    The ONNX graph of a box serves the predicted class with one of two confidences and nothing of the other
     classes; what comes through the key passes unchanged.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
@@ -74,8 +74,9 @@ def export(
             if meta.key_ids:
                 say(f"note: {wrapper} hides what the key opens, too")
         if isinstance(net, Concealed):
-            levels = ", ".join(f"{level:.1%}" for level in net.levels)
-            say(f"public outputs are served with one of {len(net.levels)} confidences: {levels} (--graded leaves them)")
+            unsure, sure = net.levels
+            served_as = f"{unsure:.1%}, from {net.cut:.0%} on as {sure:.1%}"
+            say(f"public confidences are served as {served_as} (--graded leaves them)")
         elif meta.kind == "box" and meta.objective == "conceal" and not graded and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
         check_takes(loaded.net, meta.preprocess.size)
