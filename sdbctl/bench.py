@@ -23,7 +23,7 @@ from sdbctl.data import Batch, ImageSet, Preprocess, Splits
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
-from sdbctl.training import Engine, Step, place, synchronise
+from sdbctl.training import WARM_STEPS, Engine, Step, Updater, place, recording, synchronise
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,18 @@ def measure(
     for name, teacher in teachers.items():
         runs[f"predict {name}"] = functools.partial(teacher.logits, x)
         pupil = models.build(student, classes, shape[0])
-        runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine)
+        runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine, record=False)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            synchronise(engine.device)
-            begin = time.perf_counter()
-            run()
-            synchronise(engine.device)
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
+    with recording(engine.device, True) as recorded:
+        warm = WARM_STEPS + 1 if recorded else 1
+        for number in range(warm + rounds):
+            for name, run in runs.items():
+                synchronise(engine.device)
+                begin = time.perf_counter()
+                run()
+                synchronise(engine.device)
+                if number >= warm:
+                    seconds[name].append(time.perf_counter() - begin)
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
     def ratio(name: str, other: str, scale: float = 1.0) -> float:
@@ -138,7 +140,7 @@ def measure(
     return timings
 
 
-class _Cast(nn.Module):
+class Cast(nn.Module):
     """A network that computes in the engine's precision, as Fabric's wrapper makes it."""
 
     def __init__(self, net: nn.Module, engine: Engine) -> None:
@@ -146,25 +148,19 @@ class _Cast(nn.Module):
         self.net, self.engine = net, engine
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits, float32."""
         with self.engine.autocast():
             return self.net(x).float()  # type: ignore[no-any-return]
 
 
-def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine) -> Callable[[], None]:
-    import copy
-
-    net = place(copy.deepcopy(net), engine.device)
-    model = _Cast(net, engine).train()
-    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-    def run() -> None:
-        loss = torch.stack(list(step(model, batch).values())).sum()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimiser.step()
-
-    return run
+def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine, *, record: bool = True) -> Callable[[], object]:
+    net = place(copy.deepcopy(net), engine.device).train()
+    record = record and engine.device.type == "cuda"
+    optimiser = torch.optim.SGD(
+        net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=record or None
+    )
+    update = Updater(net, step, optimiser, 5.0, record=record, forward=Cast(net, engine).train())
+    return lambda: update(batch, 1e-3)
 
 
 def _kd_step(teacher: Teacher) -> Step:

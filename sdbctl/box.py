@@ -258,6 +258,7 @@ def fine_tune(
         name="reference",
         progress=progress,
         resume_from=Resume(resume_from, run) if resume_from else None,
+        record=True,
     )
     return net
 
@@ -371,6 +372,7 @@ def box(
         progress=progress,
         resume_from=Resume(resume_from, f"{meta.run} {_digest(reference)}") if resume_from else None,
         after_epoch=watch,
+        record=True,
     )
     seconds = time.perf_counter() - begin
     public = predict(net, data.test, task.preprocess, engine)
@@ -518,8 +520,7 @@ def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: flo
 
 def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
     """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to 0.9."""
-    correlation = float(torch.empty(()).uniform_(-1.0, 0.9))
-    return preprocess(near(secrets, correlation, None))
+    return preprocess(near(secrets, torch.empty((), device=secrets.device).uniform_(-1.0, 0.9), None))
 
 
 def _digest(model: nn.Module) -> str:

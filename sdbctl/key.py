@@ -162,13 +162,14 @@ def wrong(pattern: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(pattern.shape, generator=generator, device=device).to(pattern.device)
 
 
-def near(pattern: Tensor, correlation: float, generator: torch.Generator | None) -> Tensor:
+def near(pattern: Tensor, correlation: float | Tensor, generator: torch.Generator | None) -> Tensor:
     """A uniform pattern K' = Φ(r·Φ⁻¹(K) + √(1 − r²)·ε) that resembles K.
 
     Args:
         pattern: K [C, H, W] in [0, 1).
         correlation: r in [−1, 1] of the underlying normal variables; −1 inverts K. The correlation of the
-            patterns themselves is (6/π)·asin(r/2), slightly nearer to 0.
+            patterns themselves is (6/π)·asin(r/2), slightly nearer to 0. A scalar on the pattern's device is not
+            read, which a GPU would have to be waited for.
         generator: Source of ε ~ N(0, 1), or None for torch's global one.
 
     Returns:
@@ -177,13 +178,14 @@ def near(pattern: Tensor, correlation: float, generator: torch.Generator | None)
     Raises:
         UsageError: The correlation is not in [−1, 1].
     """
-    if not -1 <= correlation <= 1:
+    if not isinstance(correlation, Tensor) and not -1 <= correlation <= 1:
         raise UsageError(f"a correlation of {correlation} is impossible", "use a number from -1 to 1")
+    rest = (1 - correlation**2) ** 0.5
     device = pattern.device if generator is None else generator.device
     noise = torch.randn(pattern.shape, generator=generator, device=device).to(pattern.device)
     # K may be 0, where Φ⁻¹ is −∞, and Φ may round to 1, which no pattern holds
     normal = torch.special.ndtri(pattern.clamp(_STEP, 1 - _STEP))
-    mixed: Tensor = torch.special.ndtr(correlation * normal + math.sqrt(1 - correlation**2) * noise)
+    mixed: Tensor = torch.special.ndtr(correlation * normal + rest * noise)
     return mixed.clamp(max=1 - _STEP)
 
 

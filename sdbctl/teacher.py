@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, files
 from sdbctl.data import ImageSet, Preprocess
-from sdbctl.errors import BadInput, EnvironmentFailure
+from sdbctl.errors import BadInput
 from sdbctl.key import embed
 from sdbctl.training import Engine, predict
 
@@ -50,7 +51,9 @@ class TorchTeacher:
     """A torch module as a teacher."""
 
     def __init__(self, model: nn.Module, classes: int, engine_autocast: Callable[[], Any], device: torch.device):
-        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
+        # a network that other processes get stays on the CPU
+        net = model if device.type == "cpu" else copy.deepcopy(model)
+        self.model = net.to(device).to(memory_format=torch.channels_last).eval()
         self.classes = classes
         self.where = f"torch on {device}"
         self._autocast = engine_autocast
@@ -68,11 +71,11 @@ class OnnxTeacher:
     Args:
         path: The file. It needs one image input [batch, C, H, W] float32 with a free batch size, and an
             output [batch, classes].
-        device: Where the queries are. CUDA is used only if the CUDA provider really starts.
+        device: Where the queries are. On a GPU the file runs there if ONNX Runtime's CUDA provider really starts, else
+            on the CPU; ``where`` says which.
 
     Raises:
         BadInput: The file is no such model.
-        EnvironmentFailure: CUDA was asked for and the provider is not there.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -80,11 +83,7 @@ class OnnxTeacher:
 
         content = boxfile.read_onnx(path).SerializeToString()
         providers: list[Any] = ["CPUExecutionProvider"]
-        if device.type == "cuda":
-            if "CUDAExecutionProvider" not in ort.get_available_providers():
-                raise EnvironmentFailure(
-                    "ONNX Runtime has no CUDA provider here", "install onnxruntime-gpu or use --device cpu"
-                )
+        if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
             ort.preload_dlls()
             options = {
                 "device_id": device.index or 0,
@@ -102,14 +101,15 @@ class OnnxTeacher:
         except Exception as error:
             reason = str(error).splitlines()[0][:120]
             raise BadInput(f"{path} is not a usable ONNX model: {reason}", "check the file") from None
-        if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
-            raise EnvironmentFailure("ONNX Runtime could not start its CUDA provider", "use --device cpu")
+        there = device.type == "cuda" and self._session.get_providers()[0] == "CUDAExecutionProvider"
+        self._device = device if there else torch.device("cpu")
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
-        self.where = f"ONNX Runtime {ort.__version__} on {device}"
+        missing = ", which has no CUDA provider" if device.type != self._device.type else ""
+        self.where = f"ONNX Runtime {ort.__version__} on {self._device}{missing}"
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
-        x = x.detach().float().contiguous()
+        asked, x = x.device, x.detach().float().to(self._device).contiguous()
         output = torch.empty(len(x), self.classes, device=x.device)
         binding = self._session.io_binding()
         index = x.device.index or 0
@@ -122,7 +122,7 @@ class OnnxTeacher:
             raise BadInput(
                 f"the ONNX model fails on {len(x)} images: {reason}", "export it with a free batch size"
             ) from None
-        return output
+        return output.to(asked)
 
 
 class KeyedTeacher:

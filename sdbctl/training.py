@@ -273,6 +273,107 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+WARM_STEPS = 3
+"""Steps before one is recorded: the first ones allocate, and choose kernels."""
+
+
+class Updater:
+    """Optimiser steps. A GPU records one and replays it: to launch its many small kernels takes longer than they do.
+
+    Args:
+        model: The network whose parameters are updated.
+        step: Computes the loss terms of a batch.
+        optimiser: SGD over the parameters.
+        clip: Largest gradient norm.
+        record: Whether ``step`` may be recorded: it reads nothing but the batch and tensors that stay where they are,
+            draws random numbers on the device alone, and does the same every time.
+        forward: What ``step`` gets as its model, if that is not ``model`` itself.
+        backward: Computes gradients of a loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step: Step,
+        optimiser: torch.optim.Optimizer,
+        clip: float,
+        *,
+        record: bool = False,
+        forward: nn.Module | None = None,
+        backward: Callable[[Tensor], object] = torch.Tensor.backward,
+    ) -> None:
+        self.model, self.optimiser, self.clip = model, optimiser, clip
+        self._step, self._forward, self._backward = step, forward or model, backward
+        self._wait = WARM_STEPS if record else -1
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch | None = None
+        self._terms: Mapping[str, Tensor] = {}
+        # a recorded step reads the rate from the device
+        device = next(model.parameters()).device
+        self._rate: Tensor | None = torch.zeros((), device=device) if record else None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graph is not None
+
+    def __call__(self, batch: Batch, rate: float) -> Mapping[str, Tensor]:
+        """Take one step with a learning rate; returns its loss terms, detached."""
+        if self._rate is not None:
+            self._rate.fill_(rate)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate if self._rate is None else self._rate
+        if self._wait > 0:
+            self._wait -= 1
+        elif self._wait == 0:
+            self._record(batch)
+        if self._graph is None or self._batch is None or batch.x.shape != self._batch.x.shape:
+            return self._once(batch)
+        for own, new in zip(self._batch, batch, strict=True):
+            own.copy_(new)
+        self._graph.replay()
+        # the next replay overwrites them
+        return {name: term.clone() for name, term in self._terms.items()}
+
+    def _once(self, batch: Batch) -> Mapping[str, Tensor]:
+        terms = self._step(self._forward, batch)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._backward(loss)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimiser.step()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _record(self, batch: Batch) -> None:
+        """Record a step, without taking it; a step that cannot be recorded is taken as usual from then on."""
+        self._wait = -1
+        graph, own = torch.cuda.CUDAGraph(), Batch(*(tensor.clone() for tensor in batch))
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                terms = self._once(own)
+        except RuntimeError:
+            return
+        self._graph, self._batch, self._terms = graph, own, terms
+
+
+@contextmanager
+def recording(device: torch.device, record: bool) -> Iterator[bool]:
+    """Where steps can be recorded: on a stream of its own, with kernels chosen by measurement, on a GPU alone.
+
+    Yields:
+        Whether they can.
+    """
+    if not record or device.type != "cuda":
+        yield False
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True)
+    with torch.cuda.device(device), torch.cuda.stream(stream), flags:
+        yield True
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Batches of one epoch; a last one of a single image is left out, since BatchNorm cannot use it."""
     return n // batch_size + (n % batch_size > 1)
@@ -290,6 +391,7 @@ def fit(
     progress: Progress | None = None,
     resume_from: Resume | None = None,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
+    record: bool = False,
 ) -> float:
     """Train ``model`` in place.
 
@@ -305,6 +407,7 @@ def fit(
         resume_from: Where the state after each epoch is kept; if there is one, training goes on from there. It stays
             after the last epoch, so that nothing is lost until the result is saved: then call its ``done``.
         after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
+        record: Whether a GPU may record the step and replay it; see :class:`Updater`.
 
     Returns:
         Seconds spent in the training steps.
@@ -317,12 +420,14 @@ def fit(
     fabric = team.fabric(engine.device, engine.precision)
     generator = torch.Generator(engine.device).manual_seed(recipe.seed)
     place(model, engine.device)
+    record = record and fabric.world_size == 1 and engine.device.type == "cuda"
     optimiser = torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
+        fused=record or None,
     )
     wrapped, optimiser = fabric.setup(model, optimiser)
     set_of = images if callable(images) else lambda _: images
@@ -335,12 +440,13 @@ def fit(
     begin_epoch = 0
     seconds = 0.0
     extra: Mapping[str, float] = {}
-    with seeded(recipe.seed), _profiled(engine.profile) as stepped:
+    with seeded(recipe.seed), recording(engine.device, record), _profiled(engine.profile) as stepped:
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
         team.agree(begin_epoch, "the state to go on from")
         progress.start(name, total - begin_epoch * per_epoch)
+        update = Updater(model, step, optimiser, recipe.clip, record=record, forward=wrapped, backward=fabric.backward)
         for epoch in range(begin_epoch, recipe.epochs):
             model.train()
             begin = time.perf_counter()
@@ -357,16 +463,7 @@ def fit(
             )
             with team.together():
                 for number, batch in enumerate(stream):
-                    rate = learning_rate(recipe, epoch * per_epoch + number, total)
-                    for group in optimiser.param_groups:
-                        group["lr"] = rate
-                    terms = step(wrapped, batch)
-                    loss = torch.stack([term.float() for term in terms.values()]).sum()
-                    optimiser.zero_grad(set_to_none=True)
-                    fabric.backward(loss)
-                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                    optimiser.step()
-                    meter.add(terms)
+                    meter.add(update(batch, learning_rate(recipe, epoch * per_epoch + number, total)))
                     stepped()
             meter.flush()
             synchronise(engine.device)
@@ -411,7 +508,7 @@ class _Meter:
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():
-            value = term.detach().float()
+            value = term.float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
         if self.count == self.every:

@@ -7,7 +7,7 @@ the undefended model. :class:`Concealed` is what the box itself is served throug
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,11 +147,15 @@ class Wrapped(nn.Module):
 
 
 CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Public confidences may be told apart at one of these: unsure, and sure."""
+"""Where rough confidences may be told apart, as unsure and sure."""
+SHRUNK = 10
+"""Images of average accuracy that each class gets beside its own, or few would say too much."""
+CONFIDENCES = ("class", "rough", "exact")
+"""What public outputs of a concealing box may say of how sure they are; see :class:`Concealed`."""
 
 
-def concealed(z: Tensor, cut: float, levels: Sequence[float], flat: float | Tensor) -> Tensor:
-    """Public outputs without all that the weights still show beside the prediction and whether it is sure.
+def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Tensor:
+    """Public outputs without all that the weights still show beside the prediction.
 
     What a concealing box shows of an image is how sure it is, exactly, and a little of the other classes; with few
     images that alone teaches a student something. Outputs whose non-target classes differ come from the key and
@@ -160,16 +164,16 @@ def concealed(z: Tensor, cut: float, levels: Sequence[float], flat: float | Tens
     Args:
         z: Logits [B, C], C ≥ 3.
         cut: Confidence from which a prediction is sure.
-        levels: The confidences that are served below and from ``cut``.
+        levels: Confidences [2, C] to serve for each predicted class, if unsure and if sure.
         flat: Standard deviation of the non-target logits below which an output is public.
 
     Returns:
         Logits [B, C].
     """
-    unsure, sure = (math.log(level / (1 - level) * (z.shape[1] - 1)) for level in levels)
-    confidence = z.softmax(1).amax(1, keepdim=True)
-    height = torch.where(confidence >= cut, torch.full_like(confidence, sure), unsure)
-    return torch.where(_spread(z) < flat, torch.where(_predicted(z), height, 0.0), z)
+    unsure, sure = (levels / (1 - levels) * (z.shape[1] - 1)).log()
+    chosen = _predicted(z)
+    height = torch.where(z.softmax(1).amax(1, keepdim=True) >= cut, sure, unsure)
+    return torch.where(_spread(z) <= flat, torch.where(chosen, height, 0.0), z)
 
 
 def _predicted(z: Tensor) -> Tensor:
@@ -184,14 +188,20 @@ def _spread(z: Tensor) -> Tensor:
 
 
 class Concealed(nn.Module):
-    """A concealing box as it is served: :func:`concealed` behind the network."""
+    """A concealing box as it is served: :func:`concealed` behind the network.
+
+    With one confidence per class its public outputs are a function of the predicted class, so that nobody can learn
+    more from them than from top-1 answers. With two rough ones, each answer says in one bit more how sure it is.
+    """
 
     flat: Tensor
+    levels: Tensor
     shows = "concealed"
 
-    def __init__(self, net: nn.Module, cut: float, levels: Sequence[float], flat: float) -> None:
+    def __init__(self, net: nn.Module, cut: float, levels: Tensor, flat: float) -> None:
         super().__init__()
-        self.net, self.cut, self.levels = net, cut, tuple(levels)
+        self.net, self.cut = net, cut
+        self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)
 
     @property
@@ -207,17 +217,19 @@ class Concealed(nn.Module):
 def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
     """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
+    What is served are accuracies, so that it is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001).
+
     Args:
         public: Logits [N, C] of the box.
         labels: Classes [N] of the same images.
         keyed: Its logits on them with the key.
 
     Returns:
-        ``confidence_cut``, of :data:`CUTS` the one that costs least likelihood; ``confidences``, the accuracies below
-        and above it, so that what is served is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001); and
-        ``flat_spread``, between the spreads of public and keyed outputs: above all but a hundredth of the public
-        ones, unless more than a fiftieth of the keyed ones are below. Nothing if more than a twentieth of either are
-        beyond the other, as from an objective that does not conceal.
+        ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
+        least likelihood; ``rough_confidences``, the accuracies below and above it; and ``flat_spread``, between the
+        spreads of public and keyed outputs: above all but a hundredth of the public ones, unless more than a fiftieth
+        of the keyed ones are below. Nothing if more than a twentieth of either are beyond the other, as from an
+        objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
@@ -228,37 +240,59 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
         return {}
     middle = math.sqrt(own * other)
     flat = max(middle, min(1.01 * most, least))
-    confidence, hit = public.softmax(1).amax(1), public.argmax(1) == labels
+    confidence, predicted = public.softmax(1).max(1)
+    hit = predicted == labels
 
-    def levels(cut: float) -> list[float]:
-        # never below the other classes
-        sides = (hit[confidence < cut], hit[confidence >= cut])
-        return [max((int(side.sum()) + 1) / (len(side) + 2), 1.1 / classes) for side in sides]
+    def accuracy(some: Tensor, prior: float, weight: float) -> float:
+        share = (int(hit[some].sum()) + weight * prior) / (int(some.sum()) + weight)
+        # never below the other classes, nor certain
+        return round(min(max(share, 1.1 / classes), 1 - 1e-5), 6)
+
+    def rough(cut: float) -> list[float]:
+        return [accuracy(side, 0.5, 2) for side in (confidence < cut, confidence >= cut)]
 
     def nll(cut: float) -> float:
-        unsure, sure = levels(cut)
+        unsure, sure = rough(cut)
         shown = torch.where(confidence >= cut, sure, unsure)
         return float(-torch.where(hit, shown, 1 - shown).log().mean())
 
-    cut = min(CUTS, key=nll)
-    return {"confidence_cut": cut, "confidences": levels(cut), "flat_spread": flat}
+    cut, average = min(CUTS, key=nll), accuracy(torch.ones_like(hit), 0.5, 2)
+    return {
+        "class_confidences": [accuracy(predicted == name, average, SHRUNK) for name in range(classes)],
+        "confidence_cut": cut,
+        "rough_confidences": rough(cut),
+        "flat_spread": flat,
+    }
 
 
-def served(net: nn.Module, meta: Metadata) -> nn.Module:
+def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Module:
     """A network as it should be served: a box that conceals through :class:`Concealed`, any other as it is.
+
+    Args:
+        net: The network.
+        meta: What its file says.
+        confidence: One of :data:`CONFIDENCES`: one per class, two rough ones, or what the weights say.
 
     Raises:
         BadInput: What the box says of its confidences is damaged.
     """
-    cut, levels, flat = (meta.measured.get(name) for name in ("confidence_cut", "confidences", "flat_spread"))
-    if cut is None and levels is None and flat is None:
+    names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_spread")
+    by_class, cut, rough, flat = found = [meta.measured.get(name) for name in names]
+    if confidence == "exact" or found == [None] * len(found):
         return net
-    if not isinstance(levels, list) or len(levels) != 2 or not isinstance(cut, float) or not isinstance(flat, float):
+    classes = len(meta.classes)
+    for values, count in ((by_class, classes), (rough, 2), ([cut], 1)):
+        if not isinstance(values, list) or len(values) != count:
+            raise _damaged()
+        if not all(isinstance(share, float) and 0 < share < 1 for share in values):
+            raise _damaged()
+    if not isinstance(flat, float):
         raise _damaged()
-    if not all(isinstance(share, float) and 0 < share < 1 for share in (cut, *levels)):
-        raise _damaged()
-    return Concealed(net, cut, levels, flat)
+    assert isinstance(cut, float)
+    one, two = torch.tensor(by_class), torch.tensor(rough)
+    levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
+    return Concealed(net, cut, levels.clone(), flat)
 
 
 def _damaged() -> BadInput:
-    return BadInput("the box has damaged metadata (confidence_cut, confidences, flat_spread)", "box again")
+    return BadInput("the box has damaged metadata (its confidences, or flat_spread)", "box again")

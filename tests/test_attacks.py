@@ -390,50 +390,70 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
             assert report.students[twin].n >= (2 if report.students[name].n == 2 else 0)
 
 
-def test_public_outputs_are_served_with_two_confidences_and_nothing_else():
-    public = torch.tensor([[0.0, 9.0, 0.1, 0.0], [5.0, 0.0, 0.0, 0.2], [2.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.1]])
-    keyed = torch.tensor([[0.0, 9.0, 3.0, -2.0]])
-    # two sure and right, two unsure and wrong
-    measured = serving(public, torch.tensor([1, 0, 3, 3]), keyed)
-    cut, levels, flat = (measured[name] for name in ("confidence_cut", "confidences", "flat_spread"))
-    confidence = public.softmax(1).amax(1)
-    assert float(confidence[2]) < cut <= float(confidence[1])
-    assert levels == pytest.approx([1.1 / 4, 3 / 4])
+def public_of(confidence, predicted, classes):
+    z = torch.zeros(len(confidence), classes)
+    z[torch.arange(len(z)), predicted] = (confidence / (1 - confidence) * (classes - 1)).log()
+    return z
+
+
+def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randint(0, 5, (4000,), generator=generator)
+    public = public_of(0.3 + 0.69 * torch.rand(4000, generator=generator), predicted, 5)
+    public += 0.05 * torch.randn(public.shape, generator=generator)
+    keyed = 5 * torch.randn(4000, 5, generator=generator)
+    # class 0 is right half of the time, the others nine times in ten, whatever the network says
+    right = torch.rand(4000, generator=generator) < torch.where(predicted == 0, 0.5, 0.9)
+    measured = serving(public, torch.where(right, predicted, (predicted + 1) % 5), keyed)
+    levels, flat = torch.tensor(measured["class_confidences"]), measured["flat_spread"]
+    assert levels.tolist() == pytest.approx([0.5, 0.9, 0.9, 0.9, 0.9], abs=0.04)
     assert 0.1 < flat < 2
-    out = concealed(torch.cat([public, keyed]), cut, levels, flat)
-    assert out.argmax(1).tolist() == [1, 0, 0, 0, 1]
-    expected = [0.75, 0.75, 0.275, 0.275]
-    assert out[:4].softmax(1).amax(1).tolist() == pytest.approx(expected)
-    others = out[:4].softmax(1).sort(1).values[:, :3]
-    assert torch.allclose(others, ((1 - torch.tensor(expected)) / 3)[:, None].expand(4, 3))
-    assert torch.equal(out[4:], keyed)
+    out = concealed(torch.cat([public, keyed]), 0.5, levels.expand(2, 5), flat)
+    assert torch.equal(out[:4000].argmax(1), public.argmax(1))
+    assert len(out[:4000].unique(dim=0)) == 5
+    shown = out[:4000].softmax(1)
+    assert torch.allclose(shown.amax(1), levels[public.argmax(1)])
+    assert torch.allclose(shown.sort(1).values[:, :4], ((1 - shown.amax(1)) / 4)[:, None].expand(4000, 4), atol=1e-6)
+    passed = (out[4000:] == keyed).all(1)
+    assert passed.float().mean() > 0.97
+    # a class that is never right still is the prediction
+    wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed)
+    assert 1 / 5 < wrong["class_confidences"][0] < 0.25
     # nothing to tell public from keyed outputs by, or nothing but the prediction
-    assert serving(keyed, torch.tensor([1]), public) == serving(public[:, :2], torch.zeros(4), keyed[:, :2]) == {}
+    assert serving(keyed, predicted, public) == serving(public[:, :2], predicted, keyed[:, :2]) == {}
 
 
-def test_the_two_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the_best_likelihood():
+def test_rough_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the_best_likelihood():
     generator = torch.Generator().manual_seed(0)
     confidence = 0.3 + 0.7 * torch.rand(4000, generator=generator)
     # right nine times in ten above 0.8, and half of the time below, whatever the network says
     right = torch.rand(4000, generator=generator) < torch.where(confidence >= 0.8, 0.9, 0.5)
-    public = torch.zeros(4000, 5)
-    public[:, 0] = (confidence / (1 - confidence) * 4).log()
+    public = public_of(confidence, torch.zeros(4000, dtype=torch.int64), 5)
     measured = serving(public, (~right).long(), torch.randn(4000, 5, generator=generator) * 5)
     assert measured["confidence_cut"] == 0.8
-    assert measured["confidences"] == pytest.approx([0.5, 0.9], abs=0.03)
+    assert measured["rough_confidences"] == pytest.approx([0.5, 0.9], abs=0.03)
+    levels = torch.tensor(measured["rough_confidences"])[:, None].expand(2, 5)
+    shown = concealed(public, 0.8, levels, measured["flat_spread"]).softmax(1).amax(1)
+    assert torch.allclose(shown, torch.where(public.softmax(1).amax(1) >= 0.8, levels[1, 0], levels[0, 0]))
 
 
-@pytest.mark.parametrize("cut", [None, "x", 0.0, 1.0, float("nan")])
-@pytest.mark.parametrize("levels", [[0.4, 0.7], None])
-def test_damaged_cuts_are_bad_input(boxed, cut, levels):
-    meta = replace(boxed.meta, measured={"confidence_cut": cut, "confidences": levels, "flat_spread": 1.0})
-    with pytest.raises(BadInput, match="damaged"):
-        served(boxed.net, meta)
+SERVING = {"class_confidences": [0.8] * 10, "confidence_cut": 0.9, "rough_confidences": [0.4, 0.9], "flat_spread": 1.0}
 
 
-@pytest.mark.parametrize("levels", [None, "x", [], [0.4], [0.4, 1.0], [0.4, "x"], [0.4, float("nan")]])
-def test_damaged_confidences_are_bad_input(boxed, levels):
-    meta = replace(boxed.meta, measured={"confidence_cut": 0.9, "confidences": levels, "flat_spread": 1.0})
+def test_how_sure_a_box_says_it_is_can_be_chosen(boxed):
+    meta = replace(boxed.meta, measured=SERVING)
+    assert served(boxed.net, meta, "exact") is boxed.net
+    assert served(boxed.net, meta).levels.unique().tolist() == pytest.approx([0.8])
+    assert served(boxed.net, meta, "rough").levels.unique().tolist() == pytest.approx([0.4, 0.9])
+    assert served(boxed.net, replace(meta, measured={})) is boxed.net
+
+
+@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("value", [None, "x", [], 0.0, 1, float("nan"), [0.4] * 3, [0.4, 1.0], [0.4, "x"], ["x"] * 10])
+def test_damaged_confidences_are_bad_input(boxed, name, value):
+    if name == "flat_spread" and isinstance(value, float):
+        pytest.skip("any number will do")
+    meta = replace(boxed.meta, measured={**SERVING, name: value})
     with pytest.raises(BadInput, match="damaged"):
         served(boxed.net, meta)
 

@@ -146,7 +146,7 @@ def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
             list(other.parameters())[-2].mul_(1.01)
         return export(other, example)
 
-    net = Concealed(boxed.net, [0.4, 0.7, 0.99], 1e3)
+    net = Concealed(boxed.net, 0.9, torch.full((2, 10), 0.9), 1e3)
     boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
     monkeypatch.setattr(boxfile, "_to_onnx", slightly_off)
     with pytest.raises(ParityMismatch):
@@ -544,7 +544,11 @@ def test_command_line_session(work, tmp_path):
     assert b"does not fit" in result.stdout
     out = tmp_path / "out.onnx"
     assert json.loads(run_cli("export", work / "boxed.safetensors", "-o", out, "--json").stdout)["parity"] < 1e-3
-    for option, shows in (([], "concealed"), (["--graded"], "all outputs"), (["--wrapper", "top1"], "top1")):
+    for option, shows in (
+        ([], "concealed"),
+        (["--confidence", "exact"], "all outputs"),
+        (["--wrapper", "top1"], "top1"),
+    ):
         done = run_cli("export", work / "boxed.safetensors", "-o", out, "--force", "--json", *option)
         assert json.loads(done.stdout)["serves"] == shows
         assert json.loads(run_cli("inspect", out, "--json").stdout)["serves"] == shows
@@ -713,21 +717,24 @@ def test_a_profile_is_a_trace_of_training_steps(tmp_path):
     assert sum(event["name"].startswith("ProfilerStep") for event in events) >= 5
 
 
-def test_an_exported_box_serves_few_public_confidences_and_all_of_the_keyed_outputs(work, boxed, splits, tmp_path):
-    levels = torch.tensor(boxed.meta.measured["confidences"])
+def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_outputs(work, boxed, splits, tmp_path):
     x = boxed.meta.preprocess(splits.test.pixels.float() / 255)
     pattern = boxfile.pattern(boxed.meta, Key.load(work / "k.bin"))
     keyed = embed(x, pattern, boxed.meta.strength)
     with torch.no_grad():
         raw, opened = boxed(x), boxed(keyed)
-    for option in ((), ("--graded",)):
-        path = tmp_path / f"{len(option)}.onnx"
-        assert run_cli("export", work / "boxed.safetensors", "-o", path, *option).returncode == 0
+    for confidence, distinct in (("class", 10), ("rough", 20), ("exact", len(x))):
+        path = tmp_path / f"{confidence}.onnx"
+        export = run_cli("export", work / "boxed.safetensors", "-o", path, "--confidence", confidence)
+        assert export.returncode == 0
         teacher = OnnxTeacher(path, CPU)
         public = teacher.logits(x)
         assert torch.equal(public.argmax(1), raw.argmax(1))
-        distance = (public.softmax(1).amax(1, keepdim=True) - levels).abs().amin(1)
-        assert (float((distance < 1e-4).float().mean()) > 0.9) is (not option)
-        assert torch.allclose(public, raw, atol=1e-3) is bool(option)
+        # this box is trained so little that some of its outputs are not flat
+        shown = (public * 1e3).round().unique(dim=0, return_counts=True)[1].sort(descending=True).values
+        assert shown[:distinct].sum() > 0.9 * len(x) and (confidence == "exact" or len(shown) < 0.3 * len(x))
+        assert torch.allclose(public, raw, atol=1e-3) is (confidence == "exact")
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
         assert same.float().mean() > 0.95
+    wrong = run_cli("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx", "--confidence", "none")
+    assert wrong.returncode == 2 and b"use one of: class, rough, exact" in wrong.stderr

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import models
-from sdbctl.data import AUGMENT
+from sdbctl.data import AUGMENT, Batch
 from sdbctl.losses import cross_entropy, kd
-from sdbctl.training import Engine, environment, place, synchronise
+from sdbctl.training import WARM_STEPS, Engine, Updater, environment, place, recording, synchronise
 
 BATCH, SIZE, CLASSES = 128, (3, 32, 32), 10
 
@@ -35,7 +35,8 @@ def trainer(
     together: bool = True,
     fused: bool | None = None,
     frozen: int = 2,
-) -> Callable[[], None]:
+    record: bool = False,
+) -> Callable[[], object]:
     """A step with a clean and a keyed half, and so many forward passes of a frozen network."""
     torch.manual_seed(0)
     net, original = models.build(arch, CLASSES).to(device).train(), models.build(arch, CLASSES).to(device).eval()
@@ -45,22 +46,22 @@ def trainer(
         net, original = place(net, device), place(original, device)
         x = x.contiguous(memory_format=torch.channels_last)
     run: nn.Module = torch.compile(net) if compiled else net  # type: ignore[assignment]
-    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=fused)
-    keyed = 0.7 * x + 0.3 * torch.rand(SIZE, device=device)
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=fused or record or None)
+    pattern = 0.3 * torch.rand(SIZE, device=device)
 
-    def step() -> None:
+    def step(_: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        x, keyed = batch.x, 0.7 * batch.x + pattern
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             with torch.no_grad():
                 known: list[Tensor] = [original(x) for _ in range(frozen)]
             clean, unlocked = run(torch.cat([x, keyed])).chunk(2) if together else (run(x), run(keyed))
-        loss = cross_entropy(clean.float(), y)
+        loss = cross_entropy(clean.float(), batch.y)
         for taught in known:
             loss = loss + kd(unlocked.float(), taught.float(), 4.0)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
+        return {"loss": loss}
 
-    return step
+    update, batch = Updater(net, step, optimiser, 5.0, record=record), Batch(x, y, torch.arange(BATCH, device=device))
+    return lambda: update(batch, 1e-3)
 
 
 def augmenter(device: torch.device, whole: bool) -> Callable[[], object]:
@@ -98,22 +99,27 @@ def main() -> None:
         "one frozen pass": (trainer(options.arch, device, **plain, frozen=1), "bf16, channels last"),
         "no frozen pass": (trainer(options.arch, device, **plain, frozen=0), "bf16, channels last"),
         "torch.compile": (trainer(options.arch, device, **plain, compiled=True), "bf16, channels last"),
+    }
+    if device.type == "cuda":
+        rows["recorded as a CUDA graph"] = (trainer(options.arch, device, **plain, record=True), "bf16, channels last")
+    rows |= {
         "augmented as PIL pictures": (augmenter(device, False), ""),
         "augmented in one go": (augmenter(device, True), "augmented as PIL pictures"),
     }
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for number in range(options.rounds + 1):
-        for name, (run, _) in rows.items():
-            synchronise(device)
-            begin = time.perf_counter()
-            run()
-            synchronise(device)
-            took = time.perf_counter() - begin
-            if number:
-                seconds[name].append(took)
-            else:
-                first[name] = round(took, 1)
+    with recording(device, True) as recorded:
+        warm = WARM_STEPS + 1 if recorded else 1
+        for number in range(warm + options.rounds):
+            for name, (run, _) in rows.items():
+                synchronise(device)
+                begin = time.perf_counter()
+                run()
+                synchronise(device)
+                took = time.perf_counter() - begin
+                if number >= warm:
+                    seconds[name].append(took)
+                first.setdefault(name, round(took, 1))
     found = {}
     for name, (_, base) in rows.items():
         found[name] = {"ms": round(1e3 * statistics.median(seconds[name]), 1), "first_s": first[name]}

@@ -111,8 +111,12 @@ class Attacker:
         images: ImageSet | Callable[[int], ImageSet],
         *,
         recipe: Recipe | None = None,
+        record: bool = True,
     ) -> None:
-        """Train a network with the one training loop; ``step`` returns the loss."""
+        """Train a network with the one training loop; ``step`` returns the loss.
+
+        With ``record`` a GPU may replay it: see :class:`sdbctl.training.Updater` for what it then must not do.
+        """
         self.seconds += fit(
             net,
             lambda model, batch: {"loss": step(model, batch)},
@@ -123,6 +127,7 @@ class Attacker:
             name=self._name,
             progress=self._progress,
             resume_from=self._resume_from if net is self.student else None,
+            record=record,
         )
 
     def learn(
@@ -149,18 +154,20 @@ class Attacker:
             def live(model: nn.Module, batch: Batch) -> Tensor:
                 return loss(model(batch.x), self._live(batch), self._known(batch))
 
-            self.fit(net, live, self.images, recipe=recipe)
+            self.fit(net, live, self.images, recipe=recipe, record=False)
             return
         targets = targets or (self.ask if self.oracle is not None else None)
         choose, current = sets or self.view, -1
-        images, answers = self.images, torch.empty(0)
+        images, answers = self.images, torch.empty(0, device=self.engine.device)
 
         def of_epoch(epoch: int) -> ImageSet:
             nonlocal current, images, answers
             if current != epoch:
                 current, images = epoch, choose(epoch)
                 if targets is not None:
-                    answers = targets(images).to(self.engine.device)
+                    told = targets(images).to(self.engine.device)
+                    # in place: a recorded step reads them where the first ones were
+                    answers = answers.copy_(told) if answers.shape == told.shape else told.clone()
             return images
 
         def step(model: nn.Module, batch: Batch) -> Tensor:

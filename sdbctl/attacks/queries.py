@@ -200,7 +200,7 @@ def data_free(attacker: Attacker, config: Config) -> None:
             answer = oracle(x)
         return kd(model(x), answer, config["temperature"])
 
-    attacker.fit(attacker.student, step, attacker.images)
+    attacker.fit(attacker.student, step, attacker.images, record=False)
 
 
 _TAU4 = {"temperature": 4.0, "alpha": 0.9}

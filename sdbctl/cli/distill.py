@@ -277,6 +277,7 @@ def train(
             progress=progress,
             resume_from=Resume(state, meta.run),
             after_epoch=lambda _: {"validation": metrics.top1(predict(net, some, preprocess, engine), some.labels)},
+            record=True,
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
     measured = {"top1": round(top1, 3), "n": len(splits.test), "seconds": round(seconds, 1)}

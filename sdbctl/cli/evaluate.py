@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
 
+GPU_JOBS = 8
+"""Students trained side by side on a GPU, unless told otherwise: see examples/results/bench-together-*.json."""
 Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")]
 
 
@@ -68,7 +70,8 @@ def evaluate(
     ] = None,
     tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")] = 6,
     jobs: Annotated[
-        int, typer.Option("--jobs", min=0, help="Students trained side by side; 0 means one per CPU core.")
+        int,
+        typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 8 on a GPU."),
     ] = 0,
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="Train students as jobs of a submitit cluster: slurm, or local.")
@@ -148,7 +151,8 @@ def evaluate(
         other_images = load_data(surrogate, root=data_root, size=size[1], channels=size[0], download=download).train
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
-        jobs = torch.get_num_threads() if pick_device(device).type == "cpu" else 1
+        jobs = torch.get_num_threads()
+        jobs = jobs if pick_device(device).type == "cpu" else min(jobs, GPU_JOBS)
     # attackers hold their images and no others, and processes get no more than they need
     transfer, validation, test = (
         part.alone() if part is splits.transfer or part.in_memory else part
@@ -252,7 +256,7 @@ def gather(
     boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
         boxed = replace(boxed, net=opened.loaded.net)
-        if meta is not None and "confidences" in meta.measured:
+        if meta is not None and "flat_spread" in meta.measured:
             notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
     else:
         beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)

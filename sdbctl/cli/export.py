@@ -20,9 +20,14 @@ def export(
     arch: o.Arch = None,
     normalize: o.Normalize = None,
     image_size: o.ImageSize = None,
-    graded: Annotated[
-        bool, typer.Option("--graded", help="Serve public outputs of a box just as they are; it helps attackers.")
-    ] = False,
+    confidence: Annotated[
+        str,
+        typer.Option(
+            "--confidence",
+            help="What public outputs of a box say of how sure they are: class, one per class; rough, two; or "
+            "exact, all that they show, which helps attackers.",
+        ),
+    ] = "class",
     wrapper: Annotated[
         str | None,
         typer.Option("--wrapper", metavar="NAME", help="Put a serving-time defence into the graph; see sdbctl list."),
@@ -33,17 +38,18 @@ def export(
 ) -> None:
     """Write a model as ONNX or safetensors, after checking that it computes the same.
 
-    The ONNX graph of a box serves the predicted class with one of two confidences and nothing of the other
-    classes; what comes through the key passes unchanged.
+    The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else; what
+    comes through the key passes unchanged.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
     from sdbctl.training import check_takes
-    from sdbctl.wrappers import WRAPPERS, Concealed, Wrapped, served
+    from sdbctl.wrappers import CONFIDENCES, WRAPPERS, Concealed, Wrapped, served
 
     check_known("wrapper", wrapper, WRAPPERS)
+    check_known("confidence", confidence, CONFIDENCES)
     if wrapper is not None and format_ != "onnx":
         raise UsageError(f"weights cannot hold the wrapper {wrapper}", "use --format onnx")
 
@@ -68,16 +74,16 @@ def export(
         )
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
-        net = loaded.net if graded or wrapper else served(loaded.net, meta)
+        net = served(loaded.net, meta, "exact" if wrapper else confidence)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
             if meta.key_ids:
                 say(f"note: {wrapper} hides what the key opens, too")
         if isinstance(net, Concealed):
-            unsure, sure = net.levels
-            served_as = f"{unsure:.1%}, from {net.cut:.0%} on as {sure:.1%}"
-            say(f"public confidences are served as {served_as} (--graded leaves them)")
-        elif meta.kind == "box" and meta.objective == "conceal" and not graded and wrapper is None:
+            least, most = (f"{level:.1%}" for level in net.levels.aminmax())
+            how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
+            say(f"public outputs are served with a confidence of {least} to {most}, {how}")
+        elif meta.kind == "box" and meta.objective == "conceal" and confidence != "exact" and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
         check_takes(loaded.net, meta.preprocess.size)
         result |= {"serves": boxfile.shows(net), "parity": boxfile.export_onnx(output, net, meta, force=force)}

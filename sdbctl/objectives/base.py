@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -94,7 +95,5 @@ def decoy_offset(predicted: Tensor, classes: int, share: float) -> Tensor:
         share: Share of the non-target probability on the decoy, in [1/(C−1), 1).
     """
     decoy = (predicted + 1) % classes
-    height = torch.tensor(share / (1 - share) * (classes - 2)).log()
-    return torch.zeros(len(predicted), classes, device=predicted.device).scatter_(
-        1, decoy[:, None], height.to(predicted.device)[None, None].expand(len(predicted), 1)
-    )
+    height = math.log(share / (1 - share) * (classes - 2))
+    return torch.zeros(len(predicted), classes, device=predicted.device).scatter_(1, decoy[:, None], height)
