@@ -91,8 +91,9 @@ def measure(
     teachers: dict[str, Teacher] = {
         "torch": TorchTeacher(net, classes, engine.autocast, engine.device),
         "torch, fp32": TorchTeacher(net, classes, exact.autocast, engine.device),
-        "ONNX": served,
     }
+    if served.device.type == engine.device.type:
+        teachers["ONNX"] = served
     for name, teacher in teachers.items():
         runs[f"predict {name}"] = functools.partial(teacher.logits, x)
         pupil = models.build(student, classes, shape[0])

@@ -102,14 +102,14 @@ class OnnxTeacher:
             reason = str(error).splitlines()[0][:120]
             raise BadInput(f"{path} is not a usable ONNX model: {reason}", "check the file") from None
         there = device.type == "cuda" and self._session.get_providers()[0] == "CUDAExecutionProvider"
-        self._device = device if there else torch.device("cpu")
+        self.device = device if there else torch.device("cpu")
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
-        missing = ", which has no CUDA provider" if device.type != self._device.type else ""
-        self.where = f"ONNX Runtime {ort.__version__} on {self._device}{missing}"
+        missing = ", which has no CUDA provider" if device.type != self.device.type else ""
+        self.where = f"ONNX Runtime {ort.__version__} on {self.device}{missing}"
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
-        asked, x = x.device, x.detach().float().to(self._device).contiguous()
+        asked, x = x.device, x.detach().float().to(self.device).contiguous()
         output = torch.empty(len(x), self.classes, device=x.device)
         binding = self._session.io_binding()
         index = x.device.index or 0
