@@ -23,7 +23,7 @@ from sdbctl.data import Batch, ImageSet, Preprocess, Splits
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
-from sdbctl.training import WARM_STEPS, Engine, Step, Updater, place, recording, synchronise
+from sdbctl.training import WARM_STEPS, Engine, Recipe, Step, Updater, place, recording, sgd, synchronise
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,7 @@ class Cast(nn.Module):
 def _trainer(net: nn.Module, step: Step, batch: Batch, engine: Engine, *, record: bool = True) -> Callable[[], object]:
     net = place(copy.deepcopy(net), engine.device).train()
     record = record and engine.device.type == "cuda"
-    optimiser = torch.optim.SGD(
-        net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=record or None
-    )
+    optimiser = sgd(net, Recipe(), fused=record)
     update = Updater(net, step, optimiser, 5.0, record=record, forward=Cast(net, engine).train())
     return lambda: update(batch, 1e-3)
 

@@ -198,7 +198,7 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
         return Engine(where, precision), f"{where}, {precision} (as asked)"
     seconds = {"fp32": math.inf, "bf16": math.inf}
     # in turn, so that a machine that is busy for a moment hits both
-    for _ in range(3):
+    for _ in range(3 if where.type == "cpu" else 1):
         for name in ("fp32", "bf16"):
             try:
                 once = step_seconds(model, example.to(where), Engine(where, name))
@@ -216,23 +216,30 @@ STEADY_SECONDS = 0.3
 
 
 def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: int = 2) -> float:
-    """Seconds of one plain forward and backward pass, the best of ``repeats`` or more; weights are not changed."""
+    """Seconds of one plain training step, the best of ``repeats`` or more; weights are not changed."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     training = model.training
     place(model, engine.device).train()
-    example = example.to(engine.device, memory_format=torch.channels_last)
-    best, begun, done = math.inf, time.perf_counter(), 0
-    # quick steps are timed more often: a busy machine must not spoil all of them
-    while done <= repeats or time.perf_counter() - begun < STEADY_SECONDS:
-        done += 1
-        synchronise(engine.device)
-        begin = time.perf_counter()
+    x = example.to(engine.device, memory_format=torch.channels_last)
+    none = torch.zeros(len(x), dtype=torch.int64, device=engine.device)
+
+    def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         with engine.autocast():
-            loss = model(example).float().square().mean()
-        loss.backward()
-        synchronise(engine.device)
-        best = min(best, time.perf_counter() - begin)
-        model.zero_grad(set_to_none=True)
+            return {"loss": model(batch.x).float().square().mean()}
+
+    best, begun, done = math.inf, time.perf_counter(), 0
+    with recording(engine.device, True) as recorded:
+        update = Updater(model, step, sgd(model, Recipe(lr=0.1), fused=recorded), 5.0, record=recorded)
+        repeats += WARM_STEPS if recorded else 0
+        # quick steps are timed more often: a busy machine must not spoil all of them
+        while done <= repeats or time.perf_counter() - begun < STEADY_SECONDS:
+            done += 1
+            synchronise(engine.device)
+            begin = time.perf_counter()
+            update(Batch(x, none, none), 0.0)
+            synchronise(engine.device)
+            best = min(best, time.perf_counter() - begin)
+    model.zero_grad(set_to_none=True)
     model.load_state_dict(state)
     model.train(training)
     return best
@@ -348,12 +355,28 @@ class Updater:
         """Record a step, without taking it; a step that cannot be recorded is taken as usual from then on."""
         self._wait = -1
         graph, own = torch.cuda.CUDAGraph(), Batch(*(tensor.clone() for tensor in batch))
+        drawn = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = drawn.clone_state()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 terms = self._once(own)
         except RuntimeError:
+            # a recording that broke off would keep the generator for itself
+            drawn.graphsafe_set_state(before)
             return
         self._graph, self._batch, self._terms = graph, own, terms
+
+
+def sgd(model: nn.Module, recipe: Recipe, *, fused: bool) -> torch.optim.SGD:
+    """The optimiser of whatever in ``model`` is to be trained; a recorded step needs it fused."""
+    return torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+        fused=fused or None,
+    )
 
 
 @contextmanager
@@ -421,15 +444,7 @@ def fit(
     generator = torch.Generator(engine.device).manual_seed(recipe.seed)
     place(model, engine.device)
     record = record and fabric.world_size == 1 and engine.device.type == "cuda"
-    optimiser = torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-        fused=record or None,
-    )
-    wrapped, optimiser = fabric.setup(model, optimiser)
+    wrapped, optimiser = fabric.setup(model, sgd(model, recipe, fused=record))
     set_of = images if callable(images) else lambda _: images
     size = len(set_of(0))
     per_epoch = steps_per_epoch(size, recipe.batch_size)

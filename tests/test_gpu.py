@@ -122,7 +122,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_usual():
 def test_fine_tuning_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     t, recipe = task("bf16"), Recipe(epochs=3, batch_size=64, lr=0.01)
     torch.manual_seed(0)
-    original = boxfile.Loaded(models.build("resnet8", 10, 3), "resnet8", 10, 3, "x", None)
+    torch.save(models.build("resnet8", 10, 3).state_dict(), tmp_path / "net.pt")
+    original = boxfile.load(tmp_path / "net.pt")
     whole = fine_tune(original, t, recipe)
     saved = training._save
 

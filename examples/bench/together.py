@@ -22,7 +22,18 @@ from sdbctl import models
 from sdbctl.bench import Cast
 from sdbctl.data import Batch
 from sdbctl.losses import kd
-from sdbctl.training import WARM_STEPS, Engine, Updater, environment, place, recording, synchronise
+from sdbctl.training import (
+    WARM_STEPS,
+    Engine,
+    Recipe,
+    Updater,
+    environment,
+    pick_engine,
+    place,
+    recording,
+    sgd,
+    synchronise,
+)
 
 CLASSES, SIZE = 10, (3, 32, 32)
 
@@ -38,7 +49,7 @@ def alone(student: str, count: int, engine: Engine, record: bool) -> Callable[[]
     """A step of one student."""
     net = place(models.build(student, CLASSES), engine.device).train()
     batch, answers = batch_of(count, engine.device)
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=record or None)
+    optimiser = sgd(net, Recipe(), fused=record)
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"loss": kd(model(batch.x), answers[batch.index], 4.0)}
@@ -48,7 +59,7 @@ def alone(student: str, count: int, engine: Engine, record: bool) -> Callable[[]
 
 
 def stacked(student: str, students: int, count: int, engine: Engine) -> Callable[[], object]:
-    """A step of all students at once, each on its own order of the images."""
+    """A step of all students at once, each on its own images, in fp32: vmap has no gradient under autocast."""
     nets = [place(models.build(student, CLASSES), engine.device).train() for _ in range(students)]
     for net in nets:
         for module in net.modules():
@@ -61,9 +72,7 @@ def stacked(student: str, students: int, count: int, engine: Engine) -> Callable
     speeds = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, answers: Tensor) -> Tensor:
-        with engine.autocast():
-            z = functional_call(nets[0], (parameters, buffers), (x,))
-        return kd(z.float(), answers, 4.0)
+        return kd(functional_call(nets[0], (parameters, buffers), (x,)), answers, 4.0)
 
     slopes = vmap(grad(loss))
 
@@ -134,7 +143,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device, size = torch.device(options.device), options.batch_size
-    engine = Engine(device, "bf16" if device.type == "cuda" else "fp32")
+    example = torch.zeros(size, *SIZE)
+    engine, _ = pick_engine(options.device, "auto", models.build(options.student, CLASSES), example)
     found = {}
     with recording(device, True) as recorded:
         found["one after another"] = rate(alone(options.student, size, engine, False), size, options.seconds, device)
