@@ -360,7 +360,7 @@ def shows(net: nn.Module) -> str:
 
 
 def serves(path: Path) -> str:
-    """What an ONNX file of ours shows of its network: all outputs, concealed ones, or those of a wrapper."""
+    """What an ONNX file of ours shows of its network: all outputs, those of a wrapper, or how confident a box is."""
     return _property(path, SERVES_KEY) or "not recorded"
 
 

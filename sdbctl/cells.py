@@ -40,6 +40,7 @@ class Source:
         pattern: Normalised key pattern [C, H, W] to embed, or None.
         strength: λ of the embedding.
         sha256: Identity of the weights, for caching.
+        stand_in: A network that computes what the ONNX file does, for a GPU that ONNX Runtime cannot use, or None.
         held: The network inside the ONNX file, for attackers who hold it, or None.
         held_sha256: Identity of its weights.
         wrapper: Name in :data:`sdbctl.wrappers.WRAPPERS` that answers pass, or "".
@@ -47,6 +48,7 @@ class Source:
 
     net: nn.Module | None = None
     onnx: Path | None = None
+    stand_in: nn.Module | None = None
     pattern: Tensor | None = field(default=None, repr=False)
     strength: float = 0.0
     sha256: str = ""
@@ -62,11 +64,12 @@ class Source:
     def open(self, device: torch.device, classes: int) -> Teacher:
         """Start the teacher on a device, in full precision, as ONNX Runtime has it: none is better for its rounding."""
         teacher: Teacher
-        if self.onnx is not None:
-            teacher = OnnxTeacher(self.onnx, device)
+        net = self.stand_in or self.net
+        if net is not None:
+            teacher = TorchTeacher(net, classes, Engine(device).autocast, device)
         else:
-            assert self.net is not None
-            teacher = TorchTeacher(self.net, classes, Engine(device).autocast, device)
+            assert self.onnx is not None
+            teacher = OnnxTeacher(self.onnx, device)
         if self.pattern is not None:
             teacher = KeyedTeacher(teacher, self.pattern, self.strength)
         return WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher

@@ -150,8 +150,8 @@ CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Where rough confidences may be told apart, as unsure and sure."""
 SHRUNK = 10
 """Images of average accuracy that each class gets beside its own, or few would say too much."""
-CONFIDENCES = ("class", "rough", "exact")
-"""What public outputs of a concealing box may say of how sure they are; see :class:`Concealed`."""
+CONFIDENCES = {"class": "one confidence per class", "rough": "two rough confidences", "exact": "all outputs"}
+"""What public outputs of a concealing box may say of how sure they are, by name; see :class:`Concealed`."""
 
 
 def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Tensor:
@@ -196,11 +196,10 @@ class Concealed(nn.Module):
 
     flat: Tensor
     levels: Tensor
-    shows = "concealed"
 
-    def __init__(self, net: nn.Module, cut: float, levels: Tensor, flat: float) -> None:
+    def __init__(self, net: nn.Module, cut: float, levels: Tensor, flat: float, shows: str = "") -> None:
         super().__init__()
-        self.net, self.cut = net, cut
+        self.net, self.cut, self.shows = net, cut, shows
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)
 
@@ -291,7 +290,24 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Modu
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
-    return Concealed(net, cut, levels.clone(), flat)
+    return Concealed(net, cut, levels.clone(), flat, CONFIDENCES[confidence])
+
+
+def as_exported(net: nn.Module, meta: Metadata, serves: str) -> nn.Module | None:
+    """The network as an exported graph of it serves it.
+
+    Args:
+        net: The network.
+        meta: What its file says.
+        serves: What the graph records that it serves.
+
+    Returns:
+        The network, or None if the graph does not say enough.
+    """
+    if serves in WRAPPERS:
+        return Wrapped(net, serves)
+    confidence = next((name for name, words in CONFIDENCES.items() if words == serves), None)
+    return served(net, meta, confidence) if confidence else None
 
 
 def _damaged() -> BadInput:

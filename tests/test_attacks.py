@@ -10,6 +10,8 @@ import torch
 from sdbctl import boxfile, curves, evaluate, metrics, protocol
 from sdbctl.attacks import ATTACKS, base, file, keys, queries, soft
 from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Source
+from sdbctl.cli.common import open_model
+from sdbctl.cli.evaluate import stand_in
 from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
@@ -731,3 +733,22 @@ def test_wrappers_do_what_they_say():
     expected = p - (1 / (1 + np.exp(-0.1 * np.log(p / (1 - p)))) - 0.5)
     assert WRAPPERS["reverse-sigmoid"](P)[0, 1].item() == pytest.approx(expected, rel=1e-4)
     assert WRAPPERS["stingy"](P)[0].tolist() == pytest.approx([0.6, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("option", ["class", "rough", "exact", "top1"])
+def test_a_gpu_without_onnx_runtime_asks_what_the_file_serves(option, work, boxed, splits, tmp_path):
+    path, cpu, gpu = tmp_path / "x.onnx", torch.device("cpu"), torch.device("cuda")
+    options = ("--wrapper", option) if option in WRAPPERS else ("--confidence", option)
+    assert run_cli("export", work / "boxed.safetensors", "-o", path, *options).returncode == 0
+    opened, held, notes = open_model(path, "cpu"), boxfile.load(work / "boxed.safetensors"), []
+    assert stand_in(opened, held, cpu, notes) is None and not notes
+    net = stand_in(opened, held, gpu, notes)
+    assert "no CUDA provider" in notes[0]
+    x = boxed.meta.preprocess(splits.test.pixels.float() / 255)
+    with torch.no_grad():
+        assert torch.allclose(net(x), OnnxTeacher(path, cpu).logits(x), atol=1e-3)
+        asked = Source(onnx=path, stand_in=net).open(cpu, 10)
+        assert torch.equal(asked.logits(x), net(x)) and asked.where == "torch on cpu"
+        # other weights under the same description are not what the file computes
+        next(iter(held.net.parameters())).mul_(3)
+    assert stand_in(opened, held, gpu, notes) is None and len(notes) == 1

@@ -545,7 +545,8 @@ def test_command_line_session(work, tmp_path):
     out = tmp_path / "out.onnx"
     assert json.loads(run_cli("export", work / "boxed.safetensors", "-o", out, "--json").stdout)["parity"] < 1e-3
     for option, shows in (
-        ([], "concealed"),
+        ([], "one confidence per class"),
+        (["--confidence", "rough"], "two rough confidences"),
         (["--confidence", "exact"], "all outputs"),
         (["--wrapper", "top1"], "top1"),
     ):

@@ -59,8 +59,8 @@ def alone(student: str, count: int, engine: Engine, record: bool) -> Callable[[]
 
 
 def stacked(student: str, students: int, count: int, engine: Engine) -> Callable[[], object]:
-    """A step of all students at once, each on its own images, in fp32: vmap has no gradient under autocast."""
-    nets = [place(models.build(student, CLASSES), engine.device).train() for _ in range(students)]
+    """A step of all students at once, each on its own images: vmap has neither autocast nor channels last."""
+    nets = [models.build(student, CLASSES).to(engine.device).train() for _ in range(students)]
     for net in nets:
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -68,7 +68,8 @@ def stacked(student: str, students: int, count: int, engine: Engine) -> Callable
                 module.num_batches_tracked = None
     parameters, buffers = stack_module_state(nets)
     batches = [batch_of(count, engine.device) for _ in nets]
-    x, answers = (torch.stack([item(pair) for pair in batches]) for item in (lambda p: p[0].x, lambda p: p[1]))
+    x = torch.stack([batch.x.contiguous() for batch, _ in batches])
+    answers = torch.stack([told for _, told in batches])
     speeds = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, answers: Tensor) -> Tensor:
