@@ -155,6 +155,7 @@ class Suite:
             which names the winner.
         elect: Whether the rows of one threat compete, so that only the best two of each get all seeds.
         seeds: Students per reported row, or None for the user's choice.
+        student: Architecture of the students unless the user asks for another.
         epochs: Passes over the transfer set unless the user asks for others, or None for the usual number.
         curves: Whether query budgets are measured.
     """
@@ -165,6 +166,7 @@ class Suite:
     rungs: tuple[float, ...] = (1.0,)
     elect: bool = False
     seeds: int | None = None
+    student: str = "wrn16"
     epochs: int | None = None
     curves: bool = False
 
@@ -185,7 +187,7 @@ def _named(*names: str) -> tuple[Row, ...]:
 
 SUITES: Mapping[str, Suite] = {
     "quick": Suite(
-        "ten students, one seed, few epochs, nothing tuned: a smoke test",
+        "ten small students, one seed, few epochs, nothing tuned: a smoke test",
         _named(
             "cross_entropy",
             "label_smoothing",
@@ -200,7 +202,8 @@ SUITES: Mapping[str, Suite] = {
         ),
         tune=1,
         seeds=1,
-        epochs=4,
+        student="resnet8",
+        epochs=6,
     ),
     "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
     "file": Suite(

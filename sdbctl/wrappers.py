@@ -226,14 +226,14 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
         least likelihood; ``rough_confidences``, the accuracies below and above it; and ``flat_spread``, between the
-        spreads of public and keyed outputs: above all but a hundredth of the public ones, unless more than a fiftieth
-        of the keyed ones are below. Nothing if more than a twentieth of either are beyond the other, as from an
-        objective that does not conceal.
+        spreads of public and keyed outputs: above all public ones, unless more than a fiftieth of the keyed ones are
+        below. Nothing if more than a twentieth of either are beyond the other, as from an objective that does not
+        conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
-    own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 0.99))
+    own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 1.0))
     least, other = (float(_spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
     if own > other:
         return {}

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
 
-GPU_JOBS = 8
-"""Students trained side by side on a GPU, unless told otherwise: see examples/results/bench-together-*.json."""
+GPU_JOBS = 4
+"""Students trained side by side on a GPU, unless told otherwise; examples/bench/together.py measures what is best."""
 Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")]
 
 
@@ -65,7 +65,9 @@ def evaluate(
     reference: Annotated[Path | None, typer.Option("--reference", help="N_ft, which box wrote beside the box.")] = None,
     attack: Annotated[bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")] = False,
     key_file: o.KeyFile = None,
-    student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
+    student: Annotated[
+        str | None, typer.Option("--student", help="See sdbctl list students. [default: wrn16, in quick resnet8]")
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
     suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "standard",
     surrogate: Annotated[
@@ -74,7 +76,7 @@ def evaluate(
     tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")] = 6,
     jobs: Annotated[
         int,
-        typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 8 on a GPU."),
+        typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 4 on a GPU."),
     ] = 0,
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="Train students as jobs of a submitit cluster: slurm, or local.")
@@ -125,6 +127,7 @@ def evaluate(
     from sdbctl.training import Recipe, pick_device, scaled, step_seconds
 
     chosen = find_suite(suite)
+    student = student or chosen.student
     if cluster not in (None, "slurm", "local"):
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
     for item in FORMATS.values():

@@ -21,6 +21,8 @@ from sdbctl.errors import BadInput, UsageError
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of uint8 pixels up to which a set is decoded once and kept in memory."""
+THREADED = 128
+"""Height and width from which images are decoded by several threads."""
 Shape = tuple[int, int, int]
 Array = np.ndarray[Any, Any]
 
@@ -163,7 +165,8 @@ class ImageSet:
         if isinstance(self.source, Memory):
             pixels.copy_(self.pixels)
         else:
-            with ThreadPoolExecutor(cores()) as pool:
+            # decoding a small image hardly leaves the interpreter, where threads only wait for each other
+            with ThreadPoolExecutor(1 if min(self.shape[1:]) < THREADED else cores()) as pool:
                 for _ in pool.map(fill, range(0, len(self), 256)):
                     pass
         return ImageSet.of(pixels, self.labels, self.name)
