@@ -39,6 +39,8 @@ MODEL_LABELS = {
     "wrong": "boxed, with a wrong key",
     "disturbed": "boxed, with --disturb",
 }
+MOSTLY = 0.02
+"""Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""
 FINALISTS = PLACES["attack"]
 _MODEL_NAMES = {"reference": "original_ft", "keyed": "boxed_keyed", "wrong": "boxed_wrong_key"}
 
@@ -243,7 +245,16 @@ def verdict(report: Report) -> str:
         other = "Attackers who hold the file were not tried"
     else:
         other = f"Who holds the file gains {_gain(held.labelled, '')}"
-    return f"{finding}: distilling the box gains {gains} over the floor; {worth}{key}. {other}."
+    return f"{finding}: distilling the box gains {gains} over the floor; {worth}{key}. {other}.{_shown(report)}"
+
+
+def _shown(report: Report) -> str:
+    """What no attack can change, if it is so: that outputs say no more than top-1 answers."""
+    boxed = report.models.get("boxed")
+    if boxed is None or boxed.beyond_top1 is None or boxed.beyond_top1 > MOSTLY:
+        return ""
+    few = f" of all but {100 * boxed.beyond_top1:.2g} % of the images" if boxed.beyond_top1 else ""
+    return f" Its outputs{few} say no more than the predicted class."
 
 
 def _signed(value: float | None) -> str:

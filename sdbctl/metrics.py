@@ -16,6 +16,8 @@ from sdbctl.losses import conceal_kl
 
 ECE_BINS = 15
 RESIDUAL_TEMPERATURE = 4.0
+SAME = 1e-3
+"""Difference of log-probabilities below which two outputs are the same, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Scores:
         nll: Negative log-likelihood of the label.
         nll_binary: Negative log-likelihood of the event "the prediction is right" under its confidence.
         residual: Dark knowledge left, KL(u ‖ p̂^τ) at τ = 4 over the non-target classes.
+        beyond_top1: Share of images whose outputs say more than which class is predicted.
         reliability: Per bin (mean confidence, accuracy, share of images); empty bins are left out.
     """
 
@@ -38,6 +41,7 @@ class Scores:
     nll: float
     nll_binary: float
     residual: float
+    beyond_top1: float
     n: int
     reliability: tuple[tuple[float, float, float], ...]
 
@@ -92,6 +96,22 @@ def residual(logits: Tensor) -> float:
     return conceal_kl(logits, target, RESIDUAL_TEMPERATURE).item() / RESIDUAL_TEMPERATURE**2
 
 
+def beyond_top1(logits: Tensor) -> float:
+    """Share of images whose outputs are not those of most images with the same prediction, in [0, 1].
+
+    Where it is zero the outputs are a function of the predicted class, so that nobody, by whatever method, learns more
+    from them than from top-1 answers.
+    """
+    log_p, predicted = log_softmax(logits.double(), 1), logits.argmax(1)
+    others = 0
+    for name in range(logits.shape[1]):
+        rows = log_p[predicted == name]
+        if len(rows):
+            # of outputs most of which are alike, the median is one
+            others += int(((rows - rows.median(0).values).abs().amax(1) > SAME).sum())
+    return others / len(logits)
+
+
 def score(logits: Tensor, labels: Tensor) -> Scores:
     """All scores of logits [N, C] against labels [N] (on any device; computed on the CPU)."""
     logits, labels = logits.float().cpu(), labels.cpu()
@@ -101,6 +121,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
         **means,
         ece=sum(abs(c - a) * share for c, a, share in bins),
         residual=residual(logits),
+        beyond_top1=beyond_top1(logits),
         n=len(labels),
         reliability=bins,
     )

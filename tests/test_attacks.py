@@ -16,7 +16,7 @@ from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
-from sdbctl.report import Report, Student
+from sdbctl.report import Interval, Model, Report, Student
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
@@ -507,6 +507,18 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     assert (api.labelled_by, api.unlabelled_by) == ("a", "b")
     said = evaluate.verdict(report)
     assert said.startswith("Not protected: distilling the box gains -1.0 points (at most -0.8) and +6.0 points without")
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.0, "outputs say"), (0.001, "of all but 0.1 % of the images say"), (0.5, ""), (None, "")]
+)
+def test_a_verdict_says_when_outputs_are_no_more_than_top1_answers(share, said):
+    numbers = evaluate.headline(made_of(some("control", "floor", (50.0, 51.0)), some("kd", "attack", (49.0, 50.0))))
+    boxed = Model(name="boxed", label="boxed", beyond_top1=share)
+    report = Report(title="x", created="", tool="", verdict="", models={"boxed": boxed}, **numbers)
+    report = replace(report, protectable=Interval(5.0, 4.0, 6.0, 3))
+    assert ("no more than the predicted class" in evaluate.verdict(report)) is bool(said)
+    assert said in evaluate.verdict(report)
 
 
 def test_a_suite_of_the_file_alone_has_a_verdict_of_its_own():

@@ -41,6 +41,17 @@ def test_ece_of_a_perfectly_calibrated_model_is_zero():
     assert metrics.ece(logits, torch.tensor([0, 0, 0, 1])) == pytest.approx(0, abs=1e-6)
 
 
+def test_beyond_top1_counts_images_whose_outputs_are_no_function_of_the_prediction():
+    heights = torch.tensor([2.0, 3.0, 1.0])
+    predicted = torch.arange(300) % 3
+    z = torch.nn.functional.one_hot(predicted, 3) * heights[predicted][:, None]
+    # a constant on all logits is no difference
+    assert metrics.beyond_top1(z + torch.randn(300, 1)) == 0
+    z[:6] += 0.5 * torch.eye(3).repeat(2, 1)
+    assert metrics.beyond_top1(z) == pytest.approx(6 / 300)
+    assert metrics.beyond_top1(LOGITS) > 0.5
+
+
 def test_residual_is_zero_only_for_flat_non_targets():
     flat = torch.zeros(3, 6)
     flat[:, 2] = 4.0

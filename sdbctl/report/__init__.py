@@ -129,6 +129,7 @@ class Model:
         nll: Negative log-likelihood.
         nll_binary: Negative log-likelihood of the predicted class against all others.
         residual: KL(u ‖ p̂^τ) from uniform to the non-target classes: what is left of dark knowledge.
+        beyond_top1: Share of images whose outputs say more than the predicted class.
         n_images: How many test images.
         reliability: Bins of the reliability diagram.
     """
@@ -141,6 +142,7 @@ class Model:
     nll: float | None = None
     nll_binary: float | None = None
     residual: float | None = None
+    beyond_top1: float | None = None
     n_images: int | None = None
     reliability: tuple[Bin, ...] = ()
 
@@ -290,7 +292,8 @@ class Report:
         """The means that were measured, by dotted path: headline numbers, costs, models and students."""
 
         def shown(path: str) -> bool:
-            return path.endswith((".top1", ".ece", ".residual") if path.startswith("models.") else ".mean")
+            of_models = (".top1", ".ece", ".residual", ".beyond_top1")
+            return path.endswith(of_models if path.startswith("models.") else ".mean")
 
         return {path: value for path, value in self._numbers() if value is not None and shown(path)}
 

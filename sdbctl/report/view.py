@@ -341,12 +341,17 @@ def _models(report: Report) -> Table:
         Column("NLL of prediction"),
         Column("NLL"),
         Column("Dark knowledge left"),
+        Column("Beyond top-1 %"),
         Column("Images", wide=True),
     )
     names = [name for name in MODELS if name in report.models]
     names += [name for name in report.models if name not in MODELS]
     rows = tuple(_model(report.models[name]) for name in names)
-    note = "Dark knowledge left: KL from uniform to the outputs for all but the predicted class; 0 hides all."
+    note = (
+        "Dark knowledge left: KL from uniform to the outputs for all but the predicted class; 0 hides all. Beyond "
+        "top-1: images whose outputs say more than the predicted class; without any, nobody can learn more from the "
+        "outputs than from top-1 answers."
+    )
     return Table("Models", columns, rows, note)
 
 
@@ -358,6 +363,7 @@ def _model(model: Model) -> tuple[str, ...]:
         number(model.top1),
         number(model.top5),
         *(number(value, 3) for value in losses),
+        number(None if model.beyond_top1 is None else 100 * model.beyond_top1),
         images,
     )
 
