@@ -18,6 +18,8 @@ once() {
 }
 
 once bench-steps.json sdbctl bench --arch "$arch" --student resnet20 --json
+once bench-loop.json python "$here/bench/loop.py"
+once bench-together.json python "$here/bench/together.py"
 once bench-means.json python "$here/bench/means.py" --arch "$arch"
 once bench-published.json python "$here/bench/published_recipe.py" --arch "$arch"
 [ -e "$out/k.bin" ] || sdbctl keygen "$out/k.bin"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -376,8 +377,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
 
     Args:
         path: The file.
-        net: The network. What it :func:`shows` is recorded. If it has an attribute ``bare``, the
-            network that it answers with while its buffer ``flat`` is negative, then that is compared, too.
+        net: The network. What it :func:`shows` is recorded.
         meta: Its metadata.
         force: Whether to replace an existing file.
 
@@ -398,18 +398,35 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
         proto.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()
-    difference = _difference(content, net, example)
-    bare = getattr(net, "bare", None)
-    if bare is not None:
-        # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
-        flat = next(tensor for tensor in proto.graph.initializer if tensor.name == "flat")
-        flat.CopyFrom(onnx.numpy_helper.from_array(np.array(-1, dtype=np.float32), "flat"))
-        difference = max(difference, _difference(proto.SerializeToString(), bare, example))
+    difference = parity(proto, net, example)
     if not difference <= PARITY_TOLERANCE:
         raise ParityMismatch(
             f"ONNX logits differ from torch's by {difference:.2g} of the largest logit", "nothing was written"
         )
     files.write(path, content, force=force)
+    return difference
+
+
+def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
+    """Largest difference of an ONNX graph's logits from a network's, relative to the largest logit.
+
+    Args:
+        proto: The graph; it is changed.
+        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffer ``flat`` is
+            negative, then that is compared, too.
+        example: Images [B, C, H, W].
+    """
+    import onnx
+
+    difference = _difference(proto.SerializeToString(), net, example)
+    bare = getattr(net, "bare", None)
+    if bare is not None:
+        # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
+        flat = next((tensor for tensor in proto.graph.initializer if tensor.name == "flat"), None)
+        if flat is None:
+            return math.inf
+        flat.CopyFrom(onnx.numpy_helper.from_array(np.array(-1, dtype=np.float32), "flat"))
+        difference = max(difference, _difference(proto.SerializeToString(), bare, example))
     return difference
 
 

@@ -16,8 +16,8 @@ from sdbctl.losses import conceal_kl
 
 ECE_BINS = 15
 RESIDUAL_TEMPERATURE = 4.0
-SAME = 1e-3
-"""Difference of log-probabilities below which two outputs are the same, but for rounding."""
+SAME = 1e-4
+"""Difference of two outputs, relative to their range, below which they are the same but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,20 @@ def residual(logits: Tensor) -> float:
 def beyond_top1(logits: Tensor) -> float:
     """Share of images whose outputs are not those of most images with the same prediction, in [0, 1].
 
-    Where it is zero the outputs are a function of the predicted class, so that nobody, by whatever method, learns more
-    from them than from top-1 answers.
+    Where it is zero the outputs of these images are a function of the predicted class, so that nobody, by whatever
+    method, learns more from them than from top-1 answers. An image that is the only one of its prediction says nothing;
+    if all are, the share is 1.
     """
     log_p, predicted = log_softmax(logits.double(), 1), logits.argmax(1)
-    others = 0
+    others = compared = 0
     for name in range(logits.shape[1]):
         rows = log_p[predicted == name]
-        if len(rows):
+        if len(rows) > 1:
             # of outputs most of which are alike, the median is one
-            others += int(((rows - rows.median(0).values).abs().amax(1) > SAME).sum())
-    return others / len(logits)
+            usual = rows.median(0).values
+            others += int(((rows - usual).abs().amax(1) > SAME * (usual.max() - usual.min())).sum())
+            compared += len(rows)
+    return others / compared if compared else 1.0
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -61,7 +62,9 @@ class TorchTeacher:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
-        with self._autocast():
+        # on a GPU, TF32 would be less than full precision
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else nullcontext()
+        with exact, self._autocast():
             return self.model(x).float()  # type: ignore[no-any-return]
 
 
@@ -104,13 +107,16 @@ class OnnxTeacher:
         there = device.type == "cuda" and self._session.get_providers()[0] == "CUDAExecutionProvider"
         self.device = device if there else torch.device("cpu")
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
-        missing = ", which has no CUDA provider" if device.type != self.device.type else ""
+        missing = ", which cannot use CUDA here" if device.type != self.device.type else ""
         self.where = f"ONNX Runtime {ort.__version__} on {self.device}{missing}"
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
         asked, x = x.device, x.detach().float().to(self.device).contiguous()
         output = torch.empty(len(x), self.classes, device=x.device)
+        if x.is_cuda:
+            # the session's stream is that of its making, and x may be made on another
+            torch.cuda.current_stream(x.device).synchronize()
         binding = self._session.io_binding()
         index = x.device.index or 0
         binding.bind_input(self._input, x.device.type, index, np.float32, tuple(x.shape), x.data_ptr())

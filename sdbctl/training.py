@@ -228,20 +228,22 @@ def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: 
             return {"loss": model(batch.x).float().square().mean()}
 
     best, begun, done = math.inf, time.perf_counter(), 0
-    with recording(engine.device, True) as recorded:
-        update = Updater(model, step, sgd(model, Recipe(lr=0.1), fused=recorded), 5.0, record=recorded)
-        repeats += WARM_STEPS if recorded else 0
-        # quick steps are timed more often: a busy machine must not spoil all of them
-        while done <= repeats or time.perf_counter() - begun < STEADY_SECONDS:
-            done += 1
-            synchronise(engine.device)
-            begin = time.perf_counter()
-            update(Batch(x, none, none), 0.0)
-            synchronise(engine.device)
-            best = min(best, time.perf_counter() - begin)
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(state)
-    model.train(training)
+    try:
+        with recording(engine.device, True) as recorded:
+            update = Updater(model, step, sgd(model, Recipe(lr=0.1), fused=recorded), 5.0, record=recorded)
+            repeats += WARM_STEPS if recorded else 0
+            # quick steps are timed more often: a busy machine must not spoil all of them
+            while done <= repeats or time.perf_counter() - begun < STEADY_SECONDS:
+                done += 1
+                synchronise(engine.device)
+                begin = time.perf_counter()
+                update(Batch(x, none, none), 0.0)
+                synchronise(engine.device)
+                best = min(best, time.perf_counter() - begin)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.load_state_dict(state)
+        model.train(training)
     return best
 
 
@@ -314,6 +316,7 @@ class Updater:
         self._wait = WARM_STEPS if record else -1
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch | None = None
+        self._shape: torch.Size | None = None
         self._terms: Mapping[str, Tensor] = {}
         # a recorded step reads the rate from the device
         device = next(model.parameters()).device
@@ -330,9 +333,11 @@ class Updater:
             self._rate.fill_(rate)
         for group in self.optimiser.param_groups:
             group["lr"] = rate if self._rate is None else self._rate
-        if self._wait > 0:
+        self._shape = self._shape or batch.x.shape
+        # a last batch of another size is not the one to record
+        if self._wait > 0 and batch.x.shape == self._shape:
             self._wait -= 1
-        elif self._wait == 0:
+        elif self._wait == 0 and batch.x.shape == self._shape:
             self._record(batch)
         if self._graph is None or self._batch is None or batch.x.shape != self._batch.x.shape:
             return self._once(batch)
@@ -392,9 +397,11 @@ def recording(device: torch.device, record: bool) -> Iterator[bool]:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True)
-    with torch.cuda.device(device), torch.cuda.stream(stream), flags:
-        yield True
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream), flags:
+            yield True
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -458,6 +465,9 @@ def fit(
     with seeded(recipe.seed), recording(engine.device, record), _profiled(engine.profile) as stepped:
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
+            for group in optimiser.param_groups:
+                # the state may be of another device
+                group["fused"] = record or None
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
         team.agree(begin_epoch, "the state to go on from")
         progress.start(name, total - begin_epoch * per_epoch)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from sdbctl.boxfile import Metadata
+from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput
 from sdbctl.teacher import Teacher
 
@@ -190,16 +191,32 @@ def _spread(z: Tensor) -> Tensor:
 class Concealed(nn.Module):
     """A concealing box as it is served: :func:`concealed` behind the network.
 
-    With one confidence per class its public outputs are a function of the predicted class, so that nobody can learn
-    more from them than from top-1 answers. With two rough ones, each answer says in one bit more how sure it is.
+    With one confidence per class its public outputs are a function of the predicted class: those teach what top-1
+    answers teach. With two rough ones, each answer says in one bit more how sure it is. Inputs are limited to what
+    images can be, since a box was never trained on others, and a brighter one than white brings out what it hides.
+
+    Args:
+        net: The box.
+        preprocess: Its normalisation.
+        cut: See :func:`concealed`.
+        levels: See :func:`concealed`.
+        flat: See :func:`concealed`.
+        shows: What is served, in words, for the file's metadata.
     """
 
     flat: Tensor
     levels: Tensor
+    black: Tensor
+    white: Tensor
 
-    def __init__(self, net: nn.Module, cut: float, levels: Tensor, flat: float, shows: str = "") -> None:
+    def __init__(
+        self, net: nn.Module, preprocess: Preprocess, cut: float, levels: Tensor, flat: float, shows: str
+    ) -> None:
         super().__init__()
         self.net, self.cut, self.shows = net, cut, shows
+        for name, brightness in (("black", 0.0), ("white", 1.0)):
+            one = preprocess(torch.full((1, preprocess.size[0], 1, 1), brightness))
+            self.register_buffer(name, one, persistent=False)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)
 
@@ -210,7 +227,7 @@ class Concealed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""
-        return concealed(self.net(x), self.cut, self.levels, self.flat)
+        return concealed(self.net(x.clamp(self.black, self.white)), self.cut, self.levels, self.flat)
 
 
 def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
@@ -225,10 +242,10 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
-        least likelihood; ``rough_confidences``, the accuracies below and above it; and ``flat_spread``, between the
+        least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_spread``, between the
         spreads of public and keyed outputs: above all public ones, unless more than a fiftieth of the keyed ones are
-        below. Nothing if more than a twentieth of either are beyond the other, as from an objective that does not
-        conceal.
+        below; and ``keyed_flat``, the share of those, which are served like public ones. Nothing if more than a
+        twentieth of either are beyond the other, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
@@ -261,6 +278,7 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
         "confidence_cut": cut,
         "rough_confidences": rough(cut),
         "flat_spread": flat,
+        "keyed_flat": float((_spread(keyed.float()) <= flat).float().mean()),
     }
 
 
@@ -280,17 +298,18 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Modu
     if confidence == "exact" or found == [None] * len(found):
         return net
     classes = len(meta.classes)
-    for values, count in ((by_class, classes), (rough, 2), ([cut], 1)):
+    # a confidence below the other classes' would change the prediction
+    for values, count, least in ((by_class, classes, 1 / classes), (rough, 2, 1 / classes), ([cut], 1, 0.0)):
         if not isinstance(values, list) or len(values) != count:
             raise _damaged()
-        if not all(isinstance(share, float) and 0 < share < 1 for share in values):
+        if not all(isinstance(share, float) and least < share < 1 for share in values):
             raise _damaged()
-    if not isinstance(flat, float):
+    if not isinstance(flat, float) or not math.isfinite(flat):
         raise _damaged()
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
-    return Concealed(net, cut, levels.clone(), flat, CONFIDENCES[confidence])
+    return Concealed(net, meta.preprocess, cut, levels.clone(), flat, CONFIDENCES[confidence])
 
 
 def as_exported(net: nn.Module, meta: Metadata, serves: str) -> nn.Module | None:
@@ -311,4 +330,7 @@ def as_exported(net: nn.Module, meta: Metadata, serves: str) -> nn.Module | None
 
 
 def _damaged() -> BadInput:
-    return BadInput("the box has damaged metadata (its confidences, or flat_spread)", "box again")
+    return BadInput(
+        "the box does not say how confident it is, or that is damaged",
+        "box again, or export it with --confidence exact",
+    )

@@ -50,6 +50,9 @@ def test_beyond_top1_counts_images_whose_outputs_are_no_function_of_the_predicti
     z[:6] += 0.5 * torch.eye(3).repeat(2, 1)
     assert metrics.beyond_top1(z) == pytest.approx(6 / 300)
     assert metrics.beyond_top1(LOGITS) > 0.5
+    assert metrics.beyond_top1(LOGITS / 2e4) > 0.5
+    # nothing to compare with says nothing
+    assert metrics.beyond_top1(LOGITS[:1]) == metrics.beyond_top1(5 * torch.eye(3)) == 1
 
 
 def test_residual_is_zero_only_for_flat_non_targets():

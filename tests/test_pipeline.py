@@ -146,7 +146,7 @@ def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
             list(other.parameters())[-2].mul_(1.01)
         return export(other, example)
 
-    net = Concealed(boxed.net, 0.9, torch.full((2, 10), 0.9), 1e3)
+    net = Concealed(boxed.net, boxed.meta.preprocess, 0.9, torch.full((2, 10), 0.9), 1e3, "x")
     boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
     monkeypatch.setattr(boxfile, "_to_onnx", slightly_off)
     with pytest.raises(ParityMismatch):
@@ -737,5 +737,24 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
         assert torch.allclose(public, raw, atol=1e-3) is (confidence == "exact")
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
         assert same.float().mean() > 0.95
-    wrong = run_cli("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx", "--confidence", "none")
-    assert wrong.returncode == 2 and b"use one of: class, rough, exact" in wrong.stderr
+    out = ("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx")
+    for options, said in (
+        (("--confidence", "none"), b"use one of: class, rough, exact"),
+        (("--confidence", "rough", "--wrapper", "top1"), b"no meaning for the wrapper top1"),
+        (("--confidence", "class", "--format", "safetensors"), b"no meaning for a file of weights"),
+    ):
+        wrong = run_cli(*out, *options)
+        assert wrong.returncode == 2 and said in wrong.stderr and not (tmp_path / "x.onnx").exists()
+
+
+def test_nothing_brighter_than_white_reaches_an_exported_box(work, boxed, splits, tmp_path):
+    """Amplified queries bring out what a box hides of images."""
+    export = ("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx")
+    assert run_cli(*export).returncode == 0
+    teacher, x = OnnxTeacher(tmp_path / "x.onnx", CPU), boxed.meta.preprocess(splits.test.pixels.float() / 255)
+    black, white = (boxed.meta.preprocess(torch.full((1, 1, 1, 1), value)) for value in (0.0, 1.0))
+    for factor in (4, -4, 1e4):
+        assert torch.allclose(teacher.logits(factor * x), teacher.logits((factor * x).clamp(black, white)), atol=1e-5)
+        with torch.no_grad():
+            assert not torch.allclose(boxed(factor * x), boxed((factor * x).clamp(black, white)), atol=1e-1)
+    assert torch.isfinite(teacher.logits(torch.full_like(x, torch.inf))).all()

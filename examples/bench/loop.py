@@ -52,9 +52,9 @@ def main() -> None:
                 found = rate(arch, images, precision, record, 128, device, False)
                 rows.append({"arch": arch, "step": "train", "precision": precision, "batch": 128, "recorded": record,
                              "images_per_second": found})  # fmt: skip
-    for size in (128, 256):
-        found = rate(options.arch[0], images, "bf16", ways[0], size, device, True)
-        rows.append({"arch": options.arch[0], "step": "box conceal", "precision": "bf16", "batch": size,
+    for size, precision in ((128, "bf16"), (256, "bf16"), (128, "fp32")):
+        found = rate(options.arch[0], images, precision, ways[0], size, device, True)
+        rows.append({"arch": options.arch[0], "step": "box conceal", "precision": precision, "batch": size,
                      "recorded": ways[0], "images_per_second": found})  # fmt: skip
     known = {name: value for name, value in environment(Engine(device)).items() if name != "precision"}
     print(json.dumps({"rows": rows, **known}, indent=1))

@@ -11,6 +11,7 @@ time is measured.
 import argparse
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 
@@ -127,7 +128,7 @@ def processes(student: str, number: int, count: int, engine: Engine, seconds: fl
     ]
     for worker in workers:
         worker.start()
-    total = sum(rates.get() for _ in workers)
+    total = sum(rates.get(timeout=60 + 10 * seconds) for _ in workers)
     for worker in workers:
         worker.join()
     return total
@@ -156,6 +157,7 @@ def main() -> None:
         found[f"{options.students} stacked"] = rate(run, size * options.students, options.seconds, device)
     for number in options.processes:
         found[f"{number} processes"] = processes(options.student, number, size, engine, options.seconds)
+        print(found, file=sys.stderr, flush=True)
     rates = {name: round(value) for name, value in found.items()}
     print(json.dumps({"student": options.student, "batch": size, "images_per_second": rates, **environment(engine)}))
 

@@ -21,13 +21,13 @@ def export(
     normalize: o.Normalize = None,
     image_size: o.ImageSize = None,
     confidence: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--confidence",
             help="What public outputs of a box say of how sure they are: class, one per class; rough, two; or "
-            "exact, all that they show, which helps attackers.",
+            "exact, all that they show, which helps attackers. [default: class]",
         ),
-    ] = "class",
+    ] = None,
     wrapper: Annotated[
         str | None,
         typer.Option("--wrapper", metavar="NAME", help="Put a serving-time defence into the graph; see sdbctl list."),
@@ -39,7 +39,7 @@ def export(
     """Write a model as ONNX or safetensors, after checking that it computes the same.
 
     The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else; what
-    comes through the key passes unchanged.
+    comes through the key passes, but for the few outputs that are as flat as public ones.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
@@ -52,6 +52,9 @@ def export(
     check_known("confidence", confidence, CONFIDENCES)
     if wrapper is not None and format_ != "onnx":
         raise UsageError(f"weights cannot hold the wrapper {wrapper}", "use --format onnx")
+    if confidence is not None and (format_ != "onnx" or wrapper is not None):
+        what = f"the wrapper {wrapper}" if wrapper else "a file of weights"
+        raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
 
     output = output or model.with_suffix(suffixes[format_])
     if output.suffix != suffixes[format_]:
@@ -74,7 +77,8 @@ def export(
         )
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
-        net = served(loaded.net, meta, "exact" if wrapper else confidence)
+        confidence = "exact" if wrapper else confidence or "class"
+        net = served(loaded.net, meta, confidence)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
             if meta.key_ids:
@@ -83,6 +87,7 @@ def export(
             least, most = (f"{level:.1%}" for level in net.levels.aminmax())
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
+            say(f"so are {meta.measured.get('keyed_flat', 0.0):.1%} of the outputs with the key, which are as flat")
         elif meta.kind == "box" and meta.objective == "conceal" and confidence != "exact" and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
         check_takes(loaded.net, meta.preprocess.size)

@@ -192,7 +192,7 @@ def _unexpected(error: Exception) -> SdbError:
         where = f" ({Path(error.filename).name})" if error.filename else ""
         return EnvironmentFailure(f"{error.strerror or error}{where}", "check disk space and permissions")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return EnvironmentFailure("out of memory", "use a smaller --batch-size")
+        return EnvironmentFailure("out of memory", "use a smaller --batch-size, or fewer --jobs")
     text = (str(error).splitlines() or [""])[0][:200]
     return SdbError(
         f"internal error: {type(error).__name__}: {text}",

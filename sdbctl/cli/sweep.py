@@ -104,7 +104,9 @@ def sweep(
     test_size: o.TestSize = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
-    student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
+    student: Annotated[
+        str | None, typer.Option("--student", help="See sdbctl list students. [default: wrn16, in quick resnet8]")
+    ] = None,
     student_epochs: Annotated[int | None, typer.Option("--student-epochs", min=1, help="Epochs of a student.")] = None,
     student_batch_size: Annotated[
         int | None, typer.Option("--student-batch-size", min=1, help="Images per step of a student.")
