@@ -31,7 +31,7 @@ DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
 """A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
-SIZES = {"transfer": 128, "validation": 250, "test": 500}
+SIZES = {"transfer": 64, "validation": 250, "test": 500}
 
 
 @dataclass(frozen=True)

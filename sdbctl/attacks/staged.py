@@ -215,13 +215,16 @@ HARD_SEQUENCE = Attack(
     HARD_MIXED.grid[:3],
     hard_sequence,
 )
-SKEPTICAL = _attack("skeptical student", "Kundu et al., NeurIPS 2021", skeptical)
+SKEPTICAL = _attack(
+    "skeptical student",
+    "Kundu et al., NeurIPS 2021",
+    skeptical,
+    *({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (4.0, 0.2), (1.0, 0.9), (4.0, 0.5))),
+)
 MARKOV = _attack(
     "a learned transition between teacher and student",
     "after Yang & Ye, ECCV 2024",
     markov,
-    _HALF1,
-    {"temperature": 1.0, "alpha": 0.2},
-    _HALF,
+    *({"temperature": 1.0, "alpha": alpha} for alpha in (0.2, 0.5, 0.1)),
 )
 RESTORED = _attack("a learned inverse of the defence", "after D-DAE, IEEE S&P 2023", restored)
