@@ -31,7 +31,7 @@ DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
 """A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
-SIZES = {"transfer": 64, "validation": 250, "test": 500}
+SIZES = {"transfer": 96, "validation": 250, "test": 500}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Demo:
     files: tuple[Path, ...]
 
 
-def demo(folder: Path, *, seeds: int = 8, jobs: int = 2, progress: Progress | None = None) -> Demo:
+def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | None = None) -> Demo:
     """Train a teacher on digits, box it, export it to ONNX, and evaluate the ONNX file.
 
     Args:

@@ -19,7 +19,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder of the files and the report.")] = Path(
         "sdbctl-demo"
     ),
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per row.")] = 8,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per row.")] = 10,
     force: o.Force = False,
     json_: o.Json = False,
 ) -> None:
@@ -33,7 +33,7 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFailure(f"cannot make folder {folder}: {error.strerror}", "choose another --output") from None
-    say(f"time estimate: {duration(90 + 10 * seeds)}")
+    say(f"time estimate: {duration(80 + 8 * seeds)}")
     from sdbctl.demo import demo as run
 
     with Live() as progress:
