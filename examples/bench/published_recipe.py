@@ -28,7 +28,7 @@ from sdbctl.data import ImageSet, Preprocess, Splits, batches
 from sdbctl.key import Key
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives.sdb import SdbParameters, augmentation, disturbance, preservation
-from sdbctl.training import Updater, environment, pick_engine, place, recording, synchronise
+from sdbctl.training import Recipe, Updater, environment, pick_engine, place, recording, sgd, synchronise
 
 BATCH, SIZE = 128, (3, 32, 32)
 STRENGTH = 0.7
@@ -58,11 +58,6 @@ class Pictures(Dataset):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def optimiser_of(net: torch.nn.Module, fused: bool | None = None) -> torch.optim.SGD:
-    """The optimiser of both ways."""
-    return torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused)
-
-
 def published(arch: str, pixels: np.ndarray, labels: np.ndarray, pattern: torch.Tensor, device: torch.device):
     """Yield after each step of the published way."""
     warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -71,7 +66,7 @@ def published(arch: str, pixels: np.ndarray, labels: np.ndarray, pattern: torch.
     net.train()
     original.eval()
     random.eval()
-    optimiser, p = optimiser_of(net), SdbParameters()
+    optimiser, p = sgd(net, Recipe(lr=0.01), fused=False), SdbParameters()
     loader = DataLoader(Pictures(pixels, labels), batch_size=BATCH, shuffle=True, num_workers=4, drop_last=True)
     pattern = pattern.to(device)
     while True:
@@ -109,7 +104,8 @@ def ours(arch: str, pixels: np.ndarray, labels: np.ndarray, key: Key, device: to
     place(net, engine.device).train()
     record = device.type == "cuda"
     generator = torch.Generator(engine.device).manual_seed(0)
-    update = Updater(net, step, optimiser_of(net, fused=record or None), 5.0, record=record, forward=Cast(net, engine))
+    optimiser = sgd(net, Recipe(lr=0.01), fused=record)
+    update = Updater(net, step, optimiser, 5.0, record=record, forward=Cast(net, engine))
 
     while True:
         for batch in batches(

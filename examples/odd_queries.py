@@ -1,0 +1,59 @@
+"""How much a box tells of inputs that are no images of its kind, beside the predicted class.
+
+    python examples/odd_queries.py BOX.safetensors ORIGINAL DATA
+
+For each kind of query: the share of answers that are not flat, and so pass what `export` puts behind the box, before
+and after clipping to what pixels can be; and how those are correlated with the original's non-target logits.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdbctl import boxfile, data
+from sdbctl.losses import split_target
+from sdbctl.wrappers import _spread
+
+IMAGES = 400
+
+
+def related(z: Tensor, original: Tensor) -> float:
+    """Mean cosine of the centred logits of all classes but the box's prediction."""
+    target = z.argmax(1)
+    ours, theirs = (split_target(logits, target)[1] for logits in (z, original))
+    pairs = (rest - rest.mean(1, keepdim=True) for rest in (ours, theirs))
+    return float(torch.nn.functional.cosine_similarity(*pairs).mean())
+
+
+@torch.no_grad()
+def main(box: str, original: str, spec: str) -> None:
+    """Print a table."""
+    boxed, net = boxfile.load(Path(box)), boxfile.load(Path(original)).net.eval()
+    meta, torch_generator = boxed.meta, torch.Generator().manual_seed(0)
+    assert meta is not None
+    sizes = {name: meta.data[name] for name in ("transfer", "validation", "test")}
+    images = data.split(data.load(spec, root=Path()), **sizes).test.pixels[:IMAGES].float() / 255
+    noise = torch.rand(images.shape, generator=torch_generator)
+    black, white = (meta.preprocess(torch.full_like(images[:1], level)) for level in (0.0, 1.0))
+    x, z_original = meta.preprocess(images), net(meta.preprocess(images))
+    queries = {
+        "images": x,
+        "images x 4": 4 * x,
+        "images x 10": 10 * x,
+        "uniform noise": meta.preprocess(noise),
+        "inverted": meta.preprocess(1 - images),
+        "images and noise": meta.preprocess(0.7 * images + 0.3 * noise),
+        "two images": meta.preprocess((images + images.flip(0)) / 2),
+    }
+    print(f"{'queries':18} {'not flat':>9} {'clipped':>9} {'cosine':>7}")
+    for name, query in queries.items():
+        outputs = [boxed.net.eval()(q) for q in (query, query.clamp(black, white))]
+        passed = [(_spread(z) > meta.measured["flat_spread"]).flatten() for z in outputs]
+        cosine = f"{related(outputs[1][passed[1]], z_original[passed[1]]):7.2f}" if passed[1].any() else "      -"
+        print(f"{name:18} {passed[0].float().mean():9.1%} {passed[1].float().mean():9.1%} {cosine}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
