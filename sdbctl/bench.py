@@ -7,7 +7,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,17 +98,7 @@ def measure(
         runs[f"predict {name}"] = functools.partial(teacher.logits, x)
         pupil = models.build(student, classes, shape[0])
         runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine, record=False)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    with recording(engine.device, True) as recorded:
-        warm = WARM_STEPS + 1 if recorded else 1
-        for number in range(warm + rounds):
-            for name, run in runs.items():
-                synchronise(engine.device)
-                begin = time.perf_counter()
-                run()
-                synchronise(engine.device)
-                if number >= warm:
-                    seconds[name].append(time.perf_counter() - begin)
+    seconds = {name: times[-rounds:] for name, times in in_turn(runs, rounds, engine.device).items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
     def ratio(name: str, other: str, scale: float = 1.0) -> float:
@@ -139,6 +129,20 @@ def measure(
             else:
                 timings.append(Timing(label, batch_size / median[label]))
     return timings
+
+
+def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each of some steps, run in turn, so that a busy moment hits all: some to warm up, then ``rounds``."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with recording(device, True) as recorded:
+        for _ in range((WARM_STEPS + 1 if recorded else 1) + rounds):
+            for name, run in runs.items():
+                synchronise(device)
+                begin = time.perf_counter()
+                run()
+                synchronise(device)
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
 
 
 class Cast(nn.Module):

@@ -314,10 +314,8 @@ class Updater:
         self.model, self.optimiser, self.clip = model, optimiser, clip
         self._step, self._forward, self._backward = step, forward or model, backward
         self._wait = WARM_STEPS if record else -1
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._batch: Batch | None = None
         self._shape: torch.Size | None = None
-        self._terms: Mapping[str, Tensor] = {}
+        self._recording: tuple[torch.cuda.CUDAGraph, Batch, Mapping[str, Tensor]] | None = None
         # a recorded step reads the rate from the device
         device = next(model.parameters()).device
         self._rate: Tensor | None = torch.zeros((), device=device) if record else None
@@ -325,7 +323,7 @@ class Updater:
     @property
     def recorded(self) -> bool:
         """Whether steps are replayed."""
-        return self._graph is not None
+        return self._recording is not None
 
     def __call__(self, batch: Batch, rate: float) -> Mapping[str, Tensor]:
         """Take one step with a learning rate; returns its loss terms, detached."""
@@ -334,18 +332,20 @@ class Updater:
         for group in self.optimiser.param_groups:
             group["lr"] = rate if self._rate is None else self._rate
         self._shape = self._shape or batch.x.shape
-        # a last batch of another size is not the one to record
-        if self._wait > 0 and batch.x.shape == self._shape:
-            self._wait -= 1
-        elif self._wait == 0 and batch.x.shape == self._shape:
-            self._record(batch)
-        if self._graph is None or self._batch is None or batch.x.shape != self._batch.x.shape:
+        # a last batch of another size is neither recorded nor replayed
+        if batch.x.shape != self._shape:
             return self._once(batch)
-        for own, new in zip(self._batch, batch, strict=True):
+        if self._wait == 0:
+            self._record(batch)
+        self._wait -= 1
+        if self._recording is None:
+            return self._once(batch)
+        graph, recorded, terms = self._recording
+        for own, new in zip(recorded, batch, strict=True):
             own.copy_(new)
-        self._graph.replay()
+        graph.replay()
         # the next replay overwrites them
-        return {name: term.clone() for name, term in self._terms.items()}
+        return {name: term.clone() for name, term in terms.items()}
 
     def _once(self, batch: Batch) -> Mapping[str, Tensor]:
         terms = self._step(self._forward, batch)
@@ -358,7 +358,6 @@ class Updater:
 
     def _record(self, batch: Batch) -> None:
         """Record a step, without taking it; a step that cannot be recorded is taken as usual from then on."""
-        self._wait = -1
         graph, own = torch.cuda.CUDAGraph(), Batch(*(tensor.clone() for tensor in batch))
         drawn = torch.cuda.default_generators[torch.cuda.current_device()]
         before = drawn.clone_state()
@@ -369,7 +368,7 @@ class Updater:
             # a recording that broke off would keep the generator for itself
             drawn.graphsafe_set_state(before)
             return
-        self._graph, self._batch, self._terms = graph, own, terms
+        self._recording = graph, own, terms
 
 
 def sgd(model: nn.Module, recipe: Recipe, *, fused: bool) -> torch.optim.SGD:

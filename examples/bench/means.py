@@ -10,7 +10,6 @@ round, so that a busy moment hits both. Data are random images, since only time 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import models
+from sdbctl.bench import in_turn
 from sdbctl.data import AUGMENT, Batch
 from sdbctl.losses import cross_entropy, kd
-from sdbctl.training import WARM_STEPS, Engine, Updater, environment, place, recording, synchronise
+from sdbctl.training import Engine, Updater, environment, place
 
 BATCH, SIZE, CLASSES = 128, (3, 32, 32), 10
 
@@ -106,20 +106,9 @@ def main() -> None:
         "augmented as PIL pictures": (augmenter(device, False), ""),
         "augmented in one go": (augmenter(device, True), "augmented as PIL pictures"),
     }
-    first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    with recording(device, True) as recorded:
-        warm = WARM_STEPS + 1 if recorded else 1
-        for number in range(warm + options.rounds):
-            for name, (run, _) in rows.items():
-                synchronise(device)
-                begin = time.perf_counter()
-                run()
-                synchronise(device)
-                took = time.perf_counter() - begin
-                if number >= warm:
-                    seconds[name].append(took)
-                first.setdefault(name, round(took, 1))
+    times = in_turn({name: run for name, (run, _) in rows.items()}, options.rounds, device)
+    first = {name: round(all_[0], 1) for name, all_ in times.items()}
+    seconds = {name: all_[-options.rounds :] for name, all_ in times.items()}
     found = {}
     for name, (_, base) in rows.items():
         found[name] = {"ms": round(1e3 * statistics.median(seconds[name]), 1), "first_s": first[name]}
