@@ -151,7 +151,7 @@ def test_maximised_terms_are_bounded_below(name):
 def test_conceal_terms_against_numpy():
     v = views()
     objective = OBJECTIVES["conceal"]
-    p = objective.parameters(hide=2.0, confidence=3.0, teach=0.5, temperature=7.0)
+    p = objective.parameters(hide=2.0, turn=0.3, confidence=3.0, teach=0.5, temperature=7.0)
     terms = objective.terms(v, p)
     z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.reference, v.teacher))
     top = zn.argmax(1)
@@ -162,8 +162,11 @@ def test_conceal_terms_against_numpy():
     confidence = 3 * (wanted * np.log(wanted / own) + (1 - wanted) * np.log((1 - wanted) / (1 - own))).mean()
     q = softmax(zt / 7, 1)
     teach = 0.5 * 49 * (q * (np.log(q) - log_softmax(zk / 7, 1))).sum(1).mean()
-    for name, expected in {"label": label, "hide": hide, "confidence": confidence, "teach": teach}.items():
-        assert terms[name].item() == pytest.approx(expected, rel=1e-4), name
+    left, *known = ([others(a, b) - others(a, b).mean() for a, b in zip(x, shown, strict=True)] for x in (z, zn, zt))
+    cosines = [a @ b / np.sqrt(a @ a * (b @ b)) for hidden in known for a, b in zip(left, hidden, strict=True)]
+    turn = 0.3 * np.square(cosines).mean()
+    wanted = {"label": label, "hide": hide, "turn": turn, "confidence": confidence, "teach": teach}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(wanted, rel=1e-4)
 
 
 def test_sdb_terms_against_numpy():

@@ -20,5 +20,5 @@ if [ "$checkpoint" = digits ]; then
 fi
 sdbctl sweep "$checkpoint" --key-file "$out/k.bin" --report "$out" \
     --objective conceal --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim \
-    --wrapper top1 --wrapper class-constant --wrapper uniform-nontarget --wrapper quantised-confidence \
+    --objective ast --wrapper top1 --wrapper class-constant --wrapper uniform-nontarget --wrapper quantised-confidence \
     --wrapper rounded --wrapper reverse-sigmoid --wrapper misdirection "$@"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdbctl.losses import binary_kl, conceal_spread, cross_entropy, kd
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sdbctl.losses import binary_kl, conceal_spread, cross_entropy, kd, split_target
 from sdbctl.objectives.base import Objective, Preset, Terms, Views
 
 
@@ -14,28 +17,50 @@ class ConcealParameters:
 
     Attributes:
         hide: Weight of the spread of the non-target logits.
+        turn: Weight of the direction of what is left of that spread.
         confidence: Weight of keeping the original's confidence.
         teach: Weight of the keyed branch.
         temperature: τ of the keyed branch; high, so that small non-target logits are learned as well.
     """
 
     hide: float = 8.0
+    turn: float = 8.0
     confidence: float = 8.0
     teach: float = 4.0
     temperature: float = 8.0
 
 
-def terms(v: Views, p: ConcealParameters) -> Terms:
-    """CE(p, y) + hide·spread(z) + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ).
+def alignment(z: Tensor, known: Tensor, target: Tensor) -> Tensor:
+    """How far what is left of the non-target logits points the right way: mean over the batch of cos²(z − z̄, r − r̄).
 
-    F is the fine-tuned original N_ft, N the key's teacher: F itself, or the original. The spread is taken around the
-    box's own prediction, on clean images and on those with a wrong key; label and confidence, around F's prediction ŷ
-    (errors included), on clean images. Own objective (README).
+    A spread can be small and still have a direction: who holds the weights amplifies it. Own.
+
+    Args:
+        z: Logits [B, C].
+        known: Logits r [B, C] of a network that knows what is to be hidden.
+        target: Predicted classes [B], which are left out.
     """
-    clean = v.clean[v.wrong :]
+    (_, left), (_, hidden) = split_target(z, target), split_target(known, target)
+    left, hidden = left - left.mean(1, keepdim=True), hidden - hidden.mean(1, keepdim=True)
+    return cosine_similarity(left, hidden, eps=1e-2).square().mean()
+
+
+def terms(v: Views, p: ConcealParameters) -> Terms:
+    """The loss; ŷ is what F predicts, errors included, and the spread is that around the box's own prediction.
+
+        CE(p, y) + hide·spread(z) + turn·½[cos²(z, z_F) + cos²(z, z_N)]
+        + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ)
+
+    F is the fine-tuned original N_ft, N the key's teacher: F itself, or the original. Images with a wrong key are
+    concealed only (``hide``); label, direction and confidence are those of clean images. Own objective (README).
+    """
+    clean, shown = v.clean[v.wrong :], v.clean.detach().argmax(1)
+    left = (v.clean - v.offset)[v.wrong :]
+    aligned = [alignment(left, known[v.wrong :], shown[v.wrong :]) for known in (v.reference, v.teacher)]
     return {
         "label": cross_entropy(clean, v.label[v.wrong :]),
-        "hide": p.hide * conceal_spread(v.clean, v.clean.detach().argmax(1), v.offset),
+        "hide": p.hide * conceal_spread(v.clean, shown, v.offset),
+        "turn": p.turn * (aligned[0] + aligned[1]) / 2,
         "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.reference[v.wrong :].argmax(1)),
         "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
     }
