@@ -62,77 +62,25 @@ def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_objectives_and_wrappers_side_by_side(work, tmp_path):
-    done = run_cli(
-        "sweep",
-        work / "teacher.safetensors",
-        "--key-file",
-        work / "k.bin",
-        "--objective",
-        "nasty:paper-100",
-        "--wrapper",
-        "uniform-nontarget",
-        "--data",
-        "digits",
-        "--epochs",
-        2,
-        "--student",
-        "cnn-tiny",
-        "--student-epochs",
-        2,
-        "--student-batch-size",
-        64,
-        "--suite",
-        "quick",
-        "--report",
-        tmp_path / "out",
-        "--json",
-    )
-    assert done.returncode == 0, done.stderr
-    settings = json.loads(done.stdout)["settings"]
-    assert list(settings) == ["nasty:paper-100", "wrapper uniform-nontarget"]
-    boxed, wrapped = settings.values()
-    assert boxed["models.original_ft.top1"] == wrapped["models.original_ft.top1"]
-    assert wrapped["inference_cost.top1.mean"] == pytest.approx(0, abs=0.01)
-    assert "authorized_gain.mean" in boxed
-    assert "authorized_gain.mean" not in wrapped
-    assert "wrapper uniform-nontarget" in (tmp_path / "out" / "sweep.md").read_text()
-
-
 def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
-    out = tmp_path / "sweep"
-    command = (
-        "sweep",
-        work / "teacher.safetensors",
-        "--key-file",
-        work / "k.bin",
-        "--set",
-        "hide=1,8",
-        "--data",
-        "digits",
-    )
-    short = (
-        "--epochs",
-        2,
-        "--student",
-        "cnn-tiny",
-        "--student-epochs",
-        2,
-        "--suite",
-        "quick",
-        "--report",
-        out,
-        "--json",
-    )
+    out, wrapper = tmp_path / "sweep", "wrapper uniform-nontarget"
+    command = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
+    rows = ("--set", "hide=8", "--wrapper", "uniform-nontarget", "--epochs", 2)
+    students = ("--student", "cnn-tiny", "--student-epochs", 2, "--suite", "quick")
+    short = (*rows, *students, "--report", out, "--json")
     planned = run_cli(*command, *short, "--dry-run")
-    assert planned.returncode == 0 and b"2 settings: hide=1; hide=8" in planned.stderr
+    assert planned.returncode == 0 and f"2 settings: hide=8; {wrapper}".encode() in planned.stderr
     assert b"time estimate" in planned.stderr and not out.exists()
     done = run_cli(*command, *short)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert list(result["settings"]) == ["hide=1", "hide=8"]
-    for numbers in result["settings"].values():
+    assert list(result["settings"]) == ["hide=8", wrapper]
+    boxed, wrapped = result["settings"].values()
+    for numbers in (boxed, wrapped):
         assert {"inference_cost.top1.mean", "unauthorized_advantage.api.labelled.mean"} <= set(numbers)
+    assert boxed["models.original_ft.top1"] == wrapped["models.original_ft.top1"]
+    assert wrapped["inference_cost.top1.mean"] == pytest.approx(0, abs=0.01)
+    assert "authorized_gain.mean" in boxed and "authorized_gain.mean" not in wrapped
     assert json.loads((out / "sweep.json").read_text()) == result
     page = (out / "sweep.html").read_text()
     assert page.count("<svg") == 2
@@ -140,11 +88,11 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     assert "hide=8" in (out / "sweep.md").read_text()
     assert done.stderr.count(b"students were trained before") == 1  # what does not depend on the row
     shared = hashlib.sha256((out / "reference.safetensors").read_bytes()).hexdigest()
-    assert {boxfile.load(out / f"hide={n}" / "box.safetensors").meta.reference_sha256 for n in (1, 8)} == {shared}
+    assert boxfile.load(out / "hide=8" / "box.safetensors").meta.reference_sha256 == shared
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     (out / "hide=8" / "report" / "report.json").unlink()
     again = run_cli(*command, *short)
-    assert json.loads(again.stdout)["settings"]["hide=8"].keys() == result["settings"]["hide=8"].keys()
+    assert json.loads(again.stdout)["settings"]["hide=8"].keys() == boxed.keys()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     other = run_cli(*command, *short, "--seeds", 3)
     assert other.returncode == 2 and b"holds a sweep with other students" in other.stderr

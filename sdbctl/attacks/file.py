@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
-from sdbctl.attacks.soft import DIST, DKD, EITHER, dkd, kd_or_dist
+from sdbctl.attacks.soft import DIST, DKD, EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
@@ -34,13 +34,28 @@ def held(attacker: Attacker) -> nn.Module:
     return place(attacker.weights, attacker.engine.device)
 
 
+def amplified(z: Tensor, scale: float) -> Tensor:
+    """Logits [B, C] with whatever is left of the other classes brought to one size.
+
+    A box leaves little of them, but what is left may point the right way; how large it is says nothing. The non-target
+    logits of each image get the standard deviation ``scale`` (compare logit standardisation, Sun et al., CVPR 2024),
+    and the predicted class keeps its distance from their mean, or just leads.
+    """
+    target = z.argmax(1)
+    own, rest = split_target(z, target)
+    mean, size = rest.mean(1, keepdim=True), rest.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)
+    least = (scale * (rest - mean) / size).amax(1) + 0.1
+    return (scale * (z - mean) / size).scatter(1, target[:, None], (own - mean[:, 0]).maximum(least)[:, None])
+
+
 def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
-    """Distil the student from the mean log-probabilities of boxes."""
+    """Distil the student from the mean log-probabilities of boxes, amplified if the configuration has a scale."""
 
-    def mean(images: ImageSet) -> Tensor:
-        return torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
+    def targets(images: ImageSet) -> Tensor:
+        z = torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
+        return amplified(z, config["scale"]) if "scale" in config else z
 
-    attacker.learn(lambda z, answer, y: kd_or_dist(z, answer, y, config), targets=mean)
+    attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=targets)
 
 
 def stripped(attacker: Attacker, config: Config) -> None:
@@ -59,26 +74,6 @@ def _train_box(
     epochs = max(TUNE_EPOCHS, -(-TUNE_STEPS * size // len(images)))
     recipe = scaled(attacker.recipe, epochs=epochs, lr=rate, batch_size=size)
     attacker.fit(net, lambda model, batch: cross_entropy(mode(model)(batch.x), batch.y), images, recipe=recipe)
-
-
-def amplified(attacker: Attacker, config: Config) -> None:
-    """DKD from the bare weights, whatever is left of the other classes brought to one size.
-
-    A box leaves little of them, but what is left is correlated with what it hides; how large it is says nothing. The
-    non-target logits of each image get the standard deviation ``scale`` (compare logit standardisation, Sun et al.,
-    CVPR 2024), and the predicted class keeps its distance from their mean.
-    """
-
-    def targets(images: ImageSet) -> Tensor:
-        z = outputs(attacker, held(attacker), images)
-        target = z.argmax(1)
-        own, rest = split_target(z, target)
-        mean, size = rest.mean(1, keepdim=True), rest.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)
-        least = (config["scale"] * (rest - mean) / size).amax(1) + 0.1
-        scaled = config["scale"] * (z - mean) / size
-        return scaled.scatter(1, target[:, None], (own - mean[:, 0]).maximum(least)[:, None])
-
-    attacker.learn(lambda z, answer, y: dkd(z, answer, y, config), targets=targets)
 
 
 def rehead(attacker: Attacker, config: Config) -> None:
@@ -251,6 +246,8 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
 
 
 _GRID = (*EITHER, {"temperature": 8.0, "alpha": 1.0})
+_AMPLIFIED = tuple({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0))
+_ANY = (*EITHER, _AMPLIFIED[0])
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
@@ -260,22 +257,19 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
 STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
 STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
-AMPLIFIED = _attack(
-    "what the bare weights still show, amplified",
-    "own",
-    amplified,
-    *({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0)),
-)
+AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, *_AMPLIFIED)
 REHEAD = _attack("a new last layer on the box's features", "known as linear probing", rehead)
 FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
     "known as fine-tuning attack",
     fine_tuned,
-    *({**config, "share": share} for share in (1.0, 0.1, 0.01) for config in EITHER),
+    *({**config, "share": 1.0} for config in _ANY),
+    *({**config, "share": 0.1} for config in _ANY[1:]),
+    {**_ANY[-1], "share": 0.01},
 )
-PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in EITHER))
-NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in EITHER))
-REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated)
+PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in _ANY))
+NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _ANY))
+REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, _AMPLIFIED[0])
 AMPLIFIED_UNLABELLED, NOISY_UNLABELLED, REESTIMATED_UNLABELLED, STRIPPED_DIST_UNLABELLED = map(
     without_labels, (AMPLIFIED, NOISY, REESTIMATED, STRIPPED_DIST)
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.file import held
-from sdbctl.attacks.soft import EITHER, kd_or_dist
+from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet, like
 from sdbctl.key import embed
@@ -42,7 +42,7 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
 def _with(attacker: Attacker, pattern: Tensor, config: Config) -> None:
     attacker.guess = pattern
     attacker.learn(
-        lambda z, answer, y: kd_or_dist(z, answer, y, config),
+        lambda z, answer, y: soft_loss(z, answer, y, config),
         targets=lambda images: attacker.ask(keyed(images, pattern, attacker.strength)),
     )
 
@@ -111,7 +111,7 @@ def inverted(attacker: Attacker, config: Config) -> None:
         climb(free, rounds // 2)
     attacker.guess = pattern = free.detach().sigmoid().cpu()
     attacker.learn(
-        lambda z, answer, y: kd_or_dist(z, answer, y, config),
+        lambda z, answer, y: soft_loss(z, answer, y, config),
         targets=lambda images: outputs(attacker, net, keyed(images, pattern, attacker.strength)),
     )
 

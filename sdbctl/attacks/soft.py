@@ -60,9 +60,9 @@ def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> 
     return cross_entropy(z, target) + config["weight"] * tau**2 * (apart(p, q, 1) + apart(p, q, 0))
 
 
-def kd_or_dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """:func:`dist` if the configuration has its weight, else plain distillation."""
-    return (dist if "weight" in config else soft_labels)(z, answer, y, config)
+def soft_loss(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """The loss that the configuration has settings of: :func:`dist`, :func:`dkd`, else plain distillation."""
+    return (dist if "weight" in config else dkd if "beta" in config else soft_labels)(z, answer, y, config)
 
 
 def from_label(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -168,7 +168,7 @@ DIST_CONSTANT, DIST_HARD = _without_soft(
     {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
 )
 EITHER = (KD.grid[0], DIST.grid[0])
-"""Configurations of :func:`kd_or_dist` for attacks that have something else to set."""
+"""Configurations of :func:`soft_loss` for attacks that have something else to set."""
 CLIPPED = _attack(
     "top-k distillation",
     "a common repair of poisoned outputs",
