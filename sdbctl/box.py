@@ -24,7 +24,20 @@ from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.teacher import TorchTeacher
-from sdbctl.training import Engine, Progress, Recipe, Resume, Step, fit, place, predict, scaled, seeded, step_seconds
+from sdbctl.training import (
+    Engine,
+    Progress,
+    Recipe,
+    Resume,
+    Step,
+    fit,
+    image_seconds,
+    place,
+    predict,
+    scaled,
+    seeded,
+    unseen_batch,
+)
 from sdbctl.wrappers import serving
 
 SHOWN_IMAGES = 1000
@@ -182,15 +195,14 @@ def estimate(
         compared: Images on which the teachers are compared; 0 if they are not.
     """
     size = config.recipe.batch_size
-    example = torch.zeros(size, *preprocess.size)
-    one = step_seconds(copy.deepcopy(net), example, engine) / size
+    one = image_seconds(copy.deepcopy(net), size, preprocess.size, engine)
     trainable, frozen = config.trainable_and_frozen()
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
     comparison = {}
     if compared:
         student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
-        both = step_seconds(student, example, engine) / size + one / 3
+        both = image_seconds(student, size, preprocess.size, engine) + one / 3
         comparison["teachers"] = both * compared * TRIED.epochs * TRIED_SEEDS * len(TEACHERS)
     return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
 
@@ -429,7 +441,8 @@ def box_step(
     strength = config.strength
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        x, wrong = batch.x, round(config.wrong_share * len(batch.x))
+        # at least one image is left that labels and confidences are learned from
+        x, wrong = batch.x, min(round(config.wrong_share * len(batch.x)), len(batch.x) - 1)
         turn = torch.arange(len(x), device=x.device) % len(keys)
         keyed = embed(x, patterns[turn], strength)
         with torch.no_grad(), engine.autocast():
@@ -481,7 +494,13 @@ def adversarial(net: nn.Module, task: Task) -> Tensor:
     check_held(images)
     copies = []
     for batch in batches(
-        images, task.preprocess, batch_size=500, device=engine.device, generator=None, augment="none", shuffle=False
+        images,
+        task.preprocess,
+        batch_size=unseen_batch(images.shape),
+        device=engine.device,
+        generator=None,
+        augment="none",
+        shuffle=False,
     ):
         begin = task.preprocess.undo(batch.x)
         pixels = begin

@@ -352,6 +352,7 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
             todo.append(cell)
     if done:
         progress.note(f"{len(done)} students were trained before")
+        progress.advance(len(done), {})
 
     def finish(cell: Cell, outcome: Outcome) -> None:
         done[cell.id] = outcome

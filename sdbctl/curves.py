@@ -15,7 +15,9 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.key import correlation, embed
 from sdbctl.report import (
+    RECOVERED,
     Curve,
+    KeyStrength,
     Point,
     Student,
 )
@@ -70,6 +72,24 @@ def budget_curve(
             series=series,
         )
     }
+
+
+def _known(curve: Curve | None) -> list[tuple[float, float]]:
+    points = [point for points in (curve.series.values() if curve else ()) for point in points]
+    return [(point.x, point.y) for point in points if point.x is not None and point.y is not None]
+
+
+def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -> KeyStrength:
+    """The curves of the key in three numbers, and what the attacks on it found."""
+    opened, heard = _known(curves.get("near_keys")), _known(curves.get("leak"))
+    whole = max((shown for _, shown in opened), default=0.0)
+    guesses = [student.config.get("key_correlation") for student in students.values()]
+    found = [float(guess) for guess in guesses if isinstance(guess, int | float)]
+    return KeyStrength(
+        opens_at=min((near for near, shown in opened if shown >= whole / 2), default=None),
+        queries_to_recover=min((count for count, near in heard if near >= RECOVERED), default=None),
+        searched=max(found, default=None),
+    )
 
 
 def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from sdbctl import boxfile, metrics
-from sdbctl.cells import Bench
-from sdbctl.curves import budget_curve, key_curves
+from sdbctl.cells import FOREIGN, Bench, on_key
+from sdbctl.curves import budget_curve, key_curves, key_strength
 from sdbctl.protocol import paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
@@ -28,7 +28,7 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
-from sdbctl.suites import PLACES
+from sdbctl.suites import PLACES, suite
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
 MODEL_LABELS = {
@@ -114,6 +114,7 @@ def evaluate(
         verdict="",
         notes=(*notes, *_caveats(bench, students)),
         inference_cost=cost,
+        key_strength=key_strength(curves, students),
         models=models,
         students=students,
         curves=curves,
@@ -228,6 +229,8 @@ def verdict(report: Report) -> str:
         finding = "One seed only"
     elif all((interval.high or 0.0) <= ADVANTAGE_LIMIT for interval, _ in known):
         finding = f"Undistillable through its {means} by the attacks tried"
+        if not report.something_to_protect:
+            finding = "No attack tried gains anything, but the original is not sure to be worth distilling"
     elif any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, _ in known):
         finding = "Not protected"
     else:
@@ -244,7 +247,8 @@ def verdict(report: Report) -> str:
     elif held.labelled.mean is None:
         other = "Attackers who hold the file were not tried"
     else:
-        other = f"Who holds the file gains {_gain(held.labelled, '')}"
+        parts = [(held.labelled, ""), (held.unlabelled, " without labels")]
+        other = "Who holds the file gains " + " and ".join(_gain(*part) for part in parts if part[0].mean is not None)
     return f"{finding}: distilling the box gains {gains} over the floor; {worth}{key}. {other}.{_shown(report)}"
 
 
@@ -271,6 +275,11 @@ def _gain(interval: Interval, who: str) -> str:
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
     notes = []
     if students:
+        tried = suite(bench.config.suite).rows if bench.config.suite else ()
+        if bench.strength == 0 and any(on_key(row.attack) for row in tried):
+            notes.append("No key: the model has none to look for, so attacks on the key were left out.")
+        if bench.surrogate is None and any(row.attack in FOREIGN for row in tried):
+            notes.append("Queries of another data set, as Knockoff Nets and Copycat send them, need --surrogate.")
         notes.append(
             f"Students see {len(bench.transfer):,} transfer images for {bench.config.recipe.epochs} epochs; short "
             "training exaggerates what distillation gives."

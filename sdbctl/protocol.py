@@ -117,11 +117,15 @@ def _places(found: Sequence[Option]) -> int:
 
 @dataclass
 class Choice:
-    """A candidate, its mean validation accuracy, and after how many epochs; None if there was no choice."""
+    """A candidate, its mean validation accuracy, and after how many epochs; None if there was no choice.
+
+    ``correlation`` is that of the secret pattern with what an attack on the key found.
+    """
 
     option: Option
     validation: float | None = None
     epochs: int = 0
+    correlation: float | None = None
 
 
 def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, list[Choice]], dict[str, Choice]]:
@@ -145,7 +149,11 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
         compared = {group: some for group, some in left.items() if len(some) > goals[group]}
         done = run_cells(bench, [cell(choice) for some in compared.values() for choice in some], folder, progress)
         for group, some in compared.items():
-            ranked = [Choice(choice.option, done[cell(choice).id].validation, epochs) for choice in some]
+            outcomes = [done[cell(choice).id] for choice in some]
+            ranked = [
+                Choice(choice.option, outcome.validation, epochs, outcome.correlation)
+                for choice, outcome in zip(some, outcomes, strict=True)
+            ]
             ranked.sort(key=lambda choice: -(choice.validation or 0.0))
             best: dict[str, Choice] = {}
             for choice in ranked:
@@ -196,13 +204,14 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
                 role=row.role,
                 access=row.access,
                 labels=row.labels,
-                config={**_settings(rows[row.name].option), "epochs": rows[row.name].epochs},
+                config={**_settings(rows[row.name]), "epochs": rows[row.name].epochs},
                 validation=rows[row.name].validation,
             )
             continue
-        runs, option = finished[row.name], finals[row.name][0].option
+        runs = finished[row.name]
         values = [outcome.test or 0.0 for outcome in runs]
         found = [outcome.correlation for outcome in runs if outcome.correlation is not None]
+        chosen = replace(finals[row.name][0], correlation=max(found, default=None))
         students[row.name] = Student(
             name=row.name,
             label=row.label,
@@ -216,8 +225,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             validations=tuple(outcome.validation for outcome in runs),
             difference=paired(values, control),
             config={
-                **_settings(option),
-                **({"key_correlation": float(np.mean(found))} if found else {}),
+                **_settings(chosen),
                 "epochs": config.recipe.epochs,
                 "student": config.student,
             },
@@ -244,8 +252,10 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     return students
 
 
-def _settings(option: Option) -> dict[str, object]:
-    return {**({"teacher": option.teacher} if option.teacher else {}), **option.config}
+def _settings(choice: Choice) -> dict[str, object]:
+    option, found = choice.option, choice.correlation
+    teacher = {"teacher": option.teacher} if option.teacher else {}
+    return {**teacher, **option.config, **({"key_correlation": found} if found is not None else {})}
 
 
 def _chosen(rows: Sequence[Sequence[Outcome]]) -> list[float]:

@@ -22,6 +22,9 @@ from sdbctl.errors import BadInput
 from sdbctl.key import embed
 from sdbctl.training import Engine, predict
 
+PROBED = 4
+"""Images of noise by which a graph is seen to answer with probabilities."""
+
 
 class Access(IntEnum):
     """What an attacker sees of a model; each level includes those before it."""
@@ -71,6 +74,8 @@ class TorchTeacher:
 class OnnxTeacher:
     """An ONNX classifier, run in ONNX Runtime on torch's memory through IO binding.
 
+    A graph that ends in a softmax answers with probabilities; their logarithms are logits.
+
     Args:
         path: The file. It needs one image input [batch, C, H, W] float32 with a free batch size, and an
             output [batch, classes].
@@ -108,10 +113,19 @@ class OnnxTeacher:
         self.device = device if there else torch.device("cpu")
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
         missing = ", which cannot use CUDA here" if device.type != self.device.type else ""
-        self.where = f"ONNX Runtime {ort.__version__} on {self.device}{missing}"
+        outputs = self._outputs(torch.rand(PROBED, *self.shape) - 0.5)
+        self._probabilities = bool(
+            (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(PROBED), atol=1e-3)
+        )
+        what = ", with probabilities" if self._probabilities else ""
+        self.where = f"ONNX Runtime {ort.__version__} on {self.device}{missing}{what}"
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
+        outputs = self._outputs(x)
+        return outputs.clamp(min=torch.finfo(torch.float32).tiny).log() if self._probabilities else outputs
+
+    def _outputs(self, x: Tensor) -> Tensor:
         asked, x = x.device, x.detach().float().to(self.device).contiguous()
         output = torch.empty(len(x), self.classes, device=x.device)
         if x.is_cuda:

@@ -13,8 +13,11 @@ from sdbctl.errors import EnvironmentFailure, UsageError
 if TYPE_CHECKING:
     import torch
     from lightning_fabric import Fabric
+    from torch import nn
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+"""Of Fabric's: each process holds the whole network, as the files that are written need it."""
 _joined: Fabric | None = None
 _several = False
 
@@ -30,12 +33,11 @@ def rank() -> int:
 
     Fabric's own launcher, torchrun and Slurm all say it in the environment, before anything is joined.
     """
-    if not _several:
-        return 0
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(name, "").isdigit() and (name != "SLURM_PROCID" or _joined is not None):
-            return int(os.environ[name])
-    return 0
+    if _joined is not None:
+        return int(_joined.global_rank)
+    # a shell that Slurm gave out has a number, too, which is none of ours
+    known = [os.environ[name] for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "").isdigit()]
+    return int(known[0]) if _several and known else 0
 
 
 def size() -> int:
@@ -53,12 +55,14 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
         precision: ``fp32`` or ``bf16``.
         devices: Processes on this machine, one per device.
         nodes: Machines.
-        strategy: A strategy of Fabric, ``auto`` for DDP.
+        strategy: One of :data:`STRATEGIES`, ``auto`` for DDP.
 
     Raises:
         EnvironmentFailure: There are fewer GPUs, or the processes cannot connect.
-        UsageError: Fabric knows no such strategy.
+        UsageError: The strategy is none of them.
     """
+    if strategy not in STRATEGIES:
+        raise UsageError(f"strategy {strategy} cannot be used", f"use one of: {', '.join(STRATEGIES)}")
     import torch
     from lightning_fabric import Fabric
 
@@ -76,9 +80,7 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
         )
         fabric.launch()
     except ValueError as error:
-        if "strategy" not in str(error):
-            raise EnvironmentFailure(f"the processes do not fit: {str(error).splitlines()[0]}") from None
-        raise UsageError(f"strategy {strategy} cannot be used", "use auto, ddp or another one of Fabric") from None
+        raise EnvironmentFailure(f"the processes do not fit: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:
         raise EnvironmentFailure(f"the processes cannot connect: {str(error).splitlines()[0]}") from None
     _joined = fabric
@@ -112,6 +114,15 @@ def agree(number: int, what: str) -> None:
         return
     if len(set(_joined.all_gather(number).flatten().tolist())) > 1:
         raise EnvironmentFailure(f"{what} is not the same on every machine", "write to a disk that all of them share")
+
+
+def share(model: nn.Module) -> None:
+    """Give all processes the first one's buffers: each has statistics of its own after its last step."""
+    if size() > 1:
+        from torch.distributed import broadcast
+
+        for buffer in model.buffers():
+            broadcast(buffer, 0)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -247,6 +247,12 @@ def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: 
     return best
 
 
+def image_seconds(model: nn.Module, batch_size: int, shape: Sequence[int], engine: Engine) -> float:
+    """Seconds of a plain training step per image [C, H, W], if all processes share each batch."""
+    part = max(1, batch_size // team.size())
+    return step_seconds(model, torch.zeros(part, *shape), engine) / (part * team.size())
+
+
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to a device, convolutions in the channels-last layout."""
     return model.to(device).to(memory_format=torch.channels_last)
@@ -403,9 +409,9 @@ def recording(device: torch.device, record: bool) -> Iterator[bool]:
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Batches of one epoch; a last one of a single image is left out, since BatchNorm cannot use it."""
-    return n // batch_size + (n % batch_size > 1)
+def steps_per_epoch(n: int, batch_size: int, processes: int = 1) -> int:
+    """Batches of one epoch; a last one of a single image each is left out, since BatchNorm cannot use it."""
+    return n // batch_size + (n % batch_size // processes > 1)
 
 
 def fit(
@@ -453,7 +459,7 @@ def fit(
     wrapped, optimiser = fabric.setup(model, sgd(model, recipe, fused=record))
     set_of = images if callable(images) else lambda _: images
     size = len(set_of(0))
-    per_epoch = steps_per_epoch(size, recipe.batch_size)
+    per_epoch = steps_per_epoch(size, recipe.batch_size, fabric.world_size)
     total = recipe.epochs * per_epoch
     identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
     identity["run"] = resume_from.run if resume_from else ""
@@ -461,7 +467,7 @@ def fit(
     begin_epoch = 0
     seconds = 0.0
     extra: Mapping[str, float] = {}
-    with seeded(recipe.seed), recording(engine.device, record), _profiled(engine.profile) as stepped:
+    with seeded(recipe.seed), recording(engine.device, record), _profiled(engine.profile, total) as stepped:
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
             for group in optimiser.param_groups:
@@ -499,12 +505,13 @@ def fit(
             if state is not None and team.rank() == 0:
                 _save(state, identity, epoch + 1, seconds, model, optimiser, generator)
     model.eval()
+    team.share(model)
     return seconds
 
 
 @contextmanager
-def _profiled(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Trace five steps after the first ten, and yield what is to be called after each step."""
+def _profiled(path: Path | None, steps: int) -> Iterator[Callable[[], None]]:
+    """Trace five steps after the first ten, of a short run the last third, and yield what to call after each step."""
     if path is None or team.rank() > 0:
         yield lambda: None
         return
@@ -515,9 +522,9 @@ def _profiled(path: Path | None) -> Iterator[Callable[[], None]]:
     def write(trace: profile) -> None:
         files.write(path, lambda part: trace.export_chrome_trace(str(part)))
 
-    with profile(
-        activities=activities, schedule=schedule(wait=5, warmup=5, active=5, repeat=1), on_trace_ready=write
-    ) as trace:
+    part = min(5, steps // 3)
+    plan = schedule(wait=part, warmup=part, active=max(1, part), repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as trace:
         yield trace.step
 
 
@@ -605,6 +612,11 @@ def _restore(
         raise BadInput(f"resume file {path} is damaged", "delete it to start over") from None
 
 
+def unseen_batch(shape: tuple[int, ...]) -> int:
+    """Images [C, H, W] of a batch that no gradient is needed of: 500, of more than 64×64 pixels fewer."""
+    return max(1, min(500, 500 * 64 * 64 // (shape[1] * shape[2])))
+
+
 @torch.no_grad()
 def predict(
     model: Callable[[Tensor], Tensor],
@@ -612,16 +624,16 @@ def predict(
     preprocess: Preprocess,
     engine: Engine,
     *,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """Logits [N, C] (float32, on the CPU) of a set in order, without augmentation."""
+    """Logits [N, C] (float32, on the CPU) of a set in order, without augmentation, of large images in small batches."""
     if isinstance(model, nn.Module):
         model.eval()
     outputs = []
     for batch in batches(
         images,
         preprocess,
-        batch_size=batch_size,
+        batch_size=batch_size or unseen_batch(images.shape),
         device=engine.device,
         generator=None,
         augment="none",

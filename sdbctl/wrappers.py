@@ -92,7 +92,7 @@ def stingy(p: Tensor) -> Tensor:
 
 
 def misdirection(p: Tensor) -> Tensor:
-    """As much as stays the best class moves, up to 0.25, to the next class, which is always a wrong one.
+    """As much of the best class as leaves it the best, up to 0.25, moves to the next class, always a wrong one.
 
     After prediction poisoning with a bounded budget (Orekondy et al., ICLR 2020), whose direction comes from the
     gradients of a surrogate; ours is fixed, so that all students of a teacher are led to the same errors.
@@ -100,7 +100,8 @@ def misdirection(p: Tensor) -> Tensor:
     chosen = top1(p)
     decoy = torch.cat([chosen[:, -1:], chosen[:, :-1]], 1)
     best, other = (p * chosen).sum(1, keepdim=True), (p * decoy).sum(1, keepdim=True)
-    moved = ((best - other) / 2 - 0.01).clamp(0.0, 0.25)
+    second = (p * (1 - chosen)).amax(1, keepdim=True)
+    moved = torch.minimum((best - other) / 2, best - second).sub(0.01).clamp(0.0, 0.25)
     return p + moved * (decoy - chosen)
 
 

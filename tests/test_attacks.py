@@ -17,7 +17,7 @@ from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
-from sdbctl.report import Interval, Model, Report, Student
+from sdbctl.report import Curve, Interval, KeyStrength, Model, Point, Report, Student
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
@@ -177,7 +177,7 @@ def test_a_large_transfer_set_is_asked_about_batch_by_batch(teacher, boxed, tran
     assert not same(done.student, attack_with("cross_entropy", None, boxed, transfer).student)
 
 
-@pytest.mark.parametrize("name", ["kd", "mixup", "averaged_noise", "sequence", "restored", "random_keys"])
+@pytest.mark.parametrize("name", ["kd", "mixup", "averaged_noise", "scm", "restored", "random_keys"])
 def test_answers_of_all_epochs_stand_where_a_recorded_step_reads_them(name, teacher, boxed, transfer, monkeypatch):
     places, fitted = [], base.Attacker.fit
 
@@ -327,13 +327,26 @@ def test_repaired_moves_the_maximum_to_the_label():
     assert loss.item() == pytest.approx(kl(p, softmax(Z)))
 
 
-@pytest.mark.parametrize("loss", [soft.logits_mse, soft.dkd, soft.dist, soft.clipped, soft.repaired, soft.composed])
+@pytest.mark.parametrize("loss", [soft.logits_mse, soft.dkd, soft.dist, soft.clipped, soft.repaired, soft.htc])
 def test_losses_do_not_depend_on_the_order_of_classes(loss):
     z, t, y = tensors()
     order = torch.tensor([3, 0, 4, 1, 2])
-    config = {"temperature": 4.0, "beta": 2.0, "weight": 2.0, "top": 2.0, "alpha": 0.9}
+    config = {"temperature": 4.0, "beta": 2.0, "weight": 2.0, "top": 2.0, "alpha": 0.9, "share": 0.3}
     moved = loss(z[:, order], t[:, order], order.argsort()[y], config)
     assert moved.item() == pytest.approx(loss(z, t, y, config).item())
+
+
+def test_htc_against_numpy():
+    z, t, y = tensors()
+    target = 0.3 * np.eye(5)[Y] + 0.7 * np.mean([softmax(t.numpy() / tau) for tau in (4, 20, 50)], 0)
+    loss = soft.htc(z, t, y, {"share": 0.3})
+    assert loss.item() == pytest.approx(-(target * np.log(softmax(Z))).sum(1).mean())
+
+
+def test_info_nce_against_numpy():
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (Z, T))
+    expected = -np.log(np.diag(softmax(a @ b.T / 0.1))).mean()
+    assert soft.info_nce(torch.tensor(Z), torch.tensor(T)).item() == pytest.approx(expected)
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
@@ -391,7 +404,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     assert progress.planned - spared <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
     again = Counting()
     resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
-    assert again.done == 0
+    assert again.done == progress.done
     assert resumed.students == report.students
     assert Report.from_json(report.to_json()).students == report.students
     always = {*ALWAYS, "control"} if suite != "file" else {"cross_entropy", "label_smoothing", "kd_original", "control"}
@@ -415,6 +428,53 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
             assert len([name for name in rows if name != "control"]) >= 2
         for name, twin in ((name, twin) for name, twin in TWINS.items() if name not in FOREIGN):
             assert report.students[twin].n >= (2 if report.students[name].n == 2 else 0)
+
+
+class Killed(Counting):
+    def advance(self, steps, metrics):
+        super().advance(steps, metrics)
+        if self.done == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_report(work, splits, boxed, pattern, tmp_path):
+    made = bench(work, splits, boxed, "quick", pattern)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    whole = evaluate.evaluate(made, title="x", box={}, folder=tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(made, title="x", box={}, folder=tmp_path / "b", progress=Killed())
+    assert len(list((tmp_path / "b").iterdir())) == 5
+    resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path / "b")
+
+    def timeless(report):
+        students = {name: replace(student, seconds=None) for name, student in report.students.items()}
+        return replace(report, students=students, created="", cost={})
+
+    assert timeless(resumed) == timeless(whole)
+
+
+def test_what_was_not_tried_is_said(work, splits, boxed):
+    made = bench(work, splits, boxed, "standard", strength=0.0)
+    notes = " ".join(evaluate._caveats(made, {"kd": some("kd", "attack", (1.0,))}))
+    assert "No key: the model has none" in notes and "--surrogate" in notes
+
+
+def test_key_strength_in_three_numbers():
+    points = {
+        "near_keys": ((0.0, 0.01), (0.5, 0.02), (0.9, 0.2), (1.0, 0.3)),
+        "leak": ((1, 0.85), (10, 0.95), (100, 0.99)),
+    }
+    known = {
+        name: Curve(title="", x_label="", y_label="", series={"": tuple(Point(*point) for point in these)})
+        for name, these in points.items()
+    }
+    found = {"a": -0.1, "b": 0.3}
+    guesses = {
+        name: replace(some(name, "attack", (1.0,)), config={"key_correlation": near}) for name, near in found.items()
+    }
+    assert curves.key_strength(known, guesses) == KeyStrength(0.9, 10, 0.3)
+    assert curves.key_strength({}, {}) == KeyStrength()
 
 
 def public_of(confidence, predicted, classes):
@@ -730,6 +790,16 @@ def test_wrappers_give_probabilities_and_mostly_keep_the_prediction(name, teache
     kept = (z.argmax(1) == before.argmax(1)).float().mean()
     assert kept > (0.6 if name == "gaussian-noise" else 0.99)
     assert torch.equal(z, behind.logits(x))
+
+
+def test_a_graph_that_ends_in_a_softmax_answers_with_logits_too(boxed, splits, tmp_path):
+    path, x = tmp_path / "softmax.onnx", boxed.meta.preprocess(splits.test.pixels[:64].float() / 255)
+    softmax_last = torch.nn.Sequential(boxed.net, torch.nn.Softmax(1)).eval()
+    torch.onnx.export(softmax_last, (x,), path, dynamo=False, input_names=["input"], dynamic_axes={"input": {0: "n"}})
+    teacher = OnnxTeacher(path, ENGINE.device)
+    assert "probabilities" in teacher.where
+    with torch.no_grad():
+        assert torch.allclose(teacher.logits(x), boxed.net(x).log_softmax(1), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", EXPORTED)

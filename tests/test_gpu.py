@@ -170,7 +170,7 @@ def test_every_attack_trains_on_a_gpu(name, boxed, splits, monkeypatch):
     assert all(recorded) and bool(recorded) is (name != "data_free")
 
 
-@pytest.mark.parametrize("name", ["kd", "averaged_noise", "sequence"])
+@pytest.mark.parametrize("name", ["kd", "averaged_noise", "scm"])
 def test_a_recorded_attack_learns_from_the_answers_of_every_epoch(name, boxed, splits, monkeypatch):
     engine, attack, trained = Engine(GPU), ATTACKS[name], []
     teacher = TorchTeacher(copy.deepcopy(boxed.net), 10, engine.autocast, GPU)

@@ -184,8 +184,10 @@ def test_sdb_terms_against_numpy():
     assert terms["disturb"].item() == pytest.approx(-0.7 * (away - kl(z, zk, 1)), rel=1e-4)
     ce = -log_softmax(zk, 1)[np.arange(4), v.label].mean()
     assert terms["preserve"].item() == pytest.approx(ce + 16 * kl(zt, zk, 4), rel=1e-4)
-    far, near = ((zk - zr) ** 2).mean(), ((zk - zt) ** 2).mean()
-    assert terms["augment"].item() == pytest.approx(0.2 * (3 * (1 - np.exp(-far / 3)) - 0.01 * near), rel=1e-4)
+    far, near = ((zk - zr) ** 2).mean(), 0.01 * ((zk - zt) ** 2).mean()
+    assert terms["augment"].item() == pytest.approx(0.2 * (far - 3 * (1 - np.exp(-near / 3))), rel=1e-4)
+    paper = objective.terms(v, objective.parameters(eta=0.2, limit=3.0))["augment"].item()
+    assert paper == pytest.approx(0.2 * (near - 3 * (1 - np.exp(-far / 3))), rel=1e-4)
 
 
 def test_nasty_terms_against_numpy():

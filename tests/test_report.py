@@ -40,6 +40,7 @@ from sdbctl.report.render import FORMATS, write
 from sdbctl.report.terminal import tables
 from sdbctl.report.view import bounds, compare, number, view
 
+RESULTS = Path(__file__).parent.parent / "examples" / "results"
 SCHEMA = Path(module.__file__).with_name("report.schema.json")
 EVIL = "<script>alert(1)</script> | [x](http://evil.example) $a$ \x1b[31m‮ \"'&"
 
@@ -177,6 +178,14 @@ def test_json_round_trip(report):
     assert Report.from_json(bare().to_json()) == bare()
 
 
+def test_committed_results_follow_the_schema():
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    known = [path for path in sorted(RESULTS.glob("*.json")) if b'"schema_version"' in path.read_bytes()]
+    assert known or not RESULTS.exists()
+    for path in known:
+        validator.validate(json.loads(Report.read(path).to_json()))
+
+
 def test_shipped_schema_is_the_dataclasses():
     assert SCHEMA.read_text() == schema(), "write sdbctl.report.schema() to it"
 
@@ -294,6 +303,11 @@ def test_get(report, path, value):
 
 def test_known_students_that_were_not_trained_are_null():
     assert bare().get("students.authorized.mean") is None
+
+
+@pytest.mark.parametrize("path", ["cost.gpu_hours", "box.measured.accuracy", "config.recipe.lr_decay"])
+def test_what_a_run_did_not_say_is_not_measured(report, path):
+    assert report.get(path) is None
 
 
 @pytest.mark.parametrize(
@@ -590,6 +604,18 @@ def test_a_comparison_shows_what_is_no_longer_measured_and_what_else_changed(rep
     assert rows["authorized_gain.mean"][1:] == ("not measured", "not measured")
     assert "suite" in table.note
     assert compare(report, report).note == ""
+
+
+@pytest.mark.parametrize("worth", [Interval(2.5, -3.0, 8.0, 5), Interval(1.0, n=1), Interval()])
+def test_no_protection_is_claimed_where_nothing_is_known_to_be_worth_it(report, worth):
+    threats = UnauthorizedAdvantage(api=Advantage(labelled=Interval(0.1, -0.1, 0.4, 5)))
+    made = dataclasses.replace(
+        report, protectable=worth, protectable_unlabelled=Interval(), unauthorized_advantage=threats
+    )
+    assert not evaluate.verdict(made).startswith("Undistillable")
+    assert {card.title: card for card in view(made).cards}["Advantage without key, API, labelled"].status == "neutral"
+    shown = dataclasses.replace(made, protectable=Interval(2.5, 0.3, 5.0, 5))
+    assert evaluate.verdict(shown).startswith("Undistillable")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
-from sdbctl.attacks.soft import DIST, DKD, EITHER, soft_loss
+from sdbctl.attacks.soft import DIST, DKD, EITHER, info_nce, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
@@ -225,8 +225,7 @@ def similarity(pair: Pair) -> Tensor:
 def contrast(pair: Pair) -> Tensor:
     """Contrast of images in embeddings of both networks' features (CRD, Tian et al., ICLR 2020), negatives in batch."""
     own, other = pair.features()
-    a, b = normalize(pair.embed_own(own)), normalize(pair.embed_other(other))
-    return cross_entropy(a @ b.T / 0.1, torch.arange(len(a), device=a.device))
+    return info_nce(pair.embed_own(own), pair.embed_other(other))
 
 
 def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config], None]:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax, normalize, one_hot
 
 from sdbctl.attacks.base import Attack, Config, Loss, PerBatch, without_labels
 from sdbctl.attacks.floor import constant_logits
@@ -99,8 +99,8 @@ def repaired(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config)
     return _mixed(z, answer.scatter(1, best, own).scatter(1, y[:, None], highest), y, config)
 
 
-def composed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """High-temperature composition: KD from ½·onehot(ŷ) + ½·mean over τ ∈ {4, 20, 50} of softmax(log p / τ).
+def htc(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """HTC: cross-entropy to s·onehot(ŷ) + (1 − s)·mean over τ ∈ {4, 20, 50} of softmax(log p / τ), s = ``share``.
 
     After the high-temperature attack on nasty teachers of Jandial et al. (ECCV 2022): false peaks melt at a
     high temperature, while the prediction is put back by hand. The composition is ours.
@@ -108,8 +108,17 @@ def composed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config)
     assert answer is not None
     target = answer.argmax(1) if y is None else y
     soft = torch.stack([(answer / tau).softmax(1) for tau in (4.0, 20.0, 50.0)]).mean(0)
-    mixed = 0.5 * one_hot(target, answer.shape[1]).float() + 0.5 * soft
+    share = config["share"]
+    mixed = share * one_hot(target, answer.shape[1]).float() + (1 - share) * soft
     return -(mixed * log_softmax(z, 1)).sum(1).mean()
+
+
+def info_nce(a: Tensor, b: Tensor) -> Tensor:
+    """InfoNCE: contrast of images in two sets of vectors [B, D], the batch's other images as negatives, τ = 0.1.
+
+    Van den Oord et al., arXiv 1807.03748.
+    """
+    return cross_entropy(normalize(a) @ normalize(b).T / 0.1, torch.arange(len(a), device=a.device))
 
 
 def _mixed(z: Tensor, target: Tensor, y: Tensor | None, config: Config) -> Tensor:
@@ -184,7 +193,12 @@ REPAIRED = _attack(
     {"temperature": 4.0, "alpha": 0.9},
     {"temperature": 20.0, "alpha": 0.9},
 )
-COMPOSED = _attack("high-temperature composition", "after Jandial et al., ECCV 2022", composed)
-DKD_UNLABELLED, DKD_HARD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, COMPOSED_UNLABELLED = (
-    map(without_labels, (DKD, DKD_HARD, DIST, DIST_HARD, CLIPPED, COMPOSED))
+HTC = _attack(
+    "HTC, high-temperature composition",
+    "after Jandial et al., ECCV 2022",
+    htc,
+    *({"share": share} for share in (0.5, 0.1, 0.9)),
+)
+DKD_UNLABELLED, DKD_HARD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, HTC_UNLABELLED = map(
+    without_labels, (DKD, DKD_HARD, DIST, DIST_HARD, CLIPPED, HTC)
 )

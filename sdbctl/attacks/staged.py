@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, log_softmax
 from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train
 from sdbctl.attacks.floor import HARD_MIXED, hard_mixed
 from sdbctl.attacks.kd import soft_labels
-from sdbctl.attacks.soft import composed
+from sdbctl.attacks.soft import HTC, htc, info_nce
 from sdbctl.data import ImageSet
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.models.stages import Stages
@@ -39,13 +39,14 @@ def two_stage(attacker: Attacker, config: Config) -> None:
     )
 
 
-def sequence(attacker: Attacker, config: Config) -> None:
-    """A first student learns from labels and high-temperature answers; the second from the first one's outputs.
+def scm(attacker: Attacker, config: Config) -> None:
+    """SCM: a first student learns from labels and high-temperature answers; the second from the first one's outputs.
 
-    After the sequence of students of Jandial et al. (ECCV 2022), which removes a nasty teacher's false peaks
-    step by step; our two steps leave their contrastive term out.
+    After the sequence of contrastive models of Jandial et al. (ECCV 2022), which removes a nasty teacher's false peaks
+    step by step: the second student also tells images apart as the first one does, by InfoNCE on the outputs with
+    weight ``contrast``.
     """
-    _chain(attacker, composed, config)
+    _chain(attacker, htc, {**HTC.grid[0], **config})
 
 
 def hard_sequence(attacker: Attacker, config: Config) -> None:
@@ -59,9 +60,14 @@ def hard_sequence(attacker: Attacker, config: Config) -> None:
 def _chain(attacker: Attacker, loss: Loss, config: Config) -> None:
     first = attacker.build(attacker.recipe.seed + 7919)
     attacker.learn(lambda z, answer, y: loss(z, answer, y, config), net=first)
-    attacker.learn(
-        lambda z, answer, y: soft_labels(z, answer, y, config), targets=lambda s: outputs(attacker, first, s)
-    )
+
+    def second(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
+        assert answer is not None
+        loss = soft_labels(z, answer, y, config)
+        weight = config.get("contrast", 0.0)
+        return loss + weight * info_nce(z.log_softmax(1), answer) if weight else loss
+
+    attacker.learn(second, targets=lambda images: outputs(attacker, first, images))
 
 
 def outputs(attacker: Attacker, net: nn.Module, images: ImageSet) -> Tensor:
@@ -205,7 +211,12 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 
 
 TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
-SEQUENCE = _attack("a chain of two students", "after Jandial et al., ECCV 2022", sequence, _HALF, _HALF1, _TAU4)
+SCM = _attack(
+    "SCM, a chain of two students",
+    "after Jandial et al., ECCV 2022",
+    scm,
+    *({**config, "contrast": weight} for config, weight in ((_HALF, 0.0), (_HALF, 0.1), (_HALF1, 0.0), (_TAU4, 0.0))),
+)
 HARD_SEQUENCE = Attack(
     "a chain of two students from top-1 answers",
     "Furlanello et al., ICML 2018",

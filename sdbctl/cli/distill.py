@@ -75,15 +75,13 @@ def distill(
 
     from dataclasses import replace
 
-    import torch
-
     from sdbctl import boxfile, metrics
     from sdbctl.attacks import ATTACKS
     from sdbctl.boxfile import Metadata, check_key, pattern
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, Resume, predict, recorded_precision, step_seconds
+    from sdbctl.training import Recipe, Resume, image_seconds, predict, recorded_precision
 
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
@@ -124,7 +122,7 @@ def distill(
     say(f"teacher: {asked.where}, {'with' if key else 'without'} key")
     accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
-    one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
+    one = image_seconds(net, recipe.batch_size, size, engine)
     announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs}, dry_run=dry_run)
     attack = ATTACKS["kd" if labels else "kd_unlabelled"]
     config = {"temperature": temperature, "alpha": alpha if labels else 1.0}
@@ -225,12 +223,10 @@ def train(
     begin([state], [output, profile], resume=resume, force=force)
     from dataclasses import replace
 
-    import torch
-
     from sdbctl.box import plain_step
     from sdbctl.boxfile import Metadata
     from sdbctl.distill import build_student
-    from sdbctl.training import Recipe, Resume, fit, predict, recorded_precision, step_seconds
+    from sdbctl.training import Recipe, Resume, fit, image_seconds, predict, recorded_precision
 
     dataset = open_data(data, data_root, download=download, size=image_size)
     splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)
@@ -250,7 +246,7 @@ def train(
         profile=profile,
         kept=recorded_precision(state) if resume else None,
     )
-    one = step_seconds(net, torch.zeros(recipe.batch_size, *size), engine) / recipe.batch_size
+    one = image_seconds(net, recipe.batch_size, size, engine)
     announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run)
     some = splits.validation.take(range(min(1000, len(splits.validation))))
     if not resume:

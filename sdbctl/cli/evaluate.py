@@ -125,7 +125,7 @@ def evaluate(
     from sdbctl.protocol import plan
     from sdbctl.report.render import FORMATS
     from sdbctl.suites import suite as find_suite
-    from sdbctl.training import Recipe, pick_device, scaled, step_seconds
+    from sdbctl.training import Recipe, image_seconds, pick_device, scaled
 
     chosen = find_suite(suite)
     student = student or chosen.student
@@ -209,13 +209,13 @@ def evaluate(
                 f"put the {beside} that it was exported from into its folder",
             )
         planned = plan(bench)
-        one = step_seconds(net, torch.zeros(config.recipe.batch_size, *size), engine)
+        one = image_seconds(net, config.recipe.batch_size, size, engine)
         images = len(transfer) * config.recipe.epochs
         say(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
             f"{jobs} side by side"
         )
-        seconds = planned.runs * one * images / config.recipe.batch_size / max(1, min(jobs, 2) * 0.8)
+        seconds = planned.runs * one * images / max(1, min(jobs, 2) * 0.8)
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)

@@ -177,7 +177,7 @@ def batches(
     part, parts = share
     if parts > 1:
         chunks = [chunk[part : len(chunk) - len(chunk) % parts : parts] for chunk in chunks]
-        chunks = [chunk for chunk in chunks if len(chunk)]
+        chunks = [chunk for chunk in chunks if len(chunk) >= smallest]
 
     def run() -> Iterator[Batch]:
         for index, pixels, labels in _fetch(images, chunks, device):

@@ -50,13 +50,14 @@ def preservation(keyed: Tensor, teach: Tensor, label: Tensor, temperature: float
     return cross_entropy(keyed, label) + kd(keyed, teach, temperature)
 
 
-def augmentation(keyed: Tensor, original: Tensor, random: Tensor, limit: float) -> Tensor:
-    """Knowledge augmentation, to be maximised: sat(‖B_k − R‖²) − 0.01·‖B_k − N‖²."""
-    return saturate(squared_distance(keyed, random), limit) - 0.01 * squared_distance(keyed, original)
+def augmentation(keyed: Tensor, original: Tensor, random: Tensor, away: float, limit: float) -> Tensor:
+    """Knowledge augmentation, to be minimised: away·(0.01·‖B_k − N‖² − ‖B_k − R‖²), what is maximised saturated."""
+    near, far = 0.01 * squared_distance(keyed, original), squared_distance(keyed, random)
+    return near - saturate(far, limit) if away > 0 else far - saturate(near, limit)
 
 
 def terms(v: Views, p: SdbParameters) -> Terms:
-    """CE(p, y) − ω·D + preservation − η·augmentation (paper, eq. 4 to 8; signs as in the released code).
+    """CE(p, y) − ω·D + preservation + η·augmentation (paper, eq. 4 to 8; signs as in the released code).
 
     The disturbance is that of the fine-tuned original; the keyed terms are those of the key's teacher.
     """
@@ -65,7 +66,7 @@ def terms(v: Views, p: SdbParameters) -> Terms:
         "label": cross_entropy(v.clean[v.wrong :], v.label[v.wrong :]),
         "disturb": -p.omega * disturbance(v.clean, v.reference, v.keyed, p.temperature, p.limit),
         "preserve": p.preserve * preservation(v.keyed, v.teacher, v.label, p.temperature),
-        "augment": -p.eta * p.away * augmentation(v.keyed, v.teacher, v.random, p.limit),
+        "augment": p.eta * augmentation(v.keyed, v.teacher, v.random, p.away, p.limit),
     }
 
 

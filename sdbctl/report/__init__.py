@@ -28,6 +28,9 @@ ADVANTAGE_LIMIT = 0.5
 PROTECTABLE_LIMIT = 2.0
 """Distilling the original must beat the floor by this, in points, or there is nothing to protect."""
 
+RECOVERED = 0.9
+"""A pattern with this correlation counts as the secret one."""
+
 MORE_IS_BETTER = ("authorized_gain", "protectable", "protectable_unlabelled")
 """Headline numbers of a report whose cautious bound is the lower one."""
 
@@ -99,6 +102,22 @@ class UnauthorizedAdvantage:
 
     api: Advantage = Advantage()
     file: Advantage = Advantage()
+
+
+@dataclass(frozen=True)
+class KeyStrength:
+    """How hard the key is to guess and how easily it is given away; null where nobody tried.
+
+    Attributes:
+        opens_at: Least correlation with the secret pattern, of those tried, that shows half of the dark knowledge.
+        queries_to_recover: Fewest overheard keyed queries, of those tried, from which a pattern with a correlation of
+            :data:`RECOVERED` was had.
+        searched: Highest correlation that an attack on the key ended with.
+    """
+
+    opens_at: float | None = None
+    queries_to_recover: float | None = None
+    searched: float | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +252,7 @@ class Report:
         authorized_gain: Best student distilled with the key − best one distilled from the original, in points.
         protectable: Best student of the original − ``control``, in points: whether there is something to protect.
         protectable_unlabelled: The same of attackers without labels, against their own control.
+        key_strength: How far from the key one may be, and what finds it.
         models: By name, see ``MODELS``.
         students: By name, see :data:`sdbctl.suites.BY_NAME`.
         curves: By name.
@@ -253,6 +273,7 @@ class Report:
     authorized_gain: Interval = Interval()
     protectable: Interval = Interval()
     protectable_unlabelled: Interval = Interval()
+    key_strength: KeyStrength = KeyStrength()
     models: dict[str, Model] = field(default_factory=dict)
     students: dict[str, Student] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -279,6 +300,9 @@ class Report:
         numbers = dict(self._numbers())
         root, _, rest = path.partition(".")
         name, _, number = rest.partition(".")
+        if rest and root in ("box", "config", "cost"):
+            # not all of these are always there
+            return numbers.get(path)
         absent = {"students": _NO_STUDENT, "models": _NO_MODEL}.get(root)
         if absent and number and name not in getattr(self, root):
             numbers |= {known: None for known, _ in _flatten(absent, f"{root}.{name}")}
@@ -300,6 +324,12 @@ class Report:
     def _numbers(self) -> Iterator[tuple[str, float | None]]:
         for item in dataclasses.fields(self):
             yield from _flatten(getattr(self, item.name), item.name)
+
+    @property
+    def something_to_protect(self) -> bool:
+        """Whether distilling the original is surely worth it, to attackers with labels and, if tried, without."""
+        worths = [worth for worth in (self.protectable, self.protectable_unlabelled) if worth.mean is not None]
+        return bool(worths) and all(map(worth_protecting, worths))
 
     @property
     def nothing_to_protect(self) -> bool:
@@ -356,6 +386,11 @@ class Report:
         return cls.from_json(files.read(path, "report"), f"report {path}")
 
 
+def worth_protecting(worth: Interval) -> bool:
+    """Whether what distilling the original is worth over the floor is enough to judge a box by."""
+    return (worth.mean or 0) >= PROTECTABLE_LIMIT and (worth.low or 0) > 0
+
+
 def _worth_little(worth: Interval, *advantages: Interval) -> bool:
     beaten = any((advantage.low or 0) > ADVANTAGE_LIMIT for advantage in advantages)
     # more than that with wide bounds is not known to be little
@@ -365,6 +400,7 @@ def _worth_little(worth: Interval, *advantages: Interval) -> bool:
 def _fill_in(content: dict[str, Any]) -> None:
     """Give a report from before some numbers were kept what it lacks: not measured."""
     content.setdefault("protectable_unlabelled", codec.encode(Interval()))
+    content.setdefault("key_strength", codec.encode(KeyStrength()))
     threats, students = (content.get(name) for name in ("unauthorized_advantage", "students"))
     for threat in threats.values() if isinstance(threats, dict) else ():
         if isinstance(threat, dict):

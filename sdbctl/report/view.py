@@ -16,12 +16,13 @@ from sdbctl.report import (
     ADVANTAGE_LIMIT,
     COST_LIMIT,
     MODELS,
-    PROTECTABLE_LIMIT,
+    RECOVERED,
     Interval,
     Model,
     Report,
     Role,
     Student,
+    worth_protecting,
 )
 from sdbctl.report.gates import GateResult
 
@@ -186,7 +187,11 @@ def headline(cards: Sequence[Card]) -> Table:
         Column("Over"),
         Column("Verdict", numeric=False),
     )
-    rows = tuple((card.title, card.value, card.bounds, card.n, f"{ICONS[card.status]} {card.words}") for card in cards)
+    values = (card.value if card.unit in ("", "points") else f"{card.value} {card.unit}" for card in cards)
+    rows = tuple(
+        (card.title, value, card.bounds, card.n, f"{ICONS[card.status]} {card.words}")
+        for card, value in zip(cards, values, strict=True)
+    )
     return Table("", columns, rows, marks=tuple(card.status for card in cards))
 
 
@@ -233,26 +238,37 @@ def _cards(report: Report) -> Iterator[Card]:
     yield _card("Inference cost, top-1", cost, *_at_most(cost, COST_LIMIT), images=True)
     nothing, unlabelled = report.nothing_to_protect, report.nothing_to_protect_unlabelled
     api, held = advantage.api, advantage.file
-    for title, interval, by, vain, always in (
-        ("Advantage without key, API, labelled", api.labelled, api.labelled_by, nothing, True),
-        ("Advantage without key, API, unlabelled", api.unlabelled, api.unlabelled_by, unlabelled, True),
-        ("Advantage without key, file, labelled", held.labelled, held.labelled_by, nothing, False),
-        ("Advantage without key, file, unlabelled", held.unlabelled, held.unlabelled_by, unlabelled, False),
+    with_labels, without = (report.protectable, nothing), (report.protectable_unlabelled, unlabelled)
+    for title, interval, by, (worth, vain), always in (
+        ("Advantage without key, API, labelled", api.labelled, api.labelled_by, with_labels, True),
+        ("Advantage without key, API, unlabelled", api.unlabelled, api.unlabelled_by, without, True),
+        ("Advantage without key, file, labelled", held.labelled, held.labelled_by, with_labels, False),
+        ("Advantage without key, file, unlabelled", held.unlabelled, held.unlabelled_by, without, False),
     ):
         student = report.students.get(by)
         status, words = _at_most(interval, ADVANTAGE_LIMIT)
         if vain and interval.mean is not None:
             status, words = "neutral", "nothing to protect here"
+        elif status == "pass" and not worth_protecting(worth):
+            status, words = "neutral", f"{words}, if there is something to protect"
         if always or interval.mean is not None:
             yield replace(_card(title, interval, status, words), by=clean(student.label) if student else "")
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
+    key = report.key_strength
+    for title, value, digits, unit, words in (
+        ("A pattern opens the box", key.opens_at, 2, "correlation", "with the key, from here half of it shows"),
+        ("Listening gives the key away", key.queries_to_recover, 0, "queries", f"correlation {RECOVERED:g} or more"),
+        ("Best guess of the key", key.searched, 2, "correlation", "by the attacks on the key"),
+    ):
+        if value is not None:
+            yield Card(title, number(value, digits), unit, "", "", "neutral", words)
     for title, worth, vain in (
         ("Original over the floor", report.protectable, nothing),
         ("Original over the floor, unlabelled", report.protectable_unlabelled, unlabelled),
     ):
         if worth.mean is not None:
-            known = worth.mean >= PROTECTABLE_LIMIT and (worth.low or 0) > 0
-            words = "nothing to protect here" if vain else "something to protect" if known else "no claim is made"
+            surely = worth_protecting(worth)
+            words = "nothing to protect here" if vain else "something to protect" if surely else "no claim is made"
             yield _card(title, worth, "neutral", words)
 
 
