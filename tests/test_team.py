@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from sdbctl import boxfile, team
 from sdbctl.data import Preprocess, batches
@@ -39,6 +40,8 @@ def test_the_parts_of_a_batch_are_equal_and_make_the_whole(splits):
     images = splits.transfer.take(range(101))
     (whole,) = parts_of(images, 1)
     shared = list(parts_of(images, 3))
+    # of the last batch each part would get one image, which BatchNorm cannot use
+    assert len(whole.pop().y) < 6 <= min(len(batch.y) for batch in whole)
     for batch, *parts in zip(whole, *shared, strict=True):
         left = len(batch.y) % 3
         assert {len(part.y) for part in parts} == {len(batch.y) // 3}
@@ -70,6 +73,64 @@ def test_two_processes_train_like_one(tmp_path):
     accuracies = [boxfile.load(tmp_path / f"{n}.safetensors").meta.measured["top1"] for n in (1, 2)]
     assert min(accuracies) > 80
     assert {path.name for path in tmp_path.iterdir()} == {"1.safetensors", "2.safetensors"}
+
+
+TRAINS = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sdbctl import data, team
+from sdbctl.box import plain_step
+from sdbctl.data import Preprocess
+from sdbctl.training import Engine, Recipe, fit
+
+processes, device = int(sys.argv[1]), torch.device("cpu")
+team.expect(processes)
+if processes > 1:
+    team.join(device, "fp32", processes, 1, "auto")
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+images = data.split(data.load("digits", root=Path("data"))).owner.take(range(250))
+recipe = Recipe(epochs=2, batch_size=64, lr=0.1, augment="none")
+fit(net, plain_step(), images, Preprocess((0.5,), (0.5,), (1, 8, 8)), recipe, Engine(device))
+if team.rank() == 0:
+    torch.save(net.state_dict(), sys.argv[2])
+"""
+
+
+def test_without_batch_statistics_two_processes_end_like_one(tmp_path):
+    """Same images, order, gradients and clipping; sums of halves round differently."""
+    (tmp_path / "trains.py").write_text(TRAINS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen([sys.executable, "trains.py", str(n), f"{n}.pt"], cwd=tmp_path, env=environment)
+        for n in (1, 2)
+    ]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    untrained = nn.Linear(8 * 36, 10).weight
+    assert (one["3.weight"] - untrained).abs().mean() > 0.01
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_box_and_distil(tmp_path, work):
+    box = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--epochs", 2)
+    run = start(*box, "-o", "b.safetensors", "--devices", 2, cwd=tmp_path)
+    _, text = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    boxed = boxfile.load_box(tmp_path / "b.safetensors")
+    assert boxed.meta.measured["boxed_top1"] > 50
+    student = ("distill", "b.safetensors", "--student", "cnn-tiny", "--data", "digits", "--epochs", 2)
+    run = start(*student, "-o", "s.safetensors", "--devices", 2, cwd=tmp_path)
+    _, text = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"b.safetensors", "b.reference.safetensors", "s.safetensors"}
 
 
 def children(pid):
