@@ -23,9 +23,12 @@ _COLUMNS = (
     Column("Advantage, API"),
     Column("95 % bounds"),
     Column("Without labels", wide=True),
+    Column("Who holds the file", wide=True),
+    Column("Plain KD", wide=True),
     Column("Wrong key"),
     Column("Authorized gain"),
     Column("95 % bounds", wide=True),
+    Column("Seeds", wide=True),
 )
 
 
@@ -40,13 +43,14 @@ def table(reports: Mapping[str, Report]) -> Table:
         "Settings",
         _COLUMNS,
         rows,
-        "Costs against N_ft; advantages, and KD with a wrong key, over the best of the floor, in points.",
+        "Costs against N_ft; advantages, and KD without and with a wrong key, over the best of the floor, in points.",
     )
 
 
 def _row(name: str, report: Report) -> tuple[str, ...]:
-    cost, advantage, boxed = report.inference_cost, report.unauthorized_advantage.api, report.models.get("boxed")
-    wrong = report.students.get("authorized_wrong_key")
+    cost, threats, boxed = report.inference_cost, report.unauthorized_advantage, report.models.get("boxed")
+    advantage = threats.api
+    plain, wrong = (report.students.get(name) for name in ("unauthorized", "authorized_wrong_key"))
     return (
         clean(name),
         number(cost.top1.mean, sign=True),
@@ -56,9 +60,12 @@ def _row(name: str, report: Report) -> tuple[str, ...]:
         number(advantage.labelled.mean, sign=True),
         bounds(advantage.labelled),
         number(advantage.unlabelled.mean, sign=True),
+        number(threats.file.labelled.mean, sign=True),
+        number(plain.difference.mean if plain else None, sign=True),
         number(wrong.difference.mean if wrong else None, sign=True),
         number(report.authorized_gain.mean, sign=True),
         bounds(report.authorized_gain),
+        number(advantage.labelled.n, 0),
     )
 
 
