@@ -67,7 +67,7 @@ class Plot:
 
 
 def students(report: Report, width: int) -> Plot | None:
-    """Bars from the floor to each student's mean, with standard deviations and seeds as dots.
+    """Bars from each student's control, the best of the floor, to its mean, with standard deviations and seeds as dots.
 
     Names and numbers stand beside the bars, or above them where the page is narrow. A student that falls far
     below the floor gets a bar that is cut off, so that the others stay readable.
@@ -78,6 +78,7 @@ def students(report: Report, width: int) -> Plot | None:
     narrow = width < WIDE
     control = report.students.get("control")
     floor = control.mean if control else None
+    without = report.students.get("control_unlabelled", control)
     seen = [edge for student in rows for edge in _edges(student)]
     base = min(seen) if floor is None else floor
     high = max(*seen, base)
@@ -91,14 +92,15 @@ def students(report: Report, width: int) -> Plot | None:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("Test accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 8))
+        # a narrow page has words between the bars
+        above, below = (0.22, 0.28) if narrow else (0.5, 0.5)
         for place, student in enumerate(rows):
-            _bar(axes, place, student, base, low - margin / 2)
+            own = without if student.labels is False else control
+            start = base if own is None or own.mean is None else own.mean
+            _bar(axes, place, student, start, low - margin / 2)
             _words(axes, place, student, narrow)
-        if floor is not None:
-            # a narrow page has words between the bars
-            ends = [(place - 0.22, place + 0.28) for place in range(len(rows))]
-            tops, bottoms = zip(*(ends if narrow else [(-0.5, len(rows) - 0.5)]), strict=True)
-            axes.vlines([floor] * len(tops), tops, bottoms, _PAINT["ink"], (0, (4, 3)), linewidth=1.3, zorder=4)
+            if own is not None:
+                axes.vlines(start, place - above, place + below, _PAINT["ink"], (0, (4, 3)), linewidth=1.3, zorder=4)
 
     words = "; ".join(f"{clean(student.label)} {spread(student)}" for student in rows)
     return Plot("Students", _svg(draw, width, (46 if narrow else 32) * len(rows) + 56, words))
