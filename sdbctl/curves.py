@@ -21,13 +21,15 @@ from sdbctl.report import (
     Point,
     Student,
 )
-from sdbctl.suites import BY_NAME, suite
+from sdbctl.suites import BY_NAME, Row, suite
 from sdbctl.training import Progress, predict
 
 BUDGETS = (1000, 5000, 10_000)
 FEW_SHOT = (0.01, 0.05, 0.1)
 """Transfer images of the budget curve, in number and as shares of all."""
+BEST = "best attack"
 BUDGET_ROWS = ("cross_entropy", "hard_constant", "kd_original", "unauthorized", "authorized")
+"""Rows of the budget curve, beside :data:`BEST`, of all other attacks on the API the best on validation data."""
 NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
 """Correlations, in percent, of the keys that are nearly right."""
 LEAKS = (1, 10, 100, 1000)
@@ -38,17 +40,29 @@ def budgets(bench: Bench) -> list[tuple[str, int]]:
     """Rows and numbers of transfer images of the budget curve; none if the suite has none."""
     if bench.config.suite is None or not suite(bench.config.suite).curves:
         return []
-    names = [row.name for row in bench.rows() if row.name in BUDGET_ROWS]
+    rows = bench.rows()
+    names = [row.name for row in rows if row.name in BUDGET_ROWS]
+    if any(_rival(row) for row in rows):
+        names.append(BEST)
     whole = len(bench.transfer)
     sizes = {*BUDGETS, *(round(share * whole) for share in FEW_SHOT)}
     return [(name, size) for size in sorted(sizes) if 2 * bench.classes <= size < whole for name in names]
+
+
+def _rival(row: Row) -> bool:
+    return row.role == "attack" and row.access == "api" and row.name not in BUDGET_ROWS
 
 
 def budget_curve(
     bench: Bench, students: Mapping[str, Student], folder: Path | None, progress: Progress
 ) -> dict[str, Curve]:
     """Accuracy over the number of transfer images, with the settings chosen for all of them; one seed a point."""
-    wanted = [(name, size) for name, size in budgets(bench) if students[name].config]
+    rivals = [
+        one for name, one in students.items() if name in BY_NAME and _rival(BY_NAME[name]) and one.mean is not None
+    ]
+    winner = max(rivals, key=lambda one: (one.n, one.validation or 0.0), default=None)
+    named = [(winner.name if name == BEST and winner else name, size) for name, size in budgets(bench)]
+    wanted = [(name, size) for name, size in dict.fromkeys(named) if name in students and students[name].config]
     if not wanted:
         return {}
     cells = {}

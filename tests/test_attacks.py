@@ -10,7 +10,7 @@ import torch
 
 from sdbctl import boxfile, curves, evaluate, metrics, protocol
 from sdbctl.attacks import ATTACKS, base, file, keys, queries, soft
-from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Source
+from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source
 from sdbctl.cli.common import open_model
 from sdbctl.cli.evaluate import stand_in
 from sdbctl.data import like, view
@@ -458,6 +458,26 @@ def test_what_was_not_tried_is_said(work, splits, boxed):
     made = bench(work, splits, boxed, "standard", strength=0.0)
     notes = " ".join(evaluate._caveats(made, {"kd": some("kd", "attack", (1.0,))}))
     assert "No key: the model has none" in notes and "--surrogate" in notes
+
+
+def test_the_best_attack_is_on_the_curve_of_budgets(work, splits, boxed, pattern, monkeypatch):
+    made, ran = bench(work, splits, boxed, "standard", pattern), []
+
+    def run(_, cells, *rest):
+        ran.extend(cells)
+        return {cell.id: Outcome(50.0, float(cell.images), 1.0, 1) for cell in cells}
+
+    monkeypatch.setattr(curves, "BUDGETS", (20, 30))
+    monkeypatch.setattr(curves, "run_cells", run)
+    rows = {"cross_entropy": 1.0, "unauthorized": 4.0, "dist": 2.0, "dkd": 3.0, "stripped": 5.0}
+    students = {
+        name: replace(some(name, "attack", (60.0,), (seen,)), validation=seen, config={"teacher": "boxed"})
+        for name, seen in rows.items()
+    }
+    found = curves.budget_curve(made, students, None, Silent())["budget"].series
+    assert set(found) == {"cross_entropy", "unauthorized", "dkd"}
+    assert [point.x for point in found["dkd"]] == [20, 30, len(made.transfer)]
+    assert len(ran) == 3 * 2
 
 
 def test_key_strength_in_three_numbers():
