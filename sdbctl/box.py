@@ -42,6 +42,10 @@ from sdbctl.wrappers import serving
 
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
+REMEMBERED = 16
+"""Images of each class whose last logits an objective with a memory sees."""
+HIGHEST = 20.0
+"""Highest temperature that is drawn for such an objective."""
 PGD_EPSILON = 0.3
 TEACHERS = ("reference", "original")
 """Whose answers the key may open."""
@@ -438,6 +442,7 @@ def box_step(
     patterns = preprocess(secrets)
     fresh = _frozen(random, engine) if random is not None and objective.needs_random else None
     misleading = adversarial(frozen, task) if objective.needs_adversarial else None
+    memory = remembered(reference, task) if objective.needs_memory else None
     strength = config.strength
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -465,10 +470,25 @@ def box_step(
         predicted = shown.argmax(1)
         confidence = shown.softmax(1).gather(1, predicted[:, None]).squeeze(1)
         offset, confidence = disturbed(predicted, confidence, shown.shape[1], config.disturb)
-        views = Views(clean, unlocked, shown, taught, other, misled, batch.y, offset, confidence, wrong)
-        return objective.terms(views, parameters)
+        tau = HIGHEST ** torch.rand((), device=x.device) if memory is not None else 1.0
+        views = Views(clean, unlocked, shown, taught, other, misled, batch.y, offset, confidence, memory, tau, wrong)
+        terms = objective.terms(views, parameters)
+        if memory is not None:
+            place_of = torch.randint(0, memory.shape[1], (len(x) - wrong,), device=x.device)
+            memory[batch.y[wrong:], place_of] = clean[wrong:].detach()
+        return terms
 
     return step
+
+
+def remembered(net: nn.Module, task: Task) -> Tensor:
+    """Logits [C, M, C] of M = :data:`REMEMBERED` images of each class, on the device; of fewer, some again."""
+    classes, owner = len(task.classes), task.data.owner
+    some = owner.take(range(min(len(owner), 2 * REMEMBERED * classes)))
+    logits, rows = predict(net, some, task.preprocess, task.engine), torch.arange(REMEMBERED)
+    of_class = [logits[some.labels == label] for label in range(classes)]
+    filled = [own[rows % len(own)] if len(own) else logits[rows % len(logits)] for own in of_class]
+    return torch.stack(filled).to(task.engine.device)
 
 
 def check_held(images: ImageSet) -> None:

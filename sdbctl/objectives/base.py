@@ -25,6 +25,8 @@ class Views(NamedTuple):
         offset: Logits [B, C] of the non-target distribution ĉ to hide behind: zeros, or the decoys of
             ``--disturb``.
         confidence: Probability [B] that the predicted class should keep in public.
+        memory: Logits [C, M, C] that the box lately gave to M images of each class, or None likewise.
+        temperature: One drawn for this step, log-uniform from 1 to 20, where there is a memory.
         wrong: Rows of ``clean`` that hold a wrong key: nothing may be learned from them, and they need not be right.
     """
 
@@ -37,6 +39,8 @@ class Views(NamedTuple):
     label: Tensor
     offset: Tensor
     confidence: Tensor
+    memory: Tensor | None
+    temperature: Tensor | float
     wrong: int = 0
 
 
@@ -74,6 +78,7 @@ class Objective:
         presets: Named settings; every objective has ``default``.
         needs_random: Whether it looks at a randomly initialised network.
         needs_adversarial: Whether it looks at adversarial images.
+        needs_memory: Whether it looks at the box's recent logits of each class.
     """
 
     summary: str
@@ -82,6 +87,7 @@ class Objective:
     presets: Mapping[str, Preset]
     needs_random: bool = False
     needs_adversarial: bool = False
+    needs_memory: bool = False
 
 
 def decoy_offset(predicted: Tensor, classes: int, share: float) -> Tensor:

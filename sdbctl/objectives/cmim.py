@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax, softmax
 
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.objectives.base import Objective, Preset, Terms, Views
-
-TEMPERATURES = (1.0, 4.0, 20.0)
-"""Where the temperature spectrum is sampled."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +27,29 @@ class CmimParameters:
     preserve: float = 1.0
 
 
-def conditional_information(z: Tensor, label: Tensor, temperature: float) -> Tensor:
-    """I(X; Ŷ^τ | Y), estimated as the mean of n_y/(n_y − 1)·KL(p_x^τ ‖ mean of p^τ over the batch's class y).
-
-    The factor corrects for an image's own share in the mean of its class; classes with one image say nothing.
+def conditional_information(z: Tensor, label: Tensor, memory: Tensor, temperature: Tensor | float) -> Tensor:
+    """I(X; Ŷ^τ | Y), estimated as the mean of KL(p_x^τ ‖ c_y^τ), c_y^τ the mean of p^τ over the memory of class y.
 
     Args:
         z: Logits [B, C].
         label: Classes [B].
+        memory: Logits [C, M, C] of M images of each class; held fixed in the gradient.
         temperature: τ.
     """
     log_p = log_softmax(z.float() / temperature, 1)
-    same = one_hot(label, z.shape[1]).float()
-    count = same.sum(0)
-    mean = (same.T @ log_p.exp()) / count.clamp(min=1)[:, None]
-    centroid = mean[label].clamp(min=torch.finfo(torch.float32).tiny).log().detach()
-    divergence = (log_p.exp() * (log_p - centroid)).sum(1)
-    several = (count / (count - 1).clamp(min=1))[label] * (count > 1)[label]
-    return (several * divergence).mean()
+    centroid = softmax(memory / temperature, 2).mean(1)[label].clamp(min=torch.finfo(torch.float32).tiny).log()
+    return (log_p.exp() * (log_p - centroid)).sum(1).mean()
 
 
 def terms(v: Views, p: CmimParameters) -> Terms:
-    """CE(p, y) + concentrate·mean over τ of τ²·I(X; Ŷ^τ | Y), and τ²·KL(p_N^τ ‖ p_k^τ) on keyed images.
+    """CE(p, y) + concentrate·τ²·I(X; Ŷ^τ | Y), τ drawn for each step, and τ_k²·KL(p_N^τ_k ‖ p_k^τ_k) on keyed images.
 
-    The paper alternates between the network and centroids of the whole training set, and has the temperatures
-    drawn; here the centroids are those of the batch, held fixed in the gradient, and the temperatures are
-    :data:`TEMPERATURES`.
+    The paper alternates between the network and the classes' centroids over the whole training set; here the centroids
+    are those of the last images of each class that the network saw, so that they follow it and rare classes have some.
     """
+    assert v.memory is not None
     clean, label = v.clean[v.wrong :], v.label[v.wrong :]
-    spread = torch.stack([tau**2 * conditional_information(clean, label, tau) for tau in TEMPERATURES]).mean()
+    spread = v.temperature**2 * conditional_information(clean, label, v.memory, v.temperature)
     return {
         "label": cross_entropy(clean, label),
         "concentrate": p.concentrate * spread,
@@ -71,4 +62,5 @@ CMIM = Objective(
     CmimParameters,
     terms,
     presets={"default": Preset(), "unkeyed": Preset({"preserve": 0.0}, wrong_share=0.0)},
+    needs_memory=True,
 )
