@@ -49,5 +49,6 @@ NASTY = Objective(
         "paper-100": Preset(
             {"omega": 0.005, "temperature": 20.0, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1
         ),
+        "paper-200": Preset({"omega": 0.01, "temperature": 20.0, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1),
     },
 )

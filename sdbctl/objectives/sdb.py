@@ -1,4 +1,10 @@
-"""``sdb``: the strategies of Safe Distillation Box (Ye et al., AAAI 2022, arXiv 2112.03695)."""
+"""``sdb``: the strategies of Safe Distillation Box (Ye et al., AAAI 2022, arXiv 2112.03695).
+
+The preset ``release`` is the loss of the released code, which does not run. Repaired: the squared distances, asked for with
+a reduction that there is not (``batchmean``), are means; the random network, there for two architectures only, is one of
+the original's; the key, predictable because another generator was seeded than the one it is drawn from, comes from the
+system; two names were undefined; and no model is selected on test images.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +83,7 @@ SDB = Objective(
     presets={
         "default": Preset(),
         "paper": Preset({"omega": 1.0}, strength=0.5, wrong_share=0.0, epochs=200, lr=0.1),
+        "paper-100": Preset({"omega": 1.0, "temperature": 20.0}, strength=0.5, wrong_share=0.0, epochs=200, lr=0.1),
         "release": Preset({"omega": 1.0, "away": -1.0}, strength=0.9, wrong_share=0.0, epochs=200, lr=0.1),
     },
     needs_random=True,
