@@ -1,9 +1,9 @@
 """``sdb``: the strategies of Safe Distillation Box (Ye et al., AAAI 2022, arXiv 2112.03695).
 
-The preset ``release`` is the loss of the released code, which does not run. Repaired: the squared distances, asked for with
-a reduction that there is not (``batchmean``), are means; the random network, there for two architectures only, is one of
-the original's; the key, predictable because another generator was seeded than the one it is drawn from, comes from the
-system; two names were undefined; and no model is selected on test images.
+The preset ``release`` is the loss of the released code, which does not run. Repaired: the squared distances, asked for
+with a reduction that there is not (``batchmean``), are means; the random network, there for two architectures only, is
+one of the original's; the key, predictable because another generator was seeded than the one it is drawn from, comes
+from the system; two names were undefined; and no model is selected on test images.
 """
 
 from __future__ import annotations
