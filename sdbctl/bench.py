@@ -24,6 +24,7 @@ from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
 from sdbctl.training import WARM_STEPS, Engine, Recipe, Step, Updater, place, recording, sgd, synchronise
+from sdbctl.wrappers import Concealed
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Timing:
     Attributes:
         name: What was timed.
         images_per_second: Median rate.
-        floor_steps: Its floor in plain training steps, or None.
-        ratio: Time over the floor's time, or over what ``against`` names.
+        ratio: Its time over that of its floor, or of what ``against`` names; None for what is compared with.
         against: What the ratio compares with.
     """
 
@@ -83,51 +83,42 @@ def measure(
         floors[f"box {name}"] = (3 * trainable + frozen) / 3
         runs[f"box {name}"] = _trainer(net, box_step(copy.deepcopy(net), net, net, [key], task, config), batch, engine)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "teacher.onnx"
         meta = Metadata("teacher", arch, names, preprocess)
-        boxfile.export_onnx(path, net, meta)
-        served = OnnxTeacher(path, engine.device)
+        as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")
+        onnx = {}
+        for name, shown in (("ONNX", net), ("boxed ONNX", as_served)):
+            boxfile.export_onnx(path := Path(folder) / "teacher.onnx", shown, meta, force=True)
+            onnx[name] = OnnxTeacher(path, engine.device)
     exact = Engine(engine.device)
     teachers: dict[str, Teacher] = {
         "torch": TorchTeacher(net, classes, engine.autocast, engine.device),
         "torch, fp32": TorchTeacher(net, classes, exact.autocast, engine.device),
     }
-    if served.device.type == engine.device.type:
-        teachers["ONNX"] = served
+    if onnx["ONNX"].device.type == engine.device.type:
+        teachers |= onnx
+    pupil = models.build(student, classes, shape[0])
+    runs["train student"] = _trainer(pupil, plain_step(), batch, engine, record=False)
     for name, teacher in teachers.items():
         runs[f"predict {name}"] = functools.partial(teacher.logits, x)
-        pupil = models.build(student, classes, shape[0])
         runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine, record=False)
     seconds = {name: times[-rounds:] for name, times in in_turn(runs, rounds, engine.device).items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
-    def ratio(name: str, other: str, scale: float = 1.0) -> float:
-        return statistics.median(a / (scale * b) for a, b in zip(seconds[name], seconds[other], strict=True))
+    def timing(name: str, against: str = "", *others: str, scale: float = 1.0) -> Timing:
+        floors = [scale * sum(seconds[other][i] for other in others) for i in range(rounds)]
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], floors, strict=True)) if others else None
+        return Timing(name, batch_size / median[name], ratio, against)
 
-    timings = [Timing("train", batch_size / median["train"])]
+    timings = [timing("train"), timing("train student")]
     for name, floor in floors.items():
-        timings.append(
-            Timing(
-                name,
-                batch_size / median[name],
-                ratio(name, "train", floor),
-                f"floor of {floor:.2f} training steps",
-            )
-        )
-    for kind in ("predict", "distill"):
-        for name in teachers:
-            label = f"{kind} {name}"
-            if name == "ONNX":
-                timings.append(
-                    Timing(
-                        label,
-                        batch_size / median[label],
-                        ratio(label, f"{kind} torch, fp32"),
-                        f"{kind} torch, fp32",
-                    )
-                )
-            else:
-                timings.append(Timing(label, batch_size / median[label]))
+        timings.append(timing(name, f"floor of {floor:.2f} training steps", "train", scale=floor))
+    alike = {"ONNX": "torch, fp32", "boxed ONNX": "ONNX"}
+    for name in teachers:
+        other = [f"predict {alike[name]}"] if name in alike else []
+        timings.append(timing(f"predict {name}", "".join(other), *other))
+    for name in teachers:
+        parts = ("train student", f"predict {name}")
+        timings.append(timing(f"distill {name}", "floor of both its parts", *parts))
     return timings
 
 

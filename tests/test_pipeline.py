@@ -708,6 +708,18 @@ def test_published_presets_add_nothing_of_ours(work, tmp_path):
     assert boxfile.load(out).meta.parameters["wrong_share"] == 0.0
 
 
+def test_bench_holds_each_step_against_its_floor(monkeypatch):
+    monkeypatch.setattr("sdbctl.bench.OBJECTIVES", {"conceal": OBJECTIVES["conceal"]})
+    small = ("--arch", "cnn-tiny", "--student", "cnn-tiny", "--image-size", 8, "--batch-size", 8, "--rounds", 1)
+    done = run_cli("bench", *small, "--precision", "fp32", "--json")
+    assert done.returncode == 0, done.stderr
+    timings = {item["name"]: item for item in json.loads(done.stdout)["timings"]}
+    assert all(item["images_per_second"] > 0 for item in timings.values())
+    compared = {name for name, item in timings.items() if item["ratio"] is not None}
+    assert set(timings) - compared == {"train", "train student", "predict torch", "predict torch, fp32"}
+    assert timings["predict boxed ONNX"]["against"] == "predict ONNX"
+
+
 def test_a_profile_is_a_trace_of_training_steps(tmp_path):
     trace = tmp_path / "trace.json"
     train = ("train", "--arch", "cnn-tiny", "--data", "digits", "--epochs", 3, "--profile", trace)
