@@ -176,7 +176,8 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
             return Advantage()
         labelled, best = strongest(access, None, "control")
         unlabelled, other = strongest(access, [False], "control_unlabelled")
-        return Advantage(labelled, unlabelled, best, other)
+        smoothing = over(_known(students[best].values), "label_smoothing") if best else Interval()
+        return Advantage(labelled, unlabelled, best, other, smoothing)
 
     authorized = fair(rivals("authorized"))
     # key holders are measured with labels

@@ -601,12 +601,14 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     students = made_of(
         some("control", "floor", floor),
         some("control_unlabelled", "floor", (40.0, 41.0, 42.0), labels=False),
+        some("label_smoothing", "floor", (48.5,)),
         some("a", "attack", (49.0, 50.1, 51.0), labels=True),
         some("b", "attack", (46.0, 47.1, 48.0), labels=False),
         some("kd_original", "reference", (55.0, 56.1, 57.0)),
     )
     numbers = evaluate.headline(students)
     api = numbers["unauthorized_advantage"].api
+    assert (api.over_smoothing.mean, api.over_smoothing.n) == (pytest.approx(0.5), 1)
     assert (api.labelled.mean, api.unlabelled.mean) == pytest.approx((-0.967, 6.033), abs=0.01)
     assert numbers["protectable"].mean == pytest.approx(5.03, abs=0.01)
     report = Report(title="x", created="", tool="", verdict="", **numbers)

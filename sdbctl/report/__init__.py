@@ -83,12 +83,15 @@ class Advantage:
         unlabelled: The attacker has none.
         labelled_by: Name of that student in ``Report.students``.
         unlabelled_by: Likewise.
+        over_smoothing: The best attacker with labels − the label-smoothing student: the weaker criterion of arXiv
+            2507.00012, by which a model is undistillable if this is not positive.
     """
 
     labelled: Interval = Interval()
     unlabelled: Interval = Interval()
     labelled_by: str = ""
     unlabelled_by: str = ""
+    over_smoothing: Interval = Interval()
 
 
 @dataclass(frozen=True)
@@ -406,6 +409,7 @@ def _fill_in(content: dict[str, Any]) -> None:
         if isinstance(threat, dict):
             threat.setdefault("labelled_by", "")
             threat.setdefault("unlabelled_by", "")
+            threat.setdefault("over_smoothing", codec.encode(Interval()))
     for student in students.values() if isinstance(students, dict) else ():
         if isinstance(student, dict):
             student.setdefault("validations", [])

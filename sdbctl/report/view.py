@@ -50,7 +50,8 @@ ABOUT = (
         "the best student over all attacks minus the best student over the floor. The floor is what an"
         " attacker has without any soft output: cross-entropy, label smoothing, class-constant and top-1-only"
         " students, with the same images, queries, epochs and tuning. An attacker may always ignore the"
-        " teacher, so no box that keeps its predictions can push an attacker below the floor.",
+        " teacher, so no box that keeps its predictions can push an attacker below the floor. Beside it stands a weaker"
+        " criterion of the literature, over the student of smoothed labels alone.",
     ),
     (
         "Two attackers",
@@ -253,6 +254,8 @@ def _cards(report: Report) -> Iterator[Card]:
             status, words = "neutral", f"{words}, if there is something to protect"
         if always or interval.mean is not None:
             yield replace(_card(title, interval, status, words), by=clean(student.label) if student else "")
+    if api.over_smoothing.mean is not None:
+        yield _card("Over label smoothing, API", api.over_smoothing, "neutral", "a weaker criterion")
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
     key = report.key_strength
     for title, value, digits, unit, words in (
