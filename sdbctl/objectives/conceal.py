@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -31,9 +32,11 @@ class ConcealParameters:
 
 
 def alignment(z: Tensor, known: Tensor, target: Tensor) -> Tensor:
-    """How far what is left of the non-target logits points the right way: mean over the batch of cos²(z − z̄, r − r̄).
+    """How far what is left of the non-target logits points the right way: mean over the batch of c²_ŷ.
 
-    A spread can be small and still have a direction: who holds the weights amplifies it. Own.
+    c_ŷ is the mean of cos(z − z̄, r − r̄) over the batch's images of predicted class ŷ. A spread can be small and still
+    have a direction: who holds the weights amplifies it. Single images may point anywhere, which costs less accuracy
+    than if each had to be orthogonal. Own.
 
     Args:
         z: Logits [B, C].
@@ -42,13 +45,16 @@ def alignment(z: Tensor, known: Tensor, target: Tensor) -> Tensor:
     """
     (_, left), (_, hidden) = split_target(z, target), split_target(known, target)
     left, hidden = left - left.mean(1, keepdim=True), hidden - hidden.mean(1, keepdim=True)
-    return cosine_similarity(left, hidden, eps=1e-2).square().mean()
+    cosine = cosine_similarity(left, hidden, eps=1e-2)
+    total, count = (torch.zeros(z.shape[1], device=z.device) for _ in range(2))
+    total, count = total.index_add(0, target, cosine), count.index_add(0, target, torch.ones_like(cosine))
+    return (total.square() / count.clamp(min=1)).sum() / len(target)
 
 
 def terms(v: Views, p: ConcealParameters) -> Terms:
     """The loss; ŷ is what F predicts, errors included, and the spread is that around the box's own prediction.
 
-        CE(p, y) + hide·spread(z) + turn·½[cos²(z, z_F) + cos²(z, z_N)]
+        CE(p, y) + hide·spread(z) + turn·½[alignment(z, z_F) + alignment(z, z_N)]
         + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ)
 
     F is the fine-tuned original N_ft, N the key's teacher: F itself, or the original. Images with a wrong key are
