@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,9 @@ def _known(curve: Curve | None) -> list[tuple[float, float]]:
 def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -> KeyStrength:
     """The curves of the key in three numbers, and what the attacks on it found."""
     opened, heard = _known(curves.get("near_keys")), _known(curves.get("leak"))
-    whole = max((shown for _, shown in opened), default=0.0)
+    # a wrong key and the right one say nothing of what lies between them
+    between = [near for near, _ in opened if 0.2 < near < 0.999]
+    whole = max((shown for _, shown in opened), default=0.0) if between else math.inf
     guesses = [student.config.get("key_correlation") for student in students.values()]
     found = [float(guess) for guess in guesses if isinstance(guess, int | float)]
     return KeyStrength(

@@ -495,6 +495,8 @@ def test_key_strength_in_three_numbers():
     }
     assert curves.key_strength(known, guesses) == KeyStrength(0.9, 10, 0.3)
     assert curves.key_strength({}, {}) == KeyStrength()
+    ends = replace(known["near_keys"], series={"": (Point(0.0, 0.01), Point(1.0, 0.3))})
+    assert curves.key_strength({"near_keys": ends}, {}) == KeyStrength()
 
 
 def public_of(confidence, predicted, classes):
