@@ -259,9 +259,9 @@ def _cards(report: Report) -> Iterator[Card]:
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
     key = report.key_strength
     for title, value, digits, unit, words in (
-        ("A pattern opens the box", key.opens_at, 2, "correlation", "with the key, from here half of it shows"),
-        ("Listening gives the key away", key.queries_to_recover, 0, "queries", f"correlation {RECOVERED:g} or more"),
-        ("Best guess of the key", key.searched, 2, "correlation", "by the attacks on the key"),
+        ("A pattern opens half of the box", key.opens_at, 2, "correlation", "with the key"),
+        ("Overheard, they give the key away", key.queries_to_recover, 0, "keyed queries", f"correlation {RECOVERED:g}"),
+        ("Best guess of attacks on the key", key.searched, 2, "correlation", "with the key"),
     ):
         if value is not None:
             yield Card(title, number(value, digits), unit, "", "", "neutral", words)
