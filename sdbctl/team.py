@@ -13,7 +13,7 @@ from sdbctl.errors import EnvironmentFailure, UsageError
 if TYPE_CHECKING:
     import torch
     from lightning_fabric import Fabric
-    from torch import nn
+    from torch import Tensor, nn
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
@@ -114,6 +114,15 @@ def agree(number: int, what: str) -> None:
         return
     if len(set(_joined.all_gather(number).flatten().tolist())) > 1:
         raise EnvironmentFailure(f"{what} is not the same on every machine", "write to a disk that all of them share")
+
+
+def averaged(values: Tensor) -> Tensor:
+    """The mean over all processes of what each has."""
+    if size() > 1:
+        from torch.distributed import all_reduce
+
+        all_reduce(values)
+    return values / size()
 
 
 def share(model: nn.Module) -> None:

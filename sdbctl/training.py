@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import files, team
+from sdbctl.batchnorm import one_batch
 from sdbctl.data import Batch, ImageSet, Preprocess, batches
 from sdbctl.data.images import sized
 from sdbctl.errors import BadInput, EnvironmentFailure, SdbError, UsageError
@@ -467,7 +468,12 @@ def fit(
     begin_epoch = 0
     seconds = 0.0
     extra: Mapping[str, float] = {}
-    with seeded(recipe.seed), recording(engine.device, record), _profiled(engine.profile, total) as stepped:
+    with (
+        seeded(recipe.seed),
+        recording(engine.device, record),
+        one_batch(model, recipe.batch_size),
+        _profiled(engine.profile, total) as stepped,
+    ):
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
             for group in optimiser.param_groups:
@@ -548,7 +554,8 @@ class _Meter:
     def flush(self) -> None:
         if not self.count:
             return
-        means = {name: (total / self.count).item() for name, total in self.sums.items()}
+        values = team.averaged(torch.stack(list(self.sums.values())) / self.count)
+        means = dict(zip(self.sums, values.tolist(), strict=True))
         if not all(math.isfinite(value) for value in means.values()):
             bad = ", ".join(name for name, value in means.items() if not math.isfinite(value))
             raise SdbError(

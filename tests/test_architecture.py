@@ -28,7 +28,7 @@ LAYERS = [
     {"boxfile", "training"},
     {"checkpoint", "data", "models"},
     {"losses", "metrics", "key"},
-    {"files"},
+    {"files", "batchnorm"},
     {"team"},
     {"errors"},
 ]

@@ -68,8 +68,8 @@ def test_two_processes_train_like_one(tmp_path):
     assert out.count("wrote") == out_two.count("wrote") == 1
     assert "2 processes of 32 images each" in two
     assert len(losses(one)) == len(losses(two)) > 5
-    # the same images in the same order; BatchNorm sees half of them
-    assert losses(two) == pytest.approx(losses(one), rel=0.35, abs=0.1)
+    # the same images in the same order, shifted at random; without that they agree to the fourth digit, see below
+    assert losses(two) == pytest.approx(losses(one), rel=0.25, abs=0.05)
     accuracies = [boxfile.load(tmp_path / f"{n}.safetensors").meta.measured["top1"] for n in (1, 2)]
     assert min(accuracies) > 80
     assert {path.name for path in tmp_path.iterdir()} == {"1.safetensors", "2.safetensors"}
@@ -92,7 +92,7 @@ team.expect(processes)
 if processes > 1:
     team.join(device, "fp32", processes, 1, "auto")
 torch.manual_seed(0)
-net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
 images = data.split(data.load("digits", root=Path("data"))).owner.take(range(250))
 recipe = Recipe(epochs=2, batch_size=64, lr=0.1, augment="none")
 fit(net, plain_step(), images, Preprocess((0.5,), (0.5,), (1, 8, 8)), recipe, Engine(device))
@@ -101,8 +101,8 @@ if team.rank() == 0:
 """
 
 
-def test_without_batch_statistics_two_processes_end_like_one(tmp_path):
-    """Same images, order, gradients and clipping; sums of halves round differently."""
+def test_two_processes_end_like_one(tmp_path):
+    """Same images, order, batch statistics, gradients and clipping; sums of halves round differently."""
     (tmp_path / "trains.py").write_text(TRAINS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [
@@ -112,9 +112,10 @@ def test_without_batch_statistics_two_processes_end_like_one(tmp_path):
     assert [run.wait(timeout=120) for run in runs] == [0, 0]
     one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     untrained = nn.Linear(8 * 36, 10).weight
-    assert (one["3.weight"] - untrained).abs().mean() > 0.01
+    assert (one["4.weight"] - untrained).abs().mean() > 0.01
+    assert (one["1.running_mean"] != 0).all()
     for name, value in one.items():
-        assert torch.allclose(value, two[name], atol=1e-5), name
+        assert torch.allclose(value, two[name], atol=1e-3), name
 
 
 @pytest.mark.slow
