@@ -184,6 +184,11 @@ def fail(error: SdbError) -> NoReturn:
     err.quiet = False
     err.print(f"error in process {team.rank()}: " if team.rank() else "error: ", style="bold red", end="")
     say(" ".join(str(error).split()))
+    if team.size() > 1:
+        # threads of a group that has lost a process abort the interpreter if it ends in the usual way
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
     raise typer.Exit(error.exit_code) from None
 
 
