@@ -4,7 +4,7 @@
 #
 #   examples/attacks.sh OUTPUT_FOLDER
 #
-# The reports' Markdown are examples/results/attacks.md and attacks-undefended.md: attacks made for nasty teachers must recover what the labels
+# The first report's Markdown is examples/results/attacks.md: attacks made for nasty teachers must recover what the labels
 # give, and plain distillation must suffer, or the defence is none; without a defence the best must reach what tuned
 # distillation gives, and there is no key to find. What is finished is kept; the same command goes on.
 # ω is the published 0.04 or so: with 0.12 this teacher loses 18 points of accuracy, with 0.3 all.

@@ -70,7 +70,9 @@ def _normalise(layer: _BatchNorm, x: Tensor) -> Tensor:
         layer.running_mean.lerp_(mean.detach(), share)
         layer.running_var.lerp_(variance.detach() * count / max(1, count - 1), share)
     y = (wide - mean.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
-    if layer.affine:
-        y = y * layer.weight.view(shape) + layer.bias.view(shape)
+    if layer.weight is not None:
+        y = y * layer.weight.view(shape)
+    if layer.bias is not None:
+        y = y + layer.bias.view(shape)
     made: Tensor = y.to(x.dtype)
     return made

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, metrics, models
+from sdbctl import boxfile, metrics, models, team
 from sdbctl.attacks import ATTACKS
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
@@ -302,7 +302,7 @@ def what_students_learn(
                 len(task.classes),
                 some,
                 task.preprocess,
-                scaled(TRIED, seed=seed),
+                scaled(TRIED, seed=seed, batch_size=max(TRIED.batch_size, 2 * team.size())),
                 task.engine,
                 progress=progress,
             ).student
@@ -347,6 +347,7 @@ def box(
         UsageError: A key is given twice.
     """
     begin, data, engine = time.perf_counter(), task.data, task.engine
+    place(reference, engine.device)
     meta = Metadata(
         kind="box",
         architecture=original.architecture,
@@ -442,7 +443,7 @@ def box_step(
     patterns = preprocess(secrets)
     fresh = _frozen(random, engine) if random is not None and objective.needs_random else None
     misleading = adversarial(frozen, task) if objective.needs_adversarial else None
-    memory = remembered(reference, task) if objective.needs_memory else None
+    memory = remembered(frozen, task) if objective.needs_memory else None
     strength = config.strength
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

@@ -68,7 +68,7 @@ def budget_curve(
         return {}
     cells = {}
     for name, size in wanted:
-        known = set(ATTACKS[BY_NAME[name].attack].grid[0])
+        known = {setting for config in ATTACKS[BY_NAME[name].attack].grid for setting in config}
         config = {setting: float(str(v)) for setting, v in students[name].config.items() if setting in known}
         cells[name, size] = Cell(name, str(students[name].config.get("teacher", "")), config, 0, True, images=size)
     outcomes = run_cells(bench, list(cells.values()), folder, progress)
@@ -99,7 +99,9 @@ def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -
     opened, heard = _known(curves.get("near_keys")), _known(curves.get("leak"))
     # a wrong key and the right one say nothing of what lies between them
     between = [near for near, _ in opened if 0.2 < near < 0.999]
-    whole = max((shown for _, shown in opened), default=0.0) if between else math.inf
+    shows = [shown for _, shown in opened]
+    # nor is a box open to a pattern that is open to all
+    whole = max(shows) if between and min(shows) < max(shows) / 2 else math.inf
     guesses = [student.config.get("key_correlation") for student in students.values()]
     found = [float(guess) for guess in guesses if isinstance(guess, int | float)]
     return KeyStrength(

@@ -231,7 +231,10 @@ def verdict(report: Report) -> str:
     elif all((interval.high or 0.0) <= ADVANTAGE_LIMIT for interval, _ in known):
         finding = f"Undistillable through its {means} by the attacks tried"
         if not report.something_to_protect:
-            finding = "No attack tried gains anything, but the original is not sure to be worth distilling"
+            finding = (
+                f"No attack tried gains more than {ADVANTAGE_LIMIT:g} points, but the original is not sure to be worth "
+                "distilling"
+            )
     elif any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, _ in known):
         finding = "Not protected"
     else:

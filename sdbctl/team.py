@@ -31,7 +31,7 @@ def expect(processes: int) -> None:
 def rank() -> int:
     """Number of this process, from 0; only number 0 writes files and talks.
 
-    Fabric's own launcher, torchrun and Slurm all say it in the environment, before anything is joined.
+    Fabric's own launcher and torchrun say it in the environment before anything is joined; under Slurm one knows then.
     """
     if _joined is not None:
         return int(_joined.global_rank)

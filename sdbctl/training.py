@@ -501,7 +501,7 @@ def fit(
                 for number, batch in enumerate(stream):
                     meter.add(update(batch, learning_rate(recipe, epoch * per_epoch + number, total)))
                     stepped()
-            meter.flush()
+                meter.flush()
             synchronise(engine.device)
             seconds += time.perf_counter() - begin
             model.eval()
@@ -511,7 +511,8 @@ def fit(
             if state is not None and team.rank() == 0:
                 _save(state, identity, epoch + 1, seconds, model, optimiser, generator)
     model.eval()
-    team.share(model)
+    with team.together():
+        team.share(model)
     return seconds
 
 
