@@ -63,7 +63,7 @@ def budget_curve(
     ]
     winner = max(rivals, key=lambda one: (one.n, one.validation or 0.0), default=None)
     named = [(winner.name if name == BEST and winner else name, size) for name, size in budgets(bench)]
-    wanted = [(name, size) for name, size in dict.fromkeys(named) if name in students and students[name].config]
+    wanted = [(name, size) for name, size in named if name in students and students[name].config]
     if not wanted:
         return {}
     cells = {}

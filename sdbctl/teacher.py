@@ -113,7 +113,8 @@ class OnnxTeacher:
         self.device = device if there else torch.device("cpu")
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
         missing = ", which cannot use CUDA here" if device.type != self.device.type else ""
-        outputs = self._outputs(torch.rand(PROBED, *self.shape) - 0.5)
+        noise = torch.rand(PROBED, *self.shape, generator=torch.Generator().manual_seed(0))
+        outputs = self._outputs(noise - 0.5)
         self._probabilities = bool(
             (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(PROBED), atol=1e-3)
         )

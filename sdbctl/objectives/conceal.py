@@ -55,7 +55,6 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
     concealed only (``hide``); label, direction and confidence are those of clean images. Own objective (README).
     """
     clean, shown = v.clean[v.wrong :], v.clean.detach().argmax(1)
-    left = (v.clean - v.offset)[v.wrong :]
     found = {
         "label": cross_entropy(clean, v.label[v.wrong :]),
         "hide": p.hide * conceal_spread(v.clean, shown, v.offset),
@@ -63,6 +62,7 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
         "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
     }
     if p.turn:
+        left = (v.clean - v.offset)[v.wrong :]
         aligned = [alignment(left, known[v.wrong :], shown[v.wrong :]) for known in (v.reference, v.teacher)]
         found["turn"] = p.turn * (aligned[0] + aligned[1]) / 2
     return found
