@@ -360,6 +360,8 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
             _keep(bench, cell, outcome, folder)
         progress.advance(1, {"validation": outcome.validation})
 
+    # those who hold weights train more than one network: begun last, they would be waited for
+    todo.sort(key=lambda cell: -ATTACKS[BY_NAME[cell.row].attack].access)
     jobs = min(bench.config.jobs, len(todo))
     if bench.config.cluster and todo:
         assert folder is not None

@@ -78,7 +78,7 @@ def distill(
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         record: Where answers are kept for other students.
         progress: Where progress goes.
-        resume_from: Where the state after each epoch is kept.
+        resume_from: Where the state is kept from which an interrupted run goes on.
 
     Raises:
         UsageError: The attack needs what there is not, such as weights.

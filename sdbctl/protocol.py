@@ -238,6 +238,8 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
         ("control_unlabelled", unlabelled, "the control without labels"),
         ("control", floor, "the control"),
     ):
+        if not rivals:
+            continue
         winner, values = best(rivals), _chosen([finished[rival] for rival in rivals])
         students[name] = replace(
             students[winner],

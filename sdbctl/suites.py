@@ -192,7 +192,7 @@ SUITES: Mapping[str, Suite] = {
             "cross_entropy",
             "label_smoothing",
             "class_constant",
-            "hard_label",
+            "dist_hard",
             "kd_original",
             "unauthorized",
             "dist",

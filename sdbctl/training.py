@@ -59,11 +59,15 @@ class Recipe:
             raise UsageError(f"learning rate is {self.lr}", "use a positive number")
 
 
+SAVED_SECONDS, SAVED_SHARE = 0.1, 0.05
+"""The state of a run is kept after each epoch if that takes no longer, else as often as it costs this share of time."""
+
+
 class Resume(NamedTuple):
     """Where an interrupted run goes on.
 
     Attributes:
-        path: File of the state after the last whole epoch.
+        path: File of the state after one of the last epochs: see :data:`SAVED_SHARE`.
         run: What decides the result beside the recipe, as text; the state of another run is refused.
     """
 
@@ -440,8 +444,8 @@ def fit(
         engine: Device and precision.
         name: What the progress display calls this run.
         progress: Where progress goes.
-        resume_from: Where the state after each epoch is kept; if there is one, training goes on from there. It stays
-            after the last epoch, so that nothing is lost until the result is saved: then call its ``done``.
+        resume_from: Where the state is kept; if there is one, training goes on from there. It stays after the last
+            epoch, so that nothing is lost until the result is saved: then call its ``done``.
         after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
         record: Whether a GPU may record the step and replay it; see :class:`Updater`.
 
@@ -483,6 +487,7 @@ def fit(
         team.agree(begin_epoch, "the state to go on from")
         progress.start(name, total - begin_epoch * per_epoch)
         update = Updater(model, step, optimiser, recipe.clip, record=record, forward=wrapped, backward=fabric.backward)
+        saved, cost = time.perf_counter(), 0.0
         for epoch in range(begin_epoch, recipe.epochs):
             model.train()
             begin = time.perf_counter()
@@ -509,7 +514,11 @@ def fit(
                 extra = after_epoch(epoch)
                 progress.advance(0, extra)
             if state is not None and team.rank() == 0:
-                _save(state, identity, epoch + 1, seconds, model, optimiser, generator)
+                now = time.perf_counter()
+                if epoch + 1 == recipe.epochs or cost <= max(SAVED_SECONDS, SAVED_SHARE * (now - saved)):
+                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator)
+                    saved = time.perf_counter()
+                    cost = saved - now
     model.eval()
     with team.together():
         team.share(model)

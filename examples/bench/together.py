@@ -3,9 +3,9 @@
 
     python examples/bench/together.py [--student resnet8] [--students 8] [--seconds 3] [--device cpu]
 
-Ways: one student after another, launched step by step or, on a GPU, recorded as a CUDA graph; in processes of their
-own; stacked with torch.func.vmap, all in one step. Every student distils known answers; data are random, since only
-time is measured.
+Ways: one student after another, launched step by step or, on a GPU, recorded as a CUDA graph; recorded on streams of
+their own, launched in turn by one process; in processes of their own; stacked with torch.func.vmap, all in one step.
+Every student distils known answers; data are random, since only time is measured.
 """
 
 import argparse
@@ -57,6 +57,25 @@ def alone(student: str, count: int, engine: Engine, record: bool) -> Callable[[]
 
     update = Updater(net, step, optimiser, 5.0, record=record, forward=Cast(net, engine))
     return lambda: update(batch, 0.1)
+
+
+def in_turn(student: str, students: int, count: int, engine: Engine) -> Callable[[], object]:
+    """A step of every student, each recorded on a stream of its own, so that the GPU may take several at once."""
+    lanes = []
+    for _ in range(students):
+        with recording(engine.device, True):
+            run = alone(student, count, engine, True)
+            for _ in range(WARM_STEPS + 2):
+                run()
+            lanes.append((torch.cuda.current_stream(engine.device), run))
+    synchronise(engine.device)
+
+    def step() -> None:
+        for stream, run in lanes:
+            with torch.cuda.stream(stream):
+                run()
+
+    return step
 
 
 def stacked(student: str, students: int, count: int, engine: Engine) -> Callable[[], object]:
@@ -153,6 +172,9 @@ def main() -> None:
         if recorded:
             run = alone(options.student, size, engine, True)
             found["one after another, recorded"] = rate(run, size, options.seconds, device)
+            for number in (2, options.students):
+                run = in_turn(options.student, number, size, engine)
+                found[f"{number} streams"] = rate(run, size * number, options.seconds, device)
         run = stacked(options.student, options.students, size, engine)
         found[f"{options.students} stacked"] = rate(run, size * options.students, options.seconds, device)
     for number in options.processes:

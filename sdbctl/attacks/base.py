@@ -43,7 +43,7 @@ class Attacker:
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         progress: Where progress goes.
         name: What the progress display calls the student.
-        resume_from: Where the state after each epoch is kept.
+        resume_from: Where the state is kept from which an interrupted run goes on.
 
     Attributes:
         seconds: Time spent training.
