@@ -11,10 +11,13 @@ set -euo pipefail
 here=$(dirname "$0") data="parquet:$1" out=$2 arch=${SDBCTL_ARCH:-resnet18_cifar}
 mkdir -p "$out"
 
-# once NAME COMMAND…: the command's standard output becomes NAME, and is there only if the command succeeded
+# once NAME COMMAND…: the command's standard output becomes NAME, and is there only if the command succeeded; how long
+# each took, beginning and ending included, is in seconds.txt
 once() {
     [ -e "$out/$1" ] && return
+    local begin=$SECONDS
     "${@:2}" > "$out/$1.part" && mv "$out/$1.part" "$out/$1"
+    echo "$1 $((SECONDS - begin))" >> "$out/seconds.txt"
 }
 
 once bench-steps.json sdbctl bench --arch "$arch" --student resnet20 --json

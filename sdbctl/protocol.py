@@ -55,27 +55,39 @@ def rungs(bench: Bench) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many students an evaluation trains, and how many whole runs that is."""
+    """How much an evaluation trains and asks.
+
+    Attributes:
+        students: Their number.
+        runs: How many whole runs that is.
+        held: Whole runs of students whose attacker trains or runs the box's weights as well.
+        teachers: Who is asked.
+    """
 
     students: int
     runs: float
+    held: float
+    teachers: int
 
 
 def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
     groups, lengths, config = options(bench), rungs(bench), bench.config
     cells: list[float] = []
+    held = 0.0
     for name, found in groups.items():
-        left, places = len(found), _places(found)
+        left, places, before = len(found), _places(found), sum(cells)
         for epochs in lengths:
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
                 cells += [epochs / config.recipe.epochs] * left
                 left = goal
         cells += [1.0] * (_seeds(bench, name) * places)
+        held += sum(cells) - before if found[0].row.access == "file" else 0.0
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += [1.0] * _spare(bench)
-    return Plan(len(cells), sum(cells))
+    teachers = {option.teacher for found in groups.values() for option in found} - {""}
+    return Plan(len(cells), sum(cells), held, len(teachers))
 
 
 def _competing(bench: Bench) -> list[list[Option]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from sdbctl import boxfile, files
@@ -66,7 +67,7 @@ class TorchTeacher:
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
         # on a GPU, TF32 would be less than full precision
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else nullcontext()
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else contextlib.nullcontext()
         with exact, self._autocast():
             return self.model(x).float()  # type: ignore[no-any-return]
 
@@ -174,13 +175,30 @@ class Record:
         """The logits of the set with this digest: read if they are there, else asked for and kept."""
         name = hashlib.sha256(f"{self.identity} {digest}".encode()).hexdigest()[:32]
         path = self.folder / f"{name}.answers"
-        try:
-            known: Tensor = safetensors.torch.load(path.read_bytes())["logits"]
+        known = self._known(path)
+        if known is not None:
             return known
-        except (OSError, KeyError, safetensors.SafetensorError):
-            logits = ask()
-            files.write(path, safetensors.torch.save({"logits": logits.contiguous()}), private=True)
+        # of students side by side one asks, the others wait for what it is told
+        lock = FileLock(path.with_suffix(".lock"), mode=0o600)
+        # some disks of clusters know no locks
+        with contextlib.suppress(OSError, NotImplementedError):
+            lock.acquire()
+        try:
+            known = self._known(path)
+            if known is None:
+                known = ask()
+                files.write(path, safetensors.torch.save({"logits": known.contiguous()}), private=True)
+        finally:
+            path.with_suffix(".lock").unlink(missing_ok=True)
+            lock.release()
+        return known
+
+    def _known(self, path: Path) -> Tensor | None:
+        try:
+            logits: Tensor = safetensors.torch.load(path.read_bytes())["logits"]
             return logits
+        except (OSError, KeyError, safetensors.SafetensorError):
+            return None
 
 
 class Oracle:

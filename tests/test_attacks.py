@@ -1,6 +1,8 @@
 """Every attack trains a student, sees what it declares and nothing else, and asks no more than it says."""
 
 import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace
 
@@ -146,6 +148,21 @@ def test_a_record_answers_without_the_teacher_and_tells_teachers_apart(teacher, 
     attack_with("kd", Silent_(), boxed, transfer, record=Record(tmp_path, "teacher"))
     with pytest.raises(AssertionError, match="asked again"):
         attack_with("kd", Silent_(), boxed, transfer, record=Record(tmp_path, "another"))
+
+
+def test_students_side_by_side_ask_once(tmp_path):
+    asked = []
+
+    def ask():
+        asked.append(1)
+        time.sleep(0.2)
+        return torch.ones(2, 3)
+
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(lambda _: Record(tmp_path, "x").recall("set", ask), range(4)))
+    assert len(asked) == 1
+    assert all(torch.equal(one, torch.ones(2, 3)) for one in told)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".answers"]
 
 
 def test_a_damaged_record_is_asked_for_again(teacher, boxed, transfer, tmp_path):

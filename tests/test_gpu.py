@@ -69,6 +69,10 @@ def test_a_recorded_box_step_is_the_step(name, disturb):
     )
     assert update.recorded and not usual.recorded
     assert plain[0] != plain[-1]
+    if OBJECTIVES[name].needs_memory:
+        # it draws a temperature for each step, and a recorded step draws others
+        assert seen[0] != seen[-1]
+        return
     for a, b in zip(seen, plain, strict=True):
         assert a == pytest.approx(b, rel=2e-2, abs=2e-3)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from sdbctl.report.gates import Gate, GateResult
 
 GPU_JOBS = 4
-"""Students trained side by side on a GPU, unless told otherwise. Not measured: see examples/bench/together.py."""
+"""Students trained side by side on a GPU, unless told otherwise: 16 were no faster; see examples/bench/together.py."""
 Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")]
 
 
@@ -215,7 +216,9 @@ def evaluate(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
             f"{jobs} side by side"
         )
-        seconds = planned.runs * one * images / max(1, min(jobs, 2) * 0.8)
+        held = bench.sources["boxed"].weights
+        asked = image_seconds(copy.deepcopy(held), config.recipe.batch_size, size, engine) / 2 if held else 0.0
+        seconds = (planned.runs * one + (planned.held + planned.teachers) * asked) * images / max(1, min(jobs, 2) * 0.8)
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
