@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import boxfile, curves, evaluate, metrics, protocol
+from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, base, file, keys, queries, soft
 from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source
 from sdbctl.cli.common import open_model
@@ -78,6 +78,18 @@ def test_every_attack_trains_a_student_and_leaves_the_teacher_alone(name, teache
         assert done.queries == 0
     elif ATTACKS[name].access < Access.WEIGHTS:
         assert done.queries > 0
+
+
+def test_a_student_who_has_seen_no_image_is_far_above_chance(work, splits):
+    original = boxfile.load(work / "teacher.safetensors")
+    teacher = TorchTeacher(original.net, 10, ENGINE.autocast, ENGINE.device)
+    attack, preprocess, images = ATTACKS["data_free"], original.meta.preprocess, splits.transfer.take(range(128))
+    recipe = Recipe(epochs=60, batch_size=32)
+    made = distill(attack, attack.grid[0], teacher, "cnn-tiny", 10, images, preprocess, recipe, ENGINE)
+    assert made.queries == 60 * 128
+    outputs = training.predict(made.student, splits.validation, preprocess, ENGINE)
+    reached = metrics.top1(outputs, splits.validation.labels)
+    assert reached > 30
 
 
 def reachable(value, seen):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import interpolate, one_hot
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
@@ -15,7 +15,6 @@ from sdbctl.data import Batch, ImageSet, like
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
-from sdbctl.training import seeded
 
 AVERAGED = 4
 """Answers that are averaged into one."""
@@ -144,61 +143,65 @@ def _foreign(attacker: Attacker) -> ImageSet:
     return attacker.surrogate
 
 
-class Generator(nn.Module):
-    """Noise [B, 64] → pixels [B, C, H, W] in [0, 1]."""
+SCALES = (2, 3, 4, 6, 8, 16, 32)
+"""Of a random field: how many knots it has in a row."""
+MOVES, MOVED = 4, 2.4
+"""Steps of a field towards a class, and how far they go together, as a mean over its logits."""
+REPLAYED = 256
+"""Batches of old queries that are learned from again."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.shape = shape
-        self.start = nn.Linear(64, 64 * (shape[1] // 4 + 1) * (shape[2] // 4 + 1))
-        self.body = nn.Sequential(
-            nn.BatchNorm2d(64),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(64, 64, 3, 1, 1),
-            nn.BatchNorm2d(64),
-            nn.LeakyReLU(0.2),
-            nn.Upsample(size=shape[1:]),
-            nn.Conv2d(64, 32, 3, 1, 1),
-            nn.BatchNorm2d(32),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(32, shape[0], 3, 1, 1),
-            nn.Sigmoid(),
-        )
 
-    def forward(self, noise: Tensor) -> Tensor:
-        """Draw images."""
-        start = self.start(noise).view(len(noise), 64, self.shape[1] // 4 + 1, self.shape[2] // 4 + 1)
-        return self.body(start)  # type: ignore[no-any-return]
+def fields(count: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Smooth random fields [B, C, H, W] in [0, 1]: noise of several scales, with its own contrast and threshold."""
+    channels, height, width = shape
+    total = torch.zeros(count, *shape, device=device)
+    for knots in SCALES:
+        if knots <= height:
+            noise = torch.randn(count, channels, knots, knots, device=device)
+            smooth = interpolate(noise, (height, width), mode="bicubic", align_corners=False)
+            total += torch.rand(count, 1, 1, 1, device=device) / knots**0.5 * smooth
+    total = (total - total.mean((1, 2, 3), keepdim=True)) / total.std((1, 2, 3), keepdim=True)
+    contrast, threshold = torch.randn(2, count, 1, 1, 1, device=device)
+    return torch.sigmoid(1.5 * torch.exp(0.7 * contrast) * (total - 0.5 * threshold))
 
 
 def data_free(attacker: Attacker, config: Config) -> None:
-    """No images at all: a generator makes queries of which the student is sure, evenly over the classes.
+    """No images at all: smooth random fields, half of them moved to where the student is sure, evenly over the classes.
 
-    The generator learns from the student alone, since a black box gives no gradient (compare DFMS-HL, Sanyal et
-    al., CVPR 2022): it minimises the entropy of each prediction and maximises that of their mean.
+    Networks learn from such noise (Baradad et al., NeurIPS 2021). A black box gives no gradient, so the student's own
+    shows the way (compare DFMS-HL, Sanyal et al., CVPR 2022). Each batch is learned from with an old one, whose answers
+    are known.
     """
     assert attacker.oracle is not None
-    oracle, device = attacker.oracle, attacker.engine.device
-    with seeded(attacker.recipe.seed):
-        generator = Generator(attacker.preprocess.size).to(device)
-    optimiser = torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    oracle, device, shape = attacker.oracle, attacker.engine.device, attacker.preprocess.size
+    asked: list[tuple[Tensor, Tensor]] = []
 
-    def entropy(p: Tensor) -> Tensor:
-        return -(p * p.clamp(min=1e-8).log()).sum(-1)
+    def towards(pixels: Tensor) -> Tensor:
+        """Fields of which the student is surer."""
+        wanted = torch.arange(len(pixels), device=device) % oracle.classes
+        free = pixels.clamp(0.02, 0.98).logit()
+        attacker.student.eval()
+        for _ in range(MOVES):
+            free.requires_grad_()
+            with attacker.engine.autocast():
+                loss = cross_entropy(attacker.student(attacker.preprocess(free.sigmoid())).float(), wanted)
+            (slope,) = torch.autograd.grad(loss, free)
+            steepness = slope.square().mean((1, 2, 3), keepdim=True).sqrt()
+            free = free.detach() - MOVED / MOVES * slope / (steepness + 1e-9)
+        attacker.student.train()
+        return free.sigmoid()
 
     def step(model: nn.Module, batch: Batch) -> Tensor:
-        x = attacker.preprocess(generator(torch.randn(len(batch.x), 64, device=device)))
-        with attacker.engine.autocast():
-            p = attacker.student(x).float().softmax(1)
-        loss = entropy(p).mean() - entropy(p.mean(0))
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        attacker.student.zero_grad()
-        with torch.no_grad():
-            x = attacker.preprocess(generator(torch.randn(len(batch.x), 64, device=device)))
-            answer = oracle(x)
-        return kd(model(x), answer, config["temperature"])
+        pixels = fields(len(batch.x), shape, device)
+        half = len(pixels) // 2
+        x = attacker.preprocess(torch.cat([towards(pixels[:half]), pixels[half:]]))
+        new = x, oracle(x)
+        old = asked[int(torch.randint(len(asked), ()))] if asked else new
+        if len(asked) < REPLAYED:
+            asked.append(new)
+        else:
+            asked[int(torch.randint(REPLAYED, ()))] = new
+        return kd(model(torch.cat([new[0], old[0]])), torch.cat([new[1], old[1]]), config["temperature"])
 
     attacker.fit(attacker.student, step, attacker.images, record=False)
 
@@ -257,5 +260,9 @@ COPYCAT = Attack(
     copycat,
 )
 DATA_FREE = _attack(
-    "queries made by a generator", "compare Sanyal et al., CVPR 2022", data_free, False, {"temperature": 1.0}
+    "queries made by a generator",
+    "own, after Baradad et al., NeurIPS 2021",
+    data_free,
+    False,
+    *({"temperature": tau} for tau in (4.0, 1.0)),
 )
