@@ -120,7 +120,8 @@ WRAPPERS: dict[str, Wrapper] = {
 }
 
 
-def _behind(wrapper: Wrapper, z: Tensor) -> Tensor:
+def behind(wrapper: Wrapper, z: Tensor) -> Tensor:
+    """Log-probabilities [B, C] of logits [B, C] after a wrapper."""
     return _normalised(wrapper(z.softmax(1))).log()
 
 
@@ -133,7 +134,7 @@ class WrappedTeacher:
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`sdbctl.teacher.Teacher`."""
-        return _behind(self.wrapper, self.teacher.logits(x))
+        return behind(self.wrapper, self.teacher.logits(x))
 
 
 class Wrapped(nn.Module):
@@ -145,7 +146,7 @@ class Wrapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → log-probabilities."""
-        return _behind(self.wrapper, self.net(x))
+        return behind(self.wrapper, self.net(x))
 
 
 CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
-from sdbctl.attacks import ATTACKS, base, file, keys, queries, soft
+from sdbctl.attacks import ATTACKS, base, file, inverse, keys, queries, soft
 from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source
 from sdbctl.cli.common import open_model
 from sdbctl.cli.evaluate import stand_in
@@ -23,7 +23,7 @@ from sdbctl.report import Curve, Interval, KeyStrength, Model, Point, Report, St
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
-from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, concealed, served, serving
+from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, behind, concealed, served, serving
 from tests.conftest import run_cli
 
 ENGINE = Engine(torch.device("cpu"))
@@ -31,6 +31,11 @@ RECIPE = Recipe(epochs=2, batch_size=32)
 EXPORTED = [
     name if name in ("stingy", "misdirection") else pytest.param(name, marks=pytest.mark.slow) for name in WRAPPERS
 ]
+
+
+@pytest.fixture(autouse=True)
+def _short_inverse(monkeypatch):
+    monkeypatch.setattr(inverse, "STEPS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,24 @@ def test_every_attack_trains_a_student_and_leaves_the_teacher_alone(name, teache
         assert done.queries == 0
     elif ATTACKS[name].access < Access.WEIGHTS:
         assert done.queries > 0
+
+
+def test_the_defence_that_answers_passed_is_found_and_undone(monkeypatch):
+    monkeypatch.setattr(inverse, "STEPS", 400)
+    generator = torch.Generator().manual_seed(0)
+    clean, other = (
+        torch.randn(500, 10, generator=generator) + 4 * torch.eye(10)[torch.randint(10, (500,), generator=generator)]
+        for _ in range(2)
+    )
+    assert inverse.defence(clean, other.log_softmax(1)) == ""
+    shown = behind(WRAPPERS["reverse-sigmoid"], other)
+    assert inverse.defence(clean, shown) == "reverse-sigmoid"
+    undone = inverse.inverse(clean, "reverse-sigmoid")(inverse._shape(shown)).log_softmax(1).detach()
+
+    def apart(answers):
+        return float((other.softmax(1) * (other.log_softmax(1) - answers)).sum(1).mean())
+
+    assert apart(undone) < 0.5 * apart(shown)
 
 
 def test_a_student_who_has_seen_no_image_is_far_above_chance(work, splits):

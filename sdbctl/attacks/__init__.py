@@ -1,6 +1,6 @@
 """Ways to train a student: one file per family, one line here."""
 
-from sdbctl.attacks import file, floor, kd, keys, queries, soft, staged
+from sdbctl.attacks import file, floor, inverse, kd, keys, queries, soft, staged
 from sdbctl.attacks.base import Attack, Attacker, Config
 
 ATTACKS: dict[str, Attack] = {
@@ -44,7 +44,7 @@ ATTACKS: dict[str, Attack] = {
     "hard_sequence": staged.HARD_SEQUENCE,
     "skeptical": staged.SKEPTICAL,
     "markov": staged.MARKOV,
-    "restored": staged.RESTORED,
+    "restored": inverse.RESTORED,
     "random_keys": keys.RANDOM_KEYS,
     "simple_keys": keys.SIMPLE_KEYS,
     "searched_key": keys.SEARCHED_KEY,

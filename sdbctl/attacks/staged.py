@@ -160,49 +160,6 @@ def markov(attacker: Attacker, config: Config) -> None:
     attacker.learn(loss, net=net)
 
 
-def restored(attacker: Attacker, config: Config) -> None:
-    """A learned inverse of the defence: box outputs → what an undefended network says, then KD from that.
-
-    After D-DAE (Chen et al., IEEE S&P 2023) and partial recovery (ModelGuard, USENIX Security 2024): the attacker's
-    own networks, each trained on half of the labels, stand for the undefended one on the other half, and a small
-    network learns to predict their log-probabilities from the box's.
-    """
-    n, copies = len(attacker.images), [attacker.view(number) for number in range(min(4, attacker.views))]
-    answers = torch.cat([attacker.ask(copy) for copy in copies])
-    classes = answers.shape[1]
-    wanted = torch.empty_like(answers).view(len(copies), n, classes)
-    for number in range(2):
-        # what a network says of images that it was trained on is too sure to be learned from
-        seen, unseen = range(number, n, 2), range(1 - number, n, 2)
-        prior = attacker.build(attacker.recipe.seed + 104729 + number)
-        attacker.learn(
-            lambda z, answer, y: cross_entropy(z, _target(None, y)),
-            net=prior,
-            sets=lambda epoch, seen=seen: attacker.view(epoch).take(seen),  # type: ignore[misc]
-            targets=lambda images: torch.empty(len(images), 0),
-        )
-        for place, copy in zip(wanted, copies, strict=True):
-            place[unseen] = outputs(attacker, prior, copy.take(unseen))
-    wanted = wanted.flatten(0, 1)
-    with seeded(attacker.recipe.seed):
-        inverse = nn.Sequential(nn.Linear(classes, 128), nn.ReLU(), nn.Linear(128, classes))
-        optimiser = torch.optim.Adam(inverse.parameters(), lr=3e-3)
-        for _ in range(600):
-            some = torch.randint(0, len(answers), (512,))
-            loss = kd(inverse(answers[some]), wanted[some], 2.0)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    with torch.no_grad():
-        inverse.eval()
-
-        def targets(images: ImageSet) -> Tensor:
-            with torch.no_grad():
-                return inverse(attacker.ask(images)).log_softmax(1)  # type: ignore[no-any-return]
-
-    attacker.learn(lambda z, answer, y: soft_labels(z, answer, y, config), targets=targets)
-
-
 _TAU4, _HALF, _HALF1 = ({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (4.0, 0.5), (1.0, 0.5)))
 
 
@@ -238,4 +195,3 @@ MARKOV = _attack(
     markov,
     *({"temperature": 1.0, "alpha": alpha} for alpha in (0.2, 0.5, 0.1)),
 )
-RESTORED = _attack("a learned inverse of the defence", "after D-DAE, IEEE S&P 2023", restored)
