@@ -147,8 +147,8 @@ SCALES = (2, 3, 4, 6, 8, 16, 32)
 """Of a random field: how many knots it has in a row."""
 MOVES, MOVED = 4, 2.4
 """Steps of a field towards a class, and how far they go together, as a mean over its logits."""
-REPLAYED = 256
-"""Batches of old queries that are learned from again."""
+REPLAYED_BYTES = 2**27
+"""Old queries that are kept to be learned from again."""
 
 
 def fields(count: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -197,10 +197,10 @@ def data_free(attacker: Attacker, config: Config) -> None:
         x = attacker.preprocess(torch.cat([towards(pixels[:half]), pixels[half:]]))
         new = x, oracle(x)
         old = asked[int(torch.randint(len(asked), ()))] if asked else new
-        if len(asked) < REPLAYED:
+        if len(asked) < max(1, REPLAYED_BYTES // (x.numel() * x.element_size())):
             asked.append(new)
         else:
-            asked[int(torch.randint(REPLAYED, ()))] = new
+            asked[int(torch.randint(len(asked), ()))] = new
         return kd(model(torch.cat([new[0], old[0]])), torch.cat([new[1], old[1]]), config["temperature"])
 
     attacker.fit(attacker.student, step, attacker.images, record=False)
