@@ -23,6 +23,8 @@ from sdbctl.errors import BadInput
 from sdbctl.key import embed
 from sdbctl.training import Engine, predict
 
+PATIENCE = 600.0
+"""Seconds that a student waits for what another one is being told."""
 PROBED = 4
 """Images of noise by which a graph is seen to answer with probabilities."""
 
@@ -180,17 +182,18 @@ class Record:
             return known
         # of students side by side one asks, the others wait for what it is told
         lock = FileLock(path.with_suffix(".lock"), mode=0o600)
-        # some disks of clusters know no locks
+        # some disks of clusters know no locks, or keep those of jobs that were killed: better to ask twice than never
         with contextlib.suppress(OSError, NotImplementedError):
-            lock.acquire()
+            lock.acquire(timeout=PATIENCE)
         try:
             known = self._known(path)
             if known is None:
                 known = ask()
                 files.write(path, safetensors.torch.save({"logits": known.contiguous()}), private=True)
         finally:
-            path.with_suffix(".lock").unlink(missing_ok=True)
-            lock.release()
+            if lock.is_locked:
+                path.with_suffix(".lock").unlink(missing_ok=True)
+                lock.release()
         return known
 
     def _known(self, path: Path) -> Tensor | None:

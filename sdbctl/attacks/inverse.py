@@ -16,8 +16,8 @@ from sdbctl.teacher import Access
 from sdbctl.training import seeded
 from sdbctl.wrappers import WRAPPERS, behind
 
-COPIES = 4
-"""Augmented copies of the transfer set on which shadow networks answer."""
+COPIES, ANSWERS = 4, 40_000
+"""Augmented copies of the transfer set on which shadow networks answer, and so many answers are enough."""
 LOUDEST = 8.0
 """Their logits are scaled by up to this, down to its inverse, since the teacher may be surer than they are."""
 LEAST = -14.0
@@ -31,7 +31,8 @@ def shadows(attacker: Attacker) -> Tensor:
 
     What a network says of images that it was trained on is too sure to be learned from.
     """
-    n, copies = len(attacker.images), [attacker.view(number) for number in range(min(COPIES, attacker.views))]
+    n = len(attacker.images)
+    copies = max(1, min(COPIES, attacker.views, ANSWERS // n))
     answers = []
     for number in range(2):
         seen, unseen = range(number, n, 2), range(1 - number, n, 2)
@@ -45,7 +46,7 @@ def shadows(attacker: Attacker) -> Tensor:
             return attacker.view(epoch).take(seen)
 
         attacker.learn(loss, net=own, sets=part, targets=lambda images: torch.empty(len(images), 0))
-        answers += [outputs(attacker, own, copy.take(unseen)) for copy in copies]
+        answers += [outputs(attacker, own, attacker.view(copy).take(unseen)) for copy in range(copies)]
     return torch.cat(answers)
 
 

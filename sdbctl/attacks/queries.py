@@ -146,7 +146,7 @@ def _foreign(attacker: Attacker) -> ImageSet:
 SCALES = (2, 3, 4, 6, 8, 16, 32)
 """Of a random field: how many knots it has in a row."""
 MOVES, MOVED = 4, 2.4
-"""Steps of a field towards a class, and how far they go together, as a mean over its logits."""
+"""Steps of a field towards a class, and how far they go together, as a root mean square of its pixels' logits."""
 REPLAYED_BYTES = 2**27
 """Old queries that are kept to be learned from again."""
 
@@ -166,7 +166,7 @@ def fields(count: int, shape: tuple[int, int, int], device: torch.device) -> Ten
 
 
 def data_free(attacker: Attacker, config: Config) -> None:
-    """No images at all: smooth random fields, half of them moved to where the student is sure, evenly over the classes.
+    """No images at all: smooth random fields, half of them moved to where the student is sure of a class.
 
     Networks learn from such noise (Baradad et al., NeurIPS 2021). A black box gives no gradient, so the student's own
     shows the way (compare DFMS-HL, Sanyal et al., CVPR 2022). Each batch is learned from with an old one, whose answers
@@ -178,7 +178,7 @@ def data_free(attacker: Attacker, config: Config) -> None:
 
     def towards(pixels: Tensor) -> Tensor:
         """Fields of which the student is surer."""
-        wanted = torch.arange(len(pixels), device=device) % oracle.classes
+        wanted = torch.randint(oracle.classes, (len(pixels),), device=device)
         free = pixels.clamp(0.02, 0.98).logit()
         attacker.student.eval()
         for _ in range(MOVES):
@@ -194,14 +194,15 @@ def data_free(attacker: Attacker, config: Config) -> None:
     def step(model: nn.Module, batch: Batch) -> Tensor:
         pixels = fields(len(batch.x), shape, device)
         half = len(pixels) // 2
-        x = attacker.preprocess(torch.cat([towards(pixels[:half]), pixels[half:]]))
-        new = x, oracle(x)
+        queries = (255 * torch.cat([towards(pixels[:half]), pixels[half:]])).round().to(torch.uint8)
+        new = queries, oracle(attacker.preprocess(queries.float() / 255))
         old = asked[int(torch.randint(len(asked), ()))] if asked else new
-        if len(asked) < max(1, REPLAYED_BYTES // (x.numel() * x.element_size())):
+        if len(asked) < max(1, REPLAYED_BYTES // queries.numel()):
             asked.append(new)
         else:
             asked[int(torch.randint(len(asked), ()))] = new
-        return kd(model(torch.cat([new[0], old[0]])), torch.cat([new[1], old[1]]), config["temperature"])
+        x = attacker.preprocess(torch.cat([new[0], old[0]]).float() / 255)
+        return kd(model(x), torch.cat([new[1], old[1]]), config["temperature"])
 
     attacker.fit(attacker.student, step, attacker.images, record=False)
 
@@ -260,7 +261,7 @@ COPYCAT = Attack(
     copycat,
 )
 DATA_FREE = _attack(
-    "queries made by a generator",
+    "queries from a generator of random fields",
     "own, after Baradad et al., NeurIPS 2021",
     data_free,
     False,

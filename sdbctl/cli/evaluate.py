@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdbctl.key import Key
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
+    from sdbctl.training import Engine
 
 GPU_JOBS = 4
 """Students trained side by side on a GPU, unless told otherwise: 16 were no faster; see examples/bench/together.py."""
@@ -216,9 +217,10 @@ def evaluate(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
             f"{jobs} side by side"
         )
-        held = bench.sources["boxed"].weights
-        asked = image_seconds(copy.deepcopy(held), config.recipe.batch_size, size, engine) / 2 if held else 0.0
-        seconds = (planned.runs * one + (planned.held + planned.teachers) * asked) * images / max(1, min(jobs, 2) * 0.8)
+        told = answer_seconds(bench.sources["boxed"], size, engine, bench.classes)
+        # who holds the file trains it, or asks it several times
+        work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
+        seconds = work * images / max(1, min(jobs, 2) * 0.8)
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -236,6 +238,22 @@ def evaluate(
             notes=notes,
         )
     finish(made, report, gates, force, json_)
+
+
+def answer_seconds(source: Source, shape: tuple[int, int, int], engine: Engine, classes: int) -> float:
+    """Seconds of a teacher's answer to one image [C, H, W]: the second of two batches."""
+    import torch
+
+    from sdbctl.training import synchronise, unseen_batch
+
+    teacher, x = source.open(engine.device, classes), torch.zeros(unseen_batch(shape), *shape, device=engine.device)
+    begin = 0.0
+    for _ in range(2):
+        synchronise(engine.device)
+        begin = time.perf_counter()
+        teacher.logits(x)
+        synchronise(engine.device)
+    return (time.perf_counter() - begin) / len(x)
 
 
 def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str]) -> nn.Module | None:
