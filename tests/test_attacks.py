@@ -444,6 +444,23 @@ class Counting(Silent):
         self.done += steps
 
 
+def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
+    # fine_tuned holds the file; the box, the original, the right and a wrong key answer
+    assert protocol.plan(bench(work, splits, boxed, "quick", pattern)) == protocol.Plan(10, 10.0, 1.0, 4)
+
+
+def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch):
+    made, order = bench(work, splits, boxed, "quick", pattern), []
+
+    def run(self, cell):
+        order.append(cell.row)
+        return Outcome(50.0, 50.0, 0.0, 0)
+
+    monkeypatch.setattr(Bench, "run", run)
+    protocol.train_students(made, None, Silent())
+    assert order[0] == "fine_tuned" and order[-1] in ("cross_entropy", "label_smoothing", "class_constant")
+
+
 @pytest.mark.parametrize("suite", ["quick", "core", pytest.param("file", marks=pytest.mark.slow), "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     made, progress = bench(work, splits, boxed, suite, pattern), Counting()

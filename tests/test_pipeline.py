@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, losses, metrics, models
+from sdbctl import boxfile, data, evaluate, losses, metrics, models, training
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.box import (
@@ -247,6 +247,20 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(splits, tmp_pa
     Resume(state, "run").done()
     assert not state.exists()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_state_that_takes_long_to_keep_is_kept_less_often(splits, tmp_path, monkeypatch):
+    kept = []
+
+    def slow(path, identity, epoch, *rest):
+        kept.append(epoch)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(training, "_save", slow)
+    monkeypatch.setattr(training, "SAVED_SECONDS", 0.01)
+    monkeypatch.setattr(training, "SAVED_SHARE", 1e-9)
+    train(splits, Recipe(epochs=4, batch_size=64), tmp_path / "state")
+    assert kept == [1, 4]
 
 
 class StopAfterTwo(Silent):
