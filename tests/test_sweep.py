@@ -5,6 +5,7 @@ import itertools
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,12 +38,25 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
     assert rows[3].folder == "sdb-paper_omega=1"
     assert [row.name for row in rows_of([], ["hide=1,2"], [])] == ["hide=1", "hide=2"]
     assert [row.name for row in rows_of([], [], ["top1"])] == ["conceal", "wrapper top1"]
+    rows = rows_of([], [], [], ["class", "exact"])
+    assert [(row.name, row.confidence, row.box == rows[0].box) for row in rows] == [
+        ("conceal, confidence class", "class", True),
+        ("conceal, confidence exact", "exact", True),
+    ]
     for nothing in (([], [], []), (["sdb"], [], []), ([], ["hide=1"], [])):
         with pytest.raises(UsageError, match="several"):
             rows_of(*nothing)
 
 
-@pytest.mark.parametrize("option", [("--objective", "nope"), ("--objective", "sdb:nope"), ("--wrapper", "nope")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--objective", "nope"),
+        ("--objective", "sdb:nope"),
+        ("--wrapper", "nope"),
+        ("--confidence", "nope", "--confidence", "class"),
+    ],
+)
 def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
     done = run_cli(
         "sweep",
@@ -62,21 +76,26 @@ def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+FOLDER = "hide=8_confidence-class"
+
+
 def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     out, wrapper = tmp_path / "sweep", "wrapper uniform-nontarget"
+    usual, exact = "hide=8, confidence class", "hide=8, confidence exact"
     command = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
-    rows = ("--set", "hide=8", "--wrapper", "uniform-nontarget", "--epochs", 2)
+    served = ("--confidence", "class", "--confidence", "exact")
+    rows = ("--set", "hide=8", *served, "--wrapper", "uniform-nontarget", "--epochs", 2)
     students = ("--student", "cnn-tiny", "--student-epochs", 2, "--suite", "quick")
     short = (*rows, *students, "--report", out, "--json")
     planned = run_cli(*command, *short, "--dry-run")
-    assert planned.returncode == 0 and f"2 settings: hide=8; {wrapper}".encode() in planned.stderr
+    assert planned.returncode == 0 and f"3 settings: {usual}; {exact}; {wrapper}".encode() in planned.stderr
     assert b"time estimate" in planned.stderr and not out.exists()
     done = run_cli(*command, *short)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert list(result["settings"]) == ["hide=8", wrapper]
-    boxed, wrapped = result["settings"].values()
-    for numbers in (boxed, wrapped):
+    assert list(result["settings"]) == [usual, exact, wrapper]
+    boxed, shown, wrapped = result["settings"].values()
+    for numbers in (boxed, shown, wrapped):
         assert {"inference_cost.top1.mean", "unauthorized_advantage.api.labelled.mean"} <= set(numbers)
     assert boxed["models.original_ft.top1"] == wrapped["models.original_ft.top1"]
     assert wrapped["inference_cost.top1.mean"] == pytest.approx(0, abs=0.01)
@@ -86,13 +105,15 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     assert page.count("<svg") == 2
     assert page.count("hide=8") >= 3
     assert "hide=8" in (out / "sweep.md").read_text()
-    assert done.stderr.count(b"students were trained before") == 1  # what does not depend on the row
+    assert done.stderr.count(b"students were trained before") == 2  # what does not depend on the row
+    own, other = (boxfile.load_box(out / name / "box.safetensors") for name in (FOLDER, "hide=8_confidence-exact"))
+    assert all(torch.equal(a, b) for a, b in zip(own.net.parameters(), other.net.parameters(), strict=True))
     shared = hashlib.sha256((out / "reference.safetensors").read_bytes()).hexdigest()
-    assert boxfile.load(out / "hide=8" / "box.safetensors").meta.reference_sha256 == shared
+    assert boxfile.load(out / FOLDER / "box.safetensors").meta.reference_sha256 == shared
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    (out / "hide=8" / "report" / "report.json").unlink()
+    (out / FOLDER / "report" / "report.json").unlink()
     again = run_cli(*command, *short)
-    assert json.loads(again.stdout)["settings"]["hide=8"].keys() == boxed.keys()
+    assert json.loads(again.stdout)["settings"][usual].keys() == boxed.keys()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     other = run_cli(*command, *short, "--seeds", 3)
     assert other.returncode == 2 and b"holds a sweep with other students" in other.stderr

@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +45,7 @@ class Row:
         objective: Of the box; None for a serving-time wrapper.
         preset: Of the objective.
         parameters: Of the objective.
+        confidence: What the exported box serves; None for the usual.
         wrapper: Of the undefended model.
     """
 
@@ -52,7 +53,13 @@ class Row:
     objective: str | None = None
     preset: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    confidence: str | None = None
     wrapper: str | None = None
+
+    @property
+    def box(self) -> str:
+        """What tells its weights apart."""
+        return f"{self.objective}:{self.preset} {dict(self.parameters)}"
 
     @property
     def folder(self) -> str:
@@ -60,8 +67,10 @@ class Row:
         return self.name.replace(", ", "_").replace(":", "-").replace(" ", "-")
 
 
-def rows_of(objectives: list[str], settings: list[str], wrappers: list[str]) -> list[Row]:
-    """Every objective with every combination of parameters, then the wrappers of the reference that came with them.
+def rows_of(
+    objectives: list[str], settings: list[str], wrappers: list[str], confidences: Sequence[str] = ()
+) -> list[Row]:
+    """Every objective with every combination of parameters and confidence, then the wrappers of the reference.
 
     Raises:
         UsageError: There is nothing to compare, or it is written wrongly.
@@ -69,16 +78,18 @@ def rows_of(objectives: list[str], settings: list[str], wrappers: list[str]) -> 
     combinations = grid(settings)
     chosen = [(name, preset or None) for name, _, preset in (item.partition(":") for item in objectives or ["conceal"])]
     rows = []
-    for name, preset in chosen:
-        for combination in combinations:
-            parts = [f"{key}={value}" for key, value in combination.items()]
-            if len(chosen) > 1 or not parts:
-                parts.insert(0, name + (f":{preset}" if preset else ""))
-            rows.append(Row(", ".join(parts), name, preset, combination))
+    for (name, preset), combination, confidence in itertools.product(chosen, combinations, confidences or [""]):
+        parts = [f"{key}={value}" for key, value in combination.items()]
+        if len(chosen) > 1 or not parts:
+            parts.insert(0, name + (f":{preset}" if preset else ""))
+        if confidence:
+            parts.append(f"confidence {confidence}")
+        rows.append(Row(", ".join(parts), name, preset, combination, confidence or None))
     rows += [Row(f"wrapper {name}", wrapper=name) for name in wrappers]
     if len(rows) < 2:
         raise UsageError(
-            "a sweep needs several settings", "give --set NAME=A,B, or --objective or --wrapper repeatedly"
+            "a sweep needs several settings",
+            "give --set NAME=A,B, or --objective, --confidence or --wrapper repeatedly",
         )
     return rows
 
@@ -96,6 +107,12 @@ def sweep(
     wrapper: Annotated[
         list[str] | None,
         typer.Option("--wrapper", metavar="NAME", help="A serving-time defence as one more row; may be repeated."),
+    ] = None,
+    confidence: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--confidence", metavar="NAME", help="What public outputs of a box say, see export; may be repeated."
+        ),
     ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
@@ -128,15 +145,16 @@ def sweep(
     """
     if str(key_file) == "-":
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
-    rows = rows_of(objective or [], set_ or [], wrapper or [])
+    rows = rows_of(objective or [], set_ or [], wrapper or [], confidence or [])
     from sdbctl import boxfile, files
     from sdbctl.cli import box, evaluate, export
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
     from sdbctl.report.terminal import rich_table
-    from sdbctl.wrappers import WRAPPERS
+    from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
     for row in rows:
+        check_known("confidence", row.confidence, CONFIDENCES)
         check_known("objective", row.objective, OBJECTIVES)
         check_known("wrapper", row.wrapper, WRAPPERS)
         if row.objective:
@@ -195,6 +213,7 @@ def sweep(
             raise UsageError(f"{report} holds a sweep with other {', '.join(other)}", "name another --report")
     files.write(begun, json.dumps(run, indent=2))
     reports: dict[str, Report] = {}
+    alike: dict[str, Path] = {}
     for number, row in enumerate(rows, 1):
         say(f"setting {number} of {len(rows)}: {row.name}")
         folder = report / row.folder
@@ -204,11 +223,18 @@ def sweep(
         own = boxed.with_suffix(".reference.safetensors")
         with contextlib.redirect_stdout(sys.stderr):
             if row.objective and not boxed.exists():
-                make_box(row, boxed)
+                # rows that differ in what is served share a box
+                if same := alike.get(row.box):
+                    files.write(boxed, same.read_bytes())
+                else:
+                    make_box(row, boxed)
+            alike[row.box] = boxed
             if not shared.exists() and own.exists():
                 files.write(shared, own.read_bytes(), private=True)
             if not onnx.exists():
-                export.export(boxed if row.objective else shared, output=onnx, wrapper=row.wrapper)
+                export.export(
+                    boxed if row.objective else shared, output=onnx, confidence=row.confidence, wrapper=row.wrapper
+                )
             if not done.exists():
                 evaluate.evaluate(
                     onnx,
