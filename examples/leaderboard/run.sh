@@ -4,6 +4,9 @@
 #   examples/leaderboard/run.sh digits OUTPUT_FOLDER
 #   examples/leaderboard/run.sh CHECKPOINT OUTPUT_FOLDER --data SPEC [any other option of sdbctl sweep]
 #
+# SDBCTL_ROWS="--confidence class --confidence rough --confidence exact --wrapper quantised-confidence" compares other rows:
+# protection against confidence quality.
+#
 # With `digits`, the teacher is trained first. Every finished box, report and student is kept in OUTPUT_FOLDER, so the
 # same command goes on where it stopped. The table is OUTPUT_FOLDER/sweep.md, its numbers sweep.json.
 set -euo pipefail
@@ -18,7 +21,8 @@ if [ "$checkpoint" = digits ]; then
     set -- "${small[@]}" --epochs 100 --batch-size 64 --student cnn-tiny --student-epochs 120 --student-batch-size 32 \
         --tune 3 --seeds 8 "$@"
 fi
-sdbctl sweep "$checkpoint" --key-file "$out/k.bin" --report "$out" \
-    --objective conceal --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim \
-    --objective ast --wrapper top1 --wrapper class-constant --wrapper uniform-nontarget --wrapper quantised-confidence \
-    --wrapper rounded --wrapper reverse-sigmoid --wrapper misdirection "$@"
+usual="--objective conceal --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim
+    --objective ast --wrapper top1 --wrapper class-constant --wrapper uniform-nontarget --wrapper quantised-confidence
+    --wrapper rounded --wrapper reverse-sigmoid --wrapper misdirection"
+# shellcheck disable=SC2086
+sdbctl sweep "$checkpoint" --key-file "$out/k.bin" --report "$out" ${SDBCTL_ROWS:-$usual} "$@"
