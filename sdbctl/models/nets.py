@@ -22,7 +22,8 @@ def conv1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def initialise(net: nn.Module) -> nn.Module:
     """He initialisation of convolutions (He et al., ICCV 2015)."""
     for module in net.modules():
-        if isinstance(module, nn.Conv2d):
+        # where there is no memory torch would load its compiler, for seconds, to draw nothing
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net
 
