@@ -378,9 +378,10 @@ def box(
     if OBJECTIVES[config.objective].needs_random:
         with seeded(config.recipe.seed):
             random = models.build(original.architecture, original.classes, original.channels)
+    memory = remembered(reference, task) if OBJECTIVES[config.objective].needs_memory else None
     fit(
         net,
-        box_step(original.net, reference, random, keys, task, config),
+        box_step(original.net, reference, random, keys, task, config, memory),
         data.owner,
         task.preprocess,
         config.recipe,
@@ -390,6 +391,7 @@ def box(
         resume_from=Resume(resume_from, f"{meta.run} {_digest(reference)}") if resume_from else None,
         after_epoch=watch,
         record=True,
+        memory=memory,
     )
     seconds = time.perf_counter() - begin
     public = predict(net, data.test, task.preprocess, engine)
@@ -429,11 +431,13 @@ def box_step(
     keys: Sequence[Key],
     task: Task,
     config: BoxConfig,
+    memory: Tensor | None = None,
 ) -> Step:
     """The step that trains a box: public and keyed branch in one forward pass, all other networks frozen.
 
     The original is asked only if the key is to open its answers, and ``random``, with fresh weights for SDB's knowledge
-    augmentation, only by objectives that need it. Each image of a batch is seen with the next key.
+    augmentation, only by objectives that need it, as is ``memory``, by default that of :func:`remembered`. Each image of
+    a batch is seen with the next key.
     """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
@@ -443,7 +447,8 @@ def box_step(
     patterns = preprocess(secrets)
     fresh = _frozen(random, engine) if random is not None and objective.needs_random else None
     misleading = adversarial(frozen, task) if objective.needs_adversarial else None
-    memory = remembered(frozen, task) if objective.needs_memory else None
+    if objective.needs_memory and memory is None:
+        memory = remembered(frozen, task)
     strength = config.strength
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

@@ -432,6 +432,7 @@ def fit(
     resume_from: Resume | None = None,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     record: bool = False,
+    memory: Tensor | None = None,
 ) -> float:
     """Train ``model`` in place.
 
@@ -448,6 +449,7 @@ def fit(
             epoch, so that nothing is lost until the result is saved: then call its ``done``.
         after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
         record: Whether a GPU may record the step and replay it; see :class:`Updater`.
+        memory: What the step changes beside the model, which is part of the state.
 
     Returns:
         Seconds spent in the training steps.
@@ -479,7 +481,7 @@ def fit(
         _profiled(engine.profile, total) as stepped,
     ):
         if state is not None and state.exists():
-            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator)
+            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, memory)
             for group in optimiser.param_groups:
                 # the state may be of another device
                 group["fused"] = record or None
@@ -516,7 +518,7 @@ def fit(
             if state is not None and team.rank() == 0:
                 now = time.perf_counter()
                 if epoch + 1 == recipe.epochs or cost <= max(SAVED_SECONDS, SAVED_SHARE * (now - saved)):
-                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator)
+                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator, memory)
                     saved = time.perf_counter()
                     cost = saved - now
     model.eval()
@@ -584,6 +586,7 @@ def _save(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
+    memory: Tensor | None,
 ) -> None:
     state = {
         "identity": identity,
@@ -592,6 +595,7 @@ def _save(
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
         "generator": generator.get_state(),
+        "memory": memory,
         "cpu_rng": torch.random.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -607,6 +611,7 @@ def _restore(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
+    memory: Tensor | None,
 ) -> tuple[int, float]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -619,6 +624,8 @@ def _restore(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
+        if memory is not None:
+            memory.copy_(state["memory"])
         torch.random.set_rng_state(state["cpu_rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])

@@ -296,6 +296,17 @@ def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits
     assert done.epochs == 0
 
 
+def test_a_resumed_box_with_a_memory_ends_like_an_uninterrupted_one(work, digits, splits, tmp_path):
+    original, key, state = boxfile.load(work / "teacher.safetensors"), Key.load(work / "k.bin"), tmp_path / "state"
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    config = BoxConfig("cmim", recipe=Recipe(epochs=3, batch_size=128, lr=0.01))
+    whole = box(original, original.net, [key], task, config)
+    with pytest.raises(KeyboardInterrupt):
+        box(original, original.net, [key], task, config, progress=StopAfterTwo(), resume_from=state)
+    resumed = box(original, original.net, [key], task, config, resume_from=state)
+    assert all(torch.equal(whole.state_dict[name], resumed.state_dict[name]) for name in whole.state_dict)
+
+
 def test_a_damaged_resume_file_is_refused(splits, tmp_path):
     path = tmp_path / "state"
     path.write_bytes(b"PK\x03\x04 not really")
