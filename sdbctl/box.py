@@ -436,8 +436,8 @@ def box_step(
     """The step that trains a box: public and keyed branch in one forward pass, all other networks frozen.
 
     The original is asked only if the key is to open its answers, and ``random``, with fresh weights for SDB's knowledge
-    augmentation, only by objectives that need it, as is ``memory``, by default that of :func:`remembered`. Each image of
-    a batch is seen with the next key.
+    augmentation, only by objectives that need it, as is ``memory``, by default that of :func:`remembered`. Each image
+    of a batch is seen with the next key.
     """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
