@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -478,7 +478,7 @@ def fit(
         seeded(recipe.seed),
         recording(engine.device, record),
         one_batch(model, recipe.batch_size),
-        _profiled(engine.profile, total) as stepped,
+        ExitStack() as stack,
     ):
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, memory)
@@ -487,7 +487,9 @@ def fit(
                 group["fused"] = record or None
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
         team.agree(begin_epoch, "the state to go on from")
-        progress.start(name, total - begin_epoch * per_epoch)
+        left = total - begin_epoch * per_epoch
+        progress.start(name, left)
+        stepped = stack.enter_context(_profiled(engine.profile, left))
         update = Updater(model, step, optimiser, recipe.clip, record=record, forward=wrapped, backward=fabric.backward)
         saved, cost = time.perf_counter(), 0.0
         for epoch in range(begin_epoch, recipe.epochs):
