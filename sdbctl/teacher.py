@@ -181,7 +181,8 @@ class Record:
         if known is not None:
             return known
         # of students side by side one asks, the others wait for what it is told
-        lock = FileLock(path.with_suffix(".lock"), mode=0o600)
+        marker = path.with_suffix(".lock")
+        lock = FileLock(marker, mode=0o600)
         # some disks of clusters know no locks, or keep those of jobs that were killed: better to ask twice than never
         with contextlib.suppress(OSError, NotImplementedError):
             lock.acquire(timeout=PATIENCE)
@@ -192,7 +193,7 @@ class Record:
                 files.write(path, safetensors.torch.save({"logits": known.contiguous()}), private=True)
         finally:
             if lock.is_locked:
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                marker.unlink(missing_ok=True)
                 lock.release()
         return known
 

@@ -27,20 +27,21 @@ STEPS, ROWS, WIDTH = 1500, 512, 256
 
 
 def shadows(attacker: Attacker) -> Tensor:
-    """Logits [N, C] of the attacker's own networks, each trained on half of the images, on the other half.
+    """Log-probabilities [N, C] by the attacker's own networks, each trained on half of the images, of the other half.
 
     What a network says of images that it was trained on is too sure to be learned from.
     """
+
+    def loss(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
+        assert y is not None
+        return cross_entropy(z, y)
+
     n = len(attacker.images)
     copies = max(1, min(COPIES, attacker.views, ANSWERS // n))
     answers = []
     for number in range(2):
         seen, unseen = range(number, n, 2), range(1 - number, n, 2)
         own = attacker.build(attacker.recipe.seed + 104729 + number)
-
-        def loss(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
-            assert y is not None
-            return cross_entropy(z, y)
 
         def part(epoch: int, seen: range = seen) -> ImageSet:
             return attacker.view(epoch).take(seen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -241,19 +240,14 @@ def evaluate(
 
 
 def answer_seconds(source: Source, shape: tuple[int, int, int], engine: Engine, classes: int) -> float:
-    """Seconds of a teacher's answer to one image [C, H, W]: the second of two batches."""
+    """Seconds of a teacher's answer to one image [C, H, W]: the last of some batches."""
     import torch
 
-    from sdbctl.training import synchronise, unseen_batch
+    from sdbctl.bench import in_turn
+    from sdbctl.training import unseen_batch
 
     teacher, x = source.open(engine.device, classes), torch.zeros(unseen_batch(shape), *shape, device=engine.device)
-    begin = 0.0
-    for _ in range(2):
-        synchronise(engine.device)
-        begin = time.perf_counter()
-        teacher.logits(x)
-        synchronise(engine.device)
-    return (time.perf_counter() - begin) / len(x)
+    return in_turn({"answer": lambda: teacher.logits(x)}, 1, engine.device)["answer"][-1] / len(x)
 
 
 def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str]) -> nn.Module | None:
