@@ -9,9 +9,11 @@ import pickle
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -370,30 +372,48 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         for cell in todo:
             finish(cell, bench.run(cell))
     else:
-        _side_by_side(bench, todo, jobs, finish)
+        with workers(bench) as pool:
+            _side_by_side(pool, todo, finish)
     return done
 
 
-def _side_by_side(bench: Bench, todo: Sequence[Cell], jobs: int, finish: Callable[[Cell, Outcome], None]) -> None:
+_open: ContextVar[tuple[Bench, ProcessPoolExecutor] | None] = ContextVar("_open", default=None)
+
+
+@contextmanager
+def workers(bench: Bench) -> Iterator[ProcessPoolExecutor]:
+    """The processes that train students of a bench; those within share them, so that they start once."""
     import multiprocessing
 
+    known = _open.get()
+    if known is not None and known[0] is bench:
+        yield known[1]
+        return
+    jobs = bench.config.jobs
     threads = max(1, torch.get_num_threads() // jobs)
+    # each starts when there is work for it
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (bench, threads))
+    before = _open.set((bench, pool))
     try:
-        running: dict[Future[Outcome], Cell] = {pool.submit(_work, cell): cell for cell in todo}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                finish(running.pop(future), future.result())
+        yield pool
     except BrokenProcessPool:
         raise EnvironmentFailure(
             "a process that trained a student was ended, perhaps for lack of memory", "run it again with fewer --jobs"
         ) from None
     finally:
+        _open.reset(before)
         # shutdown forgets them, and the interpreter would wait for those that are busy
-        workers = list((pool._processes or {}).values())
+        started = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in workers:
+        for process in started:
             process.terminate()
+
+
+def _side_by_side(pool: ProcessPoolExecutor, todo: Sequence[Cell], finish: Callable[[Cell, Outcome], None]) -> None:
+    running: dict[Future[Outcome], Cell] = {pool.submit(_work, cell): cell for cell in todo}
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            finish(running.pop(future), future.result())
 
 
 _bench: Bench | None = None

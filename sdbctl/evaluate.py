@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from sdbctl import boxfile, metrics
-from sdbctl.cells import FOREIGN, Bench, on_key
+from sdbctl.cells import FOREIGN, Bench, on_key, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength
 from sdbctl.protocol import paired, train_students
 from sdbctl.report import (
@@ -105,8 +105,9 @@ def evaluate(
     students: dict[str, Student] = {}
     curves = key_curves(bench)
     if bench.config.suite:
-        students = train_students(bench, folder, progress)
-        curves.update(budget_curve(bench, students, folder, progress))
+        with workers(bench):
+            students = train_students(bench, folder, progress)
+            curves.update(budget_curve(bench, students, folder, progress))
     report = Report(
         title=title,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -227,7 +227,7 @@ class Oracle:
             def ask() -> Tensor:
                 return predict(teacher.logits, images, preprocess, engine)
 
-            return show(record.recall(images.digest(), ask) if record else ask())
+            return show(record.recall(images.digest, ask) if record else ask())
 
         self._answer, self._answers = answer, answers
 

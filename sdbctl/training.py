@@ -59,6 +59,8 @@ class Recipe:
             raise UsageError(f"learning rate is {self.lr}", "use a positive number")
 
 
+READ_SECONDS = 0.3
+"""How often the loss terms of a student are read, which waits for a GPU."""
 SAVED_SECONDS, SAVED_SHARE = 0.1, 0.05
 """The state of a run is kept after each epoch if that takes no longer, else as often as it costs this share of time."""
 
@@ -492,10 +494,13 @@ def fit(
         stepped = stack.enter_context(_profiled(engine.profile, left))
         update = Updater(model, step, optimiser, recipe.clip, record=record, forward=wrapped, backward=fabric.backward)
         saved, cost = time.perf_counter(), 0.0
+        # what is not looked at between epochs a GPU works through without a halt
+        halts = after_epoch is not None or state is not None or fabric.world_size > 1
+        meter = _Meter(progress, max(1, min(50, per_epoch // 4)) if halts else None)
         for epoch in range(begin_epoch, recipe.epochs):
             model.train()
             begin = time.perf_counter()
-            meter = _Meter(progress, per_epoch, extra, f"{name}, epoch {epoch + 1}")
+            meter.where, meter.extra = f"{name}, epoch {epoch + 1}", extra
             stream = batches(
                 set_of(epoch),
                 preprocess,
@@ -510,8 +515,9 @@ def fit(
                 for number, batch in enumerate(stream):
                     meter.add(update(batch, learning_rate(recipe, epoch * per_epoch + number, total)))
                     stepped()
-                meter.flush()
-            synchronise(engine.device)
+                if halts or epoch + 1 == recipe.epochs:
+                    meter.flush()
+                    synchronise(engine.device)
             seconds += time.perf_counter() - begin
             model.eval()
             if after_epoch is not None:
@@ -549,20 +555,26 @@ def _profiled(path: Path | None, steps: int) -> Iterator[Callable[[], None]]:
 
 
 class _Meter:
-    """Averages loss terms on the device and reads them rarely, since each read waits for the GPU."""
+    """Averages loss terms on the device and reads them rarely, since each read waits for the GPU.
 
-    def __init__(self, progress: Progress, steps: int, extra: Mapping[str, float], where: str) -> None:
-        self.progress, self.extra, self.where = progress, extra, where
-        self.every = max(1, min(50, steps // 4))
+    They are read after ``every`` so many steps, in all processes the same, or once in :data:`READ_SECONDS`.
+    """
+
+    def __init__(self, progress: Progress, every: int | None) -> None:
+        self.progress, self.where = progress, ""
+        self.extra: Mapping[str, float] = {}
+        self.every = every
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.read = time.perf_counter()
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():
             value = term.float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
-        if self.count == self.every:
+        due = time.perf_counter() - self.read > READ_SECONDS if self.every is None else self.count == self.every
+        if due:
             self.flush()
 
     def flush(self) -> None:
@@ -577,7 +589,7 @@ class _Meter:
                 "lower --lr or use --precision fp32",
             )
         self.progress.advance(self.count, {**means, **self.extra})
-        self.sums, self.count = {}, 0
+        self.sums, self.count, self.read = {}, 0, time.perf_counter()
 
 
 def _save(

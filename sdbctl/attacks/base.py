@@ -94,7 +94,7 @@ class Attacker:
         An attacker remembers what it was told: asking again costs no query.
         """
         assert self.oracle is not None
-        digest = images.digest()
+        digest = images.digest
         if self._asked.get(digest) is None:
             answers = self.oracle.answers(images, self.preprocess, self.engine, again=digest in self._asked)
             # of a thousand classes and many views not all fit; what does not is asked for again, at no cost

@@ -181,6 +181,7 @@ class ImageSet:
             digest.update(self[step * (len(self) - 1) // 63].numpy().tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
     def digest(self) -> str:
         """Hash of the pixels of a set in memory, in order."""
         content = self.pixels.contiguous()
