@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -88,10 +89,14 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
 
 def fabric(device: torch.device, precision: str) -> Fabric:
     """What :func:`join` made, or a Fabric of this process alone."""
+    return _joined if _joined is not None else _alone(device, precision)
+
+
+@functools.cache
+def _alone(device: torch.device, precision: str) -> Fabric:
+    """A new one looks through all packages for plug-ins, which takes longer than a small student's epoch."""
     from lightning_fabric import Fabric
 
-    if _joined is not None:
-        return _joined
     _quiet()
     return Fabric(
         accelerator=device.type,

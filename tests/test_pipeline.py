@@ -771,7 +771,7 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
         assert shown[:distinct].sum() > 0.9 * len(x) and (confidence == "exact" or len(shown) < 0.3 * len(x))
         assert torch.allclose(public, raw, atol=1e-3) is (confidence == "exact")
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
-        assert same.float().mean() > 0.95
+        assert same.float().mean() > 0.9
     out = ("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx")
     for options, said in (
         (("--confidence", "none"), b"use one of: class, rough, exact"),
