@@ -13,6 +13,20 @@ set -euo pipefail
 out=$1
 mkdir -p "$out"
 common=(--data digits --transfer-size 128 --test-size 500)
+# for Knockoff Nets and Copycat, who ask about other images: grey tiles of scikit-learn's two photographs
+[ -e "$out/foreign.npz" ] || python - "$out/foreign.npz" << 'END'
+import sys
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+tiles = []
+for photo in load_sample_images().images:
+    grey = np.asarray(Image.fromarray(photo).convert("L").resize((320, 208)))
+    tiles += [grey[row : row + 8, column : column + 8] for row in range(0, 208, 8) for column in range(0, 320, 8)]
+np.savez(sys.argv[1], images=np.stack(tiles), labels=np.arange(len(tiles)) % 10)
+END
 [ -e "$out/teacher.safetensors" ] || sdbctl train --arch cnn "${common[@]}" --epochs 40 --batch-size 64 \
     -o "$out/teacher.safetensors"
 [ -e "$out/k.bin" ] || sdbctl keygen "$out/k.bin"
@@ -25,5 +39,6 @@ for model in nasty.safetensors perturbed.onnx teacher.safetensors; do
     # shellcheck disable=SC2086
     sdbctl eval "$out/$model" --original "$out/teacher.safetensors" "${common[@]}" --attack \
         --suite "$([ "$name" = teacher ] && echo standard || echo full)" --student cnn-tiny --epochs 120 --batch-size 32 \
+        --surrogate "npz:$out/foreign.npz" \
         --report "$out/$name.report" --cache "$out/students" --force ${SDBCTL_EVAL_ARGS:-}
 done

@@ -26,7 +26,7 @@ from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
-from sdbctl.suites import BY_NAME, Row, suite
+from sdbctl.suites import BY_NAME, USUAL, Row, suite
 from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
@@ -93,7 +93,7 @@ class EvalConfig:
         student: Architecture of the students.
         recipe: Their training.
         seeds: Students per reported row.
-        tune: Configurations to try per attack and teacher, in the attack's order; 1 tunes nothing.
+        tune: Configurations to try per attack and teacher at most, in the attack's order; None for the suite's number.
         jobs: Students trained side by side, each in its own process.
         cluster: Where jobs run: None for this machine's processes, or a submitit cluster such as ``slurm``.
         suite: Name in :data:`sdbctl.suites.SUITES`, or None to train no student at all.
@@ -102,7 +102,7 @@ class EvalConfig:
     student: str = "wrn16"
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.1))
     seeds: int = 5
-    tune: int = 6
+    tune: int | None = None
     jobs: int = 1
     cluster: str | None = None
     suite: str | None = "core"
@@ -115,7 +115,7 @@ class EvalConfig:
     @property
     def tuned(self) -> int:
         """Configurations per attack and teacher at most."""
-        return min(self.tune, (suite(self.suite).tune if self.suite else None) or self.tune)
+        return self.tune or (suite(self.suite).tune if self.suite else USUAL)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from sdbctl.report import (
     Point,
     Student,
 )
-from sdbctl.suites import BY_NAME, Row, suite
+from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row, suite
 from sdbctl.training import Progress, predict
 
 BUDGETS = (1000, 5000, 10_000)
@@ -31,8 +31,6 @@ FEW_SHOT = (0.01, 0.05, 0.1)
 BEST = "best attack"
 BUDGET_ROWS = ("cross_entropy", "hard_constant", "kd_original", "unauthorized", "authorized")
 """Rows of the budget curve, beside :data:`BEST`, of all other attacks on the API the best on validation data."""
-NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
-"""Correlations, in percent, of the keys that are nearly right."""
 LEAKS = (1, 10, 100, 1000)
 """Keyed queries that somebody listens to, for the leak curve."""
 
@@ -85,6 +83,27 @@ def budget_curve(
             y_label="Test accuracy, %",
             x_log=True,
             series=series,
+        )
+    }
+
+
+def taught_by_keys(students: Mapping[str, Student]) -> dict[str, Curve]:
+    """Accuracy over the correlation of a student's key with the right one, from a wrong key to the right one."""
+    names = {
+        0.0: "authorized_wrong_key",
+        **{near / 100: f"near_key_{near}" for near in NEAR_PERCENT},
+        1.0: "authorized",
+    }
+    found = {near: students[name].values for near, name in names.items() if name in students}
+    points = [Point(near, values[0]) for near, values in found.items() if values]
+    if len(points) < len(names):
+        return {}
+    return {
+        "taught_by_keys": Curve(
+            title="What nearly right keys teach",
+            x_label="Correlation with the secret pattern",
+            y_label="Test accuracy, %",
+            series={"KD with such a key": tuple(points)},
         )
     }
 

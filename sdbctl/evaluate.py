@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdbctl import boxfile, metrics
 from sdbctl.cells import FOREIGN, Bench, on_key, workers
-from sdbctl.curves import budget_curve, key_curves, key_strength
+from sdbctl.curves import budget_curve, key_curves, key_strength, taught_by_keys
 from sdbctl.protocol import paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
@@ -28,7 +28,7 @@ from sdbctl.report import (
     Student,
     UnauthorizedAdvantage,
 )
-from sdbctl.suites import PLACES, suite
+from sdbctl.suites import PLACES, USUAL, suite
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
 MODEL_LABELS = {
@@ -108,6 +108,7 @@ def evaluate(
         with workers(bench):
             students = train_students(bench, folder, progress)
             curves.update(budget_curve(bench, students, folder, progress))
+        curves.update(taught_by_keys(students))
     report = Report(
         title=title,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -291,7 +292,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         )
         if bench.config.reported < 5:
             notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")
-        if bench.config.tuned < 6:
+        if bench.config.tuned < USUAL:
             notes.append("Settings were not fully tuned; the attacker may do better.")
     return notes
 

@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, Outcome, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, MINOR, PLACES, TUNED, TWINS, Option, suite
+from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -36,7 +36,7 @@ def options(bench: Bench) -> dict[str, list[Option]]:
         return groups
     chosen = suite(bench.config.suite)
     for row in bench.rows():
-        tune = min(bench.config.tuned, TUNED.get(row.role, bench.config.tuned))
+        tune = min(bench.config.tuned, TUNED.get(row.role, USUAL if row.name in MINOR else EVERY))
         group = groups.setdefault(chosen.group(row), [])
         group += [
             Option(row, teacher, config)

@@ -42,6 +42,8 @@ class Row:
         return ATTACKS[self.attack].labels
 
 
+NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
+"""Correlations, in percent, of the keys that are nearly right."""
 CORE = (
     Row("cross_entropy", "labels", "floor", "cross_entropy"),
     Row("label_smoothing", "smoothed labels", "floor", "label_smoothing"),
@@ -86,7 +88,7 @@ CORE = (
 NEAR = (
     *(
         Row(f"near_key_{percent}", f"KD, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
-        for percent in (50, 90)
+        for percent in NEAR_PERCENT
     ),
     Row("overheard_key", "DIST, key heard in ten queries", "wrong_key", "dist", ("overheard",)),
 )
@@ -104,6 +106,9 @@ MINOR = {row.name for row in (*NEAR, *WRAPPED)}
 """Rows that are no headline."""
 TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}
 """Configurations at most of rows that are shown beside the comparison: plain distillation, as most papers report."""
+USUAL = 6
+"""Configurations per row at most where a suite does not try all, and of :data:`MINOR` rows."""
+EVERY = max(len(attack.grid) for attack in ATTACKS.values())
 ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "authorized_wrong_key")
 """Rows that are reported even if others of their group are better: what every paper has."""
 TWINS: Mapping[str, str] = {
@@ -119,6 +124,7 @@ TWINS: Mapping[str, str] = {
     "averaged_views": "hard_views",
     "averaged_noise": "hard_views",
     "scm": "hard_sequence",
+    "skeptical": "hard_skeptical",
     "two_stage": "hard_mixed",
     "recalibrated": "hard_mixed",
     "repaired": "hard_mixed",
@@ -150,7 +156,7 @@ class Suite:
     Attributes:
         summary: One line for people.
         rows: Which rows.
-        tune: Configurations per row at most; None for all.
+        tune: Configurations per row at most, unless the user asks for others.
         rungs: Shares of the epochs after which candidates are compared: most are dropped after each but the last,
             which names the winner.
         elect: Whether the rows of one threat compete, so that only the best two of each get all seeds.
@@ -162,7 +168,7 @@ class Suite:
 
     summary: str
     rows: tuple[Row, ...]
-    tune: int | None = None
+    tune: int = USUAL
     rungs: tuple[float, ...] = (1.0,)
     elect: bool = False
     seeds: int | None = None
@@ -209,13 +215,19 @@ SUITES: Mapping[str, Suite] = {
     "file": Suite(
         "who holds the file: its attacks, the floor and the original, the two best of each with all seeds",
         tuple(row for row in ALL if row.role in ("floor", "reference") or row.access == "file"),
+        tune=EVERY,
         rungs=(1 / 8, 1 / 2),
         elect=True,
     ),
     "standard": Suite(
-        "every attack, the two best of each threat with all seeds", ALL, rungs=(1 / 8, 1 / 2), elect=True, curves=True
+        "every attack, the two best of each threat with all seeds",
+        ALL,
+        tune=EVERY,
+        rungs=(1 / 8, 1 / 2),
+        elect=True,
+        curves=True,
     ),
-    "full": Suite("every attack, tuned, with all seeds", ALL, curves=True),
+    "full": Suite("every attack, tuned, with all seeds", ALL, tune=EVERY, curves=True),
 }
 
 

@@ -43,6 +43,7 @@ ATTACKS: dict[str, Attack] = {
     "scm": staged.SCM,
     "hard_sequence": staged.HARD_SEQUENCE,
     "skeptical": staged.SKEPTICAL,
+    "hard_skeptical": staged.HARD_SKEPTICAL,
     "markov": staged.MARKOV,
     "restored": inverse.RESTORED,
     "random_keys": keys.RANDOM_KEYS,

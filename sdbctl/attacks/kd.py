@@ -24,7 +24,7 @@ def _grid(*pairs: tuple[float, float]) -> tuple[Config, ...]:
 
 
 FIRST = ((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5))
-"""(τ, α) to try first; ``--tune 20`` tries all."""
+"""(τ, α) to try first; the suites ``standard`` and ``full`` try all."""
 
 KD = Attack(
     "distillation from soft labels",

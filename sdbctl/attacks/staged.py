@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train
-from sdbctl.attacks.floor import HARD_MIXED, hard_mixed
+from sdbctl.attacks.floor import HARD_MIXED, constant_logits, hard_mixed
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.soft import HTC, htc, info_nce
 from sdbctl.data import ImageSet
@@ -75,6 +75,22 @@ def outputs(attacker: Attacker, net: nn.Module, images: ImageSet) -> Tensor:
     return predict(net, images, attacker.preprocess, Engine(attacker.engine.device)).log_softmax(1)
 
 
+def _head(channels: int, classes: int) -> nn.Module:
+    """A classifier of feature maps [B, channels, H, W]."""
+    wide = 2 * channels
+    return nn.Sequential(
+        nn.Conv2d(channels, wide, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.ReLU(),
+        nn.Conv2d(wide, wide, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(wide, classes),
+    )
+
+
 class Shallow(nn.Module):
     """A student with two more heads, on early feature maps: images → logits [B, 3, C], early, middle, final."""
 
@@ -86,22 +102,24 @@ class Shallow(nn.Module):
         sizes = list(self.stages.maps)
         # the final head has the last size; of two sizes, both early heads share the first
         self.sizes = (sizes[max(0, len(sizes) - 3)], sizes[max(0, len(sizes) - 2)])
-        self.heads = nn.ModuleList(nn.Linear(self.stages.maps[size].shape[1], classes) for size in self.sizes)
+        self.heads = nn.ModuleList(_head(self.stages.maps[size].shape[1], classes) for size in self.sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """All three heads."""
         final = self.net(x)
-        early = [head(self.stages.maps[size].mean((2, 3))) for head, size in zip(self.heads, self.sizes, strict=True)]
+        early = [head(self.stages.maps[size]) for head, size in zip(self.heads, self.sizes, strict=True)]
         return torch.stack([*early, final], 1)
 
 
 def skeptical(attacker: Attacker, config: Config) -> None:
     """Skeptical student (Kundu et al., NeurIPS 2021): the teacher is believed at an early head only.
 
-    α·τ²·KL(p_T^τ ‖ p_early^τ) + (1 − α)·CE(early) + 0.3·KL(p_final^τ ‖ p_middle^τ) + 0.7·CE(middle) + CE(final). The
-    heads are linear, and there is no delay of some epochs before the teacher is heard.
+    α·τ²·KL(p_T^τ ‖ p_early^τ) + (1 − α)·CE(early) + CE(middle) + β·τ²·KL(p_middle^τ ‖ p_final^τ) + (1 − β)·CE(final),
+    β = ``own``: the student distils itself from a head that has never heard the teacher. Which head teaches which is
+    our choice, and there is no delay of some epochs before the teacher is heard. With a ``confidence`` the teacher's
+    logits are constant ones of its top-1 answers: what a student gives itself, which must not look like a leak.
     """
-    alpha, tau = config["alpha"], config["temperature"]
+    alpha, tau, beta = config["alpha"], config["temperature"], config["own"]
     size = attacker.preprocess.size
     assert attacker.oracle is not None
     with seeded(attacker.recipe.seed):
@@ -111,9 +129,11 @@ def skeptical(attacker: Attacker, config: Config) -> None:
         assert answer is not None
         early, middle, final = z.unbind(1)
         target = _target(answer, y)
+        if "confidence" in config:
+            answer = constant_logits(answer, early.shape[1], config)
         believed = alpha * kd(early, answer, tau) + (1 - alpha) * cross_entropy(early, target)
-        own = 0.3 * kd(middle, final.detach(), tau) / tau**2 + 0.7 * cross_entropy(middle, target)
-        return believed + own + cross_entropy(final, target)
+        own = beta * kd(final, middle.detach(), tau) + (1 - beta) * cross_entropy(final, target)
+        return believed + cross_entropy(middle, target) + own
 
     attacker.learn(loss, net=net)
     net.stages.close()
@@ -187,7 +207,22 @@ SKEPTICAL = _attack(
     "skeptical student",
     "Kundu et al., NeurIPS 2021",
     skeptical,
-    *({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (4.0, 0.2), (1.0, 0.9), (4.0, 0.5))),
+    *(
+        {"temperature": tau, "alpha": alpha, "own": beta}
+        for tau, alpha, beta in ((4.0, 0.9, 0.5), (4.0, 0.5, 0.5), (4.0, 0.2, 0.9), (1.0, 0.9, 0.5))
+    ),
+)
+HARD_SKEPTICAL = Attack(
+    "a student that distils itself, with top-1 answers",
+    "Zhang et al., ICCV 2019 (self-distillation)",
+    "floor",
+    Access.LABELS,
+    True,
+    tuple(
+        {**config, "confidence": confidence}
+        for config, confidence in zip(SKEPTICAL.grid[:3], (0.4, 0.8, 0.4), strict=True)
+    ),
+    skeptical,
 )
 MARKOV = _attack(
     "a learned transition between teacher and student",

@@ -75,7 +75,10 @@ def evaluate(
     surrogate: Annotated[
         str | None, typer.Option("--surrogate", metavar="SPEC", help="Other images, for attackers without yours.")
     ] = None,
-    tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing.")] = 6,
+    tune: Annotated[
+        int | None,
+        typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing. [default: the suite's]"),
+    ] = None,
     jobs: Annotated[
         int,
         typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 4 on a GPU."),
@@ -299,8 +302,8 @@ def gather(
     from sdbctl import boxfile
     from sdbctl.boxfile import check_key, pattern
     from sdbctl.cells import Source
-    from sdbctl.curves import NEAR_PERCENT
     from sdbctl.key import near, wrong
+    from sdbctl.suites import NEAR_PERCENT
     from sdbctl.wrappers import WRAPPERS
 
     box, meta = opened.path, opened.meta
