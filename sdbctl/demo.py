@@ -118,6 +118,7 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
             classes,
             dataset.fingerprint,
             answers=Path(answers),
+            strength=meta.strength,
         )
         report = evaluate.evaluate(
             bench, title="sdbctl demo: digits", box=json.loads(meta.to_json()), progress=progress

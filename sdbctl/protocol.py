@@ -59,12 +59,14 @@ class Plan:
 
     Attributes:
         students: Their number.
+        reported: How many of them are measured on the test split, too.
         runs: How many whole runs that is.
         held: Whole runs of students whose attacker trains or runs the box's weights as well.
         teachers: Who is asked.
     """
 
     students: int
+    reported: int
     runs: float
     held: float
     teachers: int
@@ -74,12 +76,13 @@ def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
     groups, lengths, config = options(bench), rungs(bench), bench.config
     cells: list[float] = []
-    held = 0.0
+    held, screened = 0.0, 0
     for name, found in groups.items():
         left, places, before = len(found), _places(found), sum(cells)
         for epochs in lengths:
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
                 cells += [epochs / config.recipe.epochs] * left
+                screened += left
                 left = goal
         cells += [1.0] * (_seeds(bench, name) * places)
         held += sum(cells) - before if found[0].row.access == "file" else 0.0
@@ -87,7 +90,7 @@ def plan(bench: Bench) -> Plan:
     # whether they win is not known yet
     cells += [1.0] * _spare(bench)
     teachers = {option.teacher for found in groups.values() for option in found} - {""}
-    return Plan(len(cells), sum(cells), held, len(teachers))
+    return Plan(len(cells), len(cells) - screened, sum(cells), held, len(teachers))
 
 
 def _competing(bench: Bench) -> list[list[Option]]:

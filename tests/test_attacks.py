@@ -446,7 +446,7 @@ class Counting(Silent):
 
 def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
     # fine_tuned holds the file; the box, the original, the right and a wrong key answer
-    assert protocol.plan(bench(work, splits, boxed, "quick", pattern)) == protocol.Plan(10, 10.0, 1.0, 4)
+    assert protocol.plan(bench(work, splits, boxed, "quick", pattern)) == protocol.Plan(10, 10, 10.0, 1.0, 4)
 
 
 def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch):

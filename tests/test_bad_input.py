@@ -1,6 +1,7 @@
 """Whatever is wrong: one line that says what, where and what to do; the right exit code; nothing half-written."""
 
 import contextlib
+import json
 import os
 import pickle
 import resource
@@ -386,6 +387,29 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
     assert b"resumed reference after epoch" in result.stderr
     left = {p.name for p in tmp_path.iterdir() if p.suffix != ".part"}
     assert left == {"b.reference.safetensors", "b.safetensors"}
+
+
+def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_path):
+    args = ["eval", work / "boxed.onnx", "--attack", "--original", work / "teacher.safetensors", "--precision", "fp32"]
+    args += ["--key-file", work / "k.bin", "--suite", "quick", "--student", "cnn-tiny", "--epochs", "3", "--jobs", "1"]
+    code = "from sdbctl.cli import main; main()"
+    killed = [sys.executable, "-c", code, *map(str, args), "--report", str(tmp_path / "killed")]
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cells, deadline = tmp_path / "killed/cells", time.time() + 60
+    while not (cells.exists() and len(list(cells.glob("*.json"))) > 2) and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    found = []
+    for name in ("killed", "whole"):
+        assert run_cli(*args, "--report", tmp_path / name).returncode == 0
+        students = json.loads((tmp_path / name / "report.json").read_text())["students"]
+        found.append({row: (student["values"], student["validations"]) for row, student in students.items()})
+    assert found[0] == found[1]
+    assert len(list(cells.glob("*.json"))) > len(before) > 2
+    # what was finished was not trained again
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
 def test_max_cost(work, tmp_path):
