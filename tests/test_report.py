@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -637,3 +641,20 @@ def test_nothing_to_protect_is_said_only_where_it_is_known(report, worth, advant
     words = {card.title: card.words for card in view(made).cards}
     assert (words["Original over the floor"] == "nothing to protect here") == nothing
     assert (words["Advantage without key, API, labelled"] == "nothing to protect here") == nothing
+
+
+@pytest.mark.slow
+def test_the_example_for_ci_gates_with_the_key_from_a_variable(work, tmp_path):
+    key = base64.b64encode((work / "k.bin").read_bytes()).decode()
+    script = Path(__file__).parent.parent / "examples/ci/gate.sh"
+    command = ["sh", script, work / "boxed.onnx", work / "teacher.safetensors", "digits", tmp_path / "report"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SDBCTL_KEY": key, "SDBCTL_SUITE": "quick"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    # one seed has no bounds, and a rule on what was not measured fails
+    assert done.returncode == 3 and "gate broken" in done.stderr.splitlines()[-1]
+    written = [file.read_bytes() for file in (tmp_path / "report").iterdir() if file.is_file()]
+    assert any(b"<failure" in text for text in written)
+    raw = (work / "k.bin").read_bytes()
+    shown = [done.stdout.encode(), done.stderr.encode(), *written]
+    assert not any(secret in text for text in shown for secret in (key.encode(), raw, raw.hex().encode()))
