@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, base, file, inverse, keys, queries, soft
 from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source
 from sdbctl.cli.common import open_model
-from sdbctl.cli.evaluate import stand_in
+from sdbctl.cli.evaluate import gather, stand_in
 from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
@@ -890,6 +891,31 @@ def test_a_graph_that_ends_in_a_softmax_answers_with_logits_too(boxed, splits, t
     assert "probabilities" in teacher.where
     with torch.no_grad():
         assert torch.allclose(teacher.logits(x), boxed.net(x).log_softmax(1), atol=1e-3)
+
+
+def test_who_has_nothing_but_the_onnx_file_trains_its_weights(work, teacher, boxed, transfer, splits, tmp_path):
+    path, cpu = tmp_path / "x.onnx", torch.device("cpu")
+    path.write_bytes((work / "boxed.onnx").read_bytes())
+    notes = []
+    boxed_ = gather(open_model(path, "cpu"), None, None, None, notes, cpu)["boxed"]
+    assert any("x.safetensors is not there: BatchNorm may be folded" in note for note in notes)
+    x = boxed.meta.preprocess(splits.test.pixels.float() / 255)
+    with torch.no_grad():
+        # what hides behind the graph's last step
+        assert torch.allclose(boxed_.held(x).log_softmax(1), boxed.net(x).log_softmax(1), atol=1e-4)
+    assert boxed_.held_sha256 and boxed_.weights is boxed_.held
+    for name, attack in ATTACKS.items():
+        if attack.access == Access.WEIGHTS:
+            done = attack_with(name, teacher, boxed, transfer, weights=boxed_.held)
+            assert all(torch.isfinite(parameter).all() for parameter in done.student.parameters())
+    # and who cannot is told why
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.op_type = "Softplus" if node.op_type == "Relu" else node.op_type
+    onnx.save(model, path)
+    notes.clear()
+    assert gather(open_model(path, "cpu"), None, None, None, notes, cpu)["boxed"].held is None
+    assert any("operator Softplus, which cannot be trained here, and x.safetensors is not there" in n for n in notes)
 
 
 @pytest.mark.parametrize("name", EXPORTED)

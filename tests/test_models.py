@@ -1,10 +1,13 @@
 """Networks are built by name and recognised by their weights, whoever named them."""
 
+import pickle
+
 import pytest
 import torch
 
-from sdbctl import models
+from sdbctl import boxfile, models
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.models.graph import Graph
 from sdbctl.models.stages import Stages, head, width
 
 OWN = [*models.OWN, "wrn-16-1", "wrn-16-2", "wrn-28-10"]
@@ -130,3 +133,52 @@ def test_parameter_counts_of_the_papers():
     assert millions("resnet110") == pytest.approx(1.7, abs=0.05)
     assert millions("wrn-40-4") == pytest.approx(8.9, abs=0.1)
     assert millions("wrn-28-10") == pytest.approx(36.5, abs=0.1)
+
+
+def exported(net, path, size, **options):
+    example = torch.zeros(2, 3, size, size)
+    free = {"input": {0: "n"}}
+    torch.onnx.export(net, (example,), path, dynamo=False, input_names=["input"], dynamic_axes=free, **options)
+    return boxfile.read_onnx(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet18_cifar", "mobilenetv2", "densenet121", "efficientnet_b0", "vgg11_cifar"]
+)
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_graph_becomes_the_network_that_it_was_exported_from(name, folded, tmp_path):
+    net = models.build(name, 5)
+    size = 32 if name in models.OWN else 64
+    # statistics of BatchNorm that are not those of the beginning
+    net.train()(torch.rand(4, 3, size, size))
+    net.eval()
+    # an exporter that keeps BatchNorm, and one that folds it
+    mode = torch.onnx.TrainingMode.EVAL if folded else torch.onnx.TrainingMode.PRESERVE
+    model = exported(net, tmp_path / "x.onnx", size, training=mode, do_constant_folding=folded)
+    found = pickle.loads(pickle.dumps(Graph(model, 5).eval()))
+    x = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        assert torch.allclose(found(x), net(x), atol=1e-4)
+    assert head(found).weight.shape == head(net).weight.shape and width(found) == width(net)
+    # every weight can be trained
+    found(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in found.parameters())
+    assert sum(p.numel() for p in found.parameters()) >= 0.9 * sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_of_a_graph_cannot_be_trained_is_named(tmp_path):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = torch.nn.Linear(48, 5)
+
+        def forward(self, x):
+            return self.last(x.flatten(1).cumsum(1))
+
+    model = exported(Odd(), tmp_path / "x.onnx", 4)
+    with pytest.raises(UsageError, match="operator CumSum"):
+        Graph(model, 5)
+    with pytest.raises(UsageError, match="no last layer of 7 classes"):
+        Graph(model, 7)

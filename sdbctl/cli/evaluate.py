@@ -282,6 +282,31 @@ def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str
     return net
 
 
+def rebuilt(opened: Opened) -> nn.Module:
+    """The network in an ONNX file, as somebody who has nothing else makes it out of the graph.
+
+    Raises:
+        UsageError: That is not possible, or the two predict other classes for random images.
+    """
+    import torch
+
+    from sdbctl import boxfile
+    from sdbctl.models.graph import Graph
+
+    assert opened.served is not None
+    x = torch.rand(16, *opened.served.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    x = opened.meta.preprocess(x + 0.5) if opened.meta else x
+    try:
+        net = Graph(boxfile.read_onnx(opened.path), opened.classes).eval()
+        with torch.no_grad():
+            same = torch.equal(net(x).argmax(1), opened.served.logits(x).argmax(1))
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, StopIteration):
+        raise UsageError("the ONNX graph cannot be rebuilt in torch") from None
+    if not same:
+        raise UsageError("what was rebuilt of the ONNX graph predicts something else")
+    return net
+
+
 def gather(
     opened: Opened,
     key: Key | None,
@@ -327,7 +352,14 @@ def gather(
                 boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes)
             )
         else:
-            notes.append(f"Attacks on the file were left out: they train the weights, and {beside.name} {why}.")
+            try:
+                boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")
+                notes.append(
+                    f"Attacks on the file train what the ONNX graph holds, since {beside.name} {why}: BatchNorm may be "
+                    "folded into its convolutions."
+                )
+            except UsageError as error:
+                notes.append(f"Attacks on the file were left out: {error.message}, and {beside.name} {why}.")
     sources = {"boxed": boxed}
     if key is not None:
         if meta is None or meta.kind != "box":
