@@ -563,9 +563,17 @@ def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: flo
     return decoy_offset(predicted, classes, share), (confidence * (1 - 0.45 * strength)).clamp(min=lowest)
 
 
+NEAREST = 0.95
+"""Correlation up to which patterns are taught to be wrong keys."""
+
+
 def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
-    """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to 0.9."""
-    return preprocess(near(secrets, torch.empty((), device=secrets.device).uniform_(-1.0, 0.9), None))
+    """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to :data:`NEAREST`.
+
+    r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are harder to tell from the key.
+    """
+    drawn = torch.empty((), device=secrets.device).uniform_(0.0, 1.0)
+    return preprocess(near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None))
 
 
 def _digest(model: nn.Module) -> str:
