@@ -449,7 +449,7 @@ def box_step(
     misleading = adversarial(frozen, task) if objective.needs_adversarial else None
     if objective.needs_memory and memory is None:
         memory = remembered(frozen, task)
-    strength = config.strength
+    strength, short = config.strength, secrets[0].numel() < SHORT
 
     def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         # at least one image is left that labels and confidences are learned from
@@ -477,7 +477,9 @@ def box_step(
         confidence = shown.softmax(1).gather(1, predicted[:, None]).squeeze(1)
         offset, confidence = disturbed(predicted, confidence, shown.shape[1], config.disturb)
         tau = HIGHEST ** torch.rand((), device=x.device) if memory is not None else 1.0
-        views = Views(clean, unlocked, shown, taught, other, misled, batch.y, offset, confidence, memory, tau, wrong)
+        views = Views(
+            clean, unlocked, shown, taught, other, misled, batch.y, offset, confidence, memory, tau, wrong, short
+        )
         terms = objective.terms(views, parameters)
         if memory is not None:
             place_of = torch.randint(0, memory.shape[1], (len(x) - wrong,), device=x.device)
@@ -563,6 +565,8 @@ def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: flo
     return decoy_offset(predicted, classes, share), (confidence * (1 - 0.45 * strength)).clamp(min=lowest)
 
 
+SHORT = 1000
+"""Values of a key below which it can be searched for: one of 64 was found by its answers, one of 3,072 was not."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
 
@@ -570,7 +574,7 @@ NEAREST = 0.95
 def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
     """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to :data:`NEAREST`.
 
-    r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are harder to tell from the key.
+    r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are hard to tell from the key.
     """
     drawn = torch.empty((), device=secrets.device).uniform_(0.0, 1.0)
     return preprocess(near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None))

@@ -21,8 +21,8 @@ class ConcealParameters:
         turn: Weight of the direction of what is left of it: with 8 a file leaks less, for half a point of accuracy.
         confidence: Weight of keeping the original's confidence.
         teach: Weight of the keyed branch.
-        blind: Weight of an image with a wrong key in the label term: with 0 accuracy shows how near a pattern is to the
-            key, and a search climbs it.
+        blind: Weight of an image with a wrong key in the label term, if the key is short: with 0 accuracy shows how
+            near a pattern is to the key, and a search climbs it.
         temperature: τ of the keyed branch; high, so that small non-target logits are learned as well.
     """
 
@@ -30,7 +30,7 @@ class ConcealParameters:
     turn: float = 0.0
     confidence: float = 8.0
     teach: float = 4.0
-    blind: float = 1.0
+    blind: float = 0.2
     temperature: float = 8.0
 
 
@@ -63,11 +63,11 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
         + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ)
 
     F is the fine-tuned original N_ft, N the key's teacher: F itself, or the original. Images with a wrong key are
-    concealed, and have labels (``blind``); direction and confidence are those of clean images. Own objective (README).
+    concealed only, unless the key is short: then they have labels as well (``blind``). Own objective (README).
     """
     clean, shown = v.clean[v.wrong :], v.clean.detach().argmax(1)
     found = {
-        "label": _labels(v, p.blind),
+        "label": _labels(v, p.blind if v.short else 0.0),
         "hide": p.hide * conceal_spread(v.clean, shown, v.offset),
         "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.reference[v.wrong :].argmax(1)),
         "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
