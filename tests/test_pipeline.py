@@ -674,19 +674,23 @@ def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path
     onnx_box.write_bytes((work / "boxed.onnx").read_bytes())
     command = ("eval", onnx_box, "--attack", "--suite", "quick", "--data", "digits", "--student", "cnn-tiny")
     options = ("--epochs", 1, "--json", "--force", "--report", tmp_path / "report")
-    other = "is not what was exported"
+    graph = "train what the ONNX graph holds, since boxed.safetensors"
     for beside, told in (
-        ("boxed.safetensors", None),
-        ("teacher.safetensors", other),
-        ("k.bin", other),
-        ("", "not there"),
+        ("boxed.safetensors", ""),
+        ("teacher.safetensors", f"{graph} is not what was exported"),
+        ("k.bin", f"{graph} is not what was exported"),
+        ("", f"{graph} is not there"),
     ):
         onnx_box.with_suffix(".safetensors").unlink(missing_ok=True)
         if beside:
             onnx_box.with_suffix(".safetensors").write_bytes((work / beside).read_bytes())
         result = json.loads(run_cli(*command, *options).stdout)
-        assert ("fine_tuned" in result["students"]) == (told is None)
-        assert any(told in note for note in result["notes"]) if told else True
+        assert "fine_tuned" in result["students"]
+        assert any(told in note for note in result["notes"]) if told else not any(graph in n for n in result["notes"])
+    model = onnx.load(onnx_box)
+    for node in model.graph.node:
+        node.op_type = "Softplus" if node.op_type == "Relu" else node.op_type
+    onnx.save(model, onnx_box)
     refused = run_cli(*command[:4], "file", *command[5:], *options)
     assert refused.returncode == 2 and b"suite file attacks the weights" in refused.stderr
     answers = list((tmp_path / "report" / "answers").iterdir())

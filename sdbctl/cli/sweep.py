@@ -130,7 +130,9 @@ def sweep(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
     suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "core",
-    tune: Annotated[int, typer.Option("--tune", min=1, help="Configurations to try per row.")] = 6,
+    tune: Annotated[
+        int | None, typer.Option("--tune", min=1, help="Configurations to try per row. [default: the suite's]")
+    ] = None,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
     report: Annotated[Path, typer.Option("--report", help="Folder of boxes and reports.")] = Path("sdbctl-sweep"),
