@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,7 @@ def evaluate(
     students: dict[str, Student] = {}
     curves = key_curves(bench)
     if bench.config.suite:
-        with workers(bench):
+        with workers(bench) if bench.config.jobs > 1 and not bench.config.cluster else contextlib.nullcontext():
             students = train_students(bench, folder, progress)
             curves.update(budget_curve(bench, students, folder, progress))
         curves.update(taught_by_keys(students))
@@ -292,7 +293,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         )
         if bench.config.reported < 5:
             notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")
-        if bench.config.tuned < USUAL:
+        if bench.config.suite and bench.config.tuned < max(USUAL, suite(bench.config.suite).tune):
             notes.append("Settings were not fully tuned; the attacker may do better.")
     return notes
 

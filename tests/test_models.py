@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from sdbctl import boxfile, models
+from sdbctl.boxfile import Metadata
+from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.models.graph import Graph
 from sdbctl.models.stages import Stages, head, width
+from sdbctl.wrappers import Concealed
 
 OWN = [*models.OWN, "wrn-16-1", "wrn-16-2", "wrn-28-10"]
 
@@ -165,6 +168,39 @@ def test_a_graph_becomes_the_network_that_it_was_exported_from(name, folded, tmp
     found(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in found.parameters())
     assert sum(p.numel() for p in found.parameters()) >= 0.9 * sum(p.numel() for p in net.parameters())
+
+
+def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(tmp_path):
+    size = (3, 16, 16)
+    net, preprocess = models.build("resnet8", 10).eval(), Preprocess((0.5,) * 3, (0.2, 0.25, 0.3), size)
+    meta = Metadata("teacher", "resnet8", tuple(map(str, range(10))), preprocess)
+    boxfile.export_onnx(
+        tmp_path / "x.onnx", Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class"), meta
+    )
+    found = Graph(boxfile.read_onnx(tmp_path / "x.onnx"), 10).eval()
+    x = preprocess(torch.rand(4, *size))
+    with torch.no_grad():
+        assert torch.allclose(found(x), net(x), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logits_of_a_graph_may_be_averaged_maps_and_vectors_normalised(tmp_path):
+    class Averaged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = torch.nn.Linear(48, 48), torch.nn.BatchNorm1d(48)
+            self.last = torch.nn.Conv2d(3, 5, 1)
+
+        def forward(self, x):
+            x = self.norm(self.first(x.flatten(1))).view(-1, 3, 4, 4)
+            return self.last(x.relu()).mean((2, 3))
+
+    net = Averaged()
+    net.train()(torch.rand(8, 3, 4, 4))
+    model = exported(net.eval(), tmp_path / "x.onnx", 4, training=torch.onnx.TrainingMode.PRESERVE)
+    x = torch.randn(3, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(Graph(model, 5).eval()(x), net(x), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

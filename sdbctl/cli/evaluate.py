@@ -145,7 +145,9 @@ def evaluate(
     opened = open_model(box, device, arch=arch, trust=trust)
     meta = opened.meta
     notes: list[str] = []
-    sources = gather(opened, key, original, reference, notes, pick_device(device), arch=arch, trust=trust)
+    sources = gather(
+        opened, key, original, reference, notes, pick_device(device), arch=arch, trust=trust, attack=attack
+    )
     dataset = open_data(
         data,
         data_root,
@@ -317,6 +319,7 @@ def gather(
     *,
     arch: str | None = None,
     trust: bool = False,
+    attack: bool = True,
 ) -> dict[str, Source]:
     """The teachers of an evaluation: the box without, with and with wrong keys, the original, trivial defences.
 
@@ -351,7 +354,7 @@ def gather(
             boxed = replace(
                 boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes)
             )
-        else:
+        elif attack:
             try:
                 boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")
                 notes.append(

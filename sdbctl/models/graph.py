@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ def _average_pool(x: Tensor, s: Settings) -> Tensor:
 
 
 def _pad(x: Tensor, s: Settings) -> Tensor:
+    if s.get("mode", "constant") != "constant" or s.get("value", 0.0):
+        raise UsageError("the graph pads with something else than zeros")
     pads, axes = s["pads"], s.get("axes") or list(range(x.ndim))
     around = {axis % x.ndim: (pads[place], pads[place + len(axes)]) for place, axis in enumerate(axes)}
     flat = [size for axis in reversed(range(x.ndim)) for size in around.get(axis, (0, 0))]
@@ -70,10 +73,6 @@ def _slice(x: Tensor, s: Settings) -> Tensor:
     return x[tuple(where)]
 
 
-def _softmax(x: Tensor, s: Settings) -> Tensor:
-    return x.softmax(s.get("axis", -1))
-
-
 UNARY: Mapping[str, Callable[[Tensor, Settings], Tensor]] = {
     "Relu": lambda x, s: x.relu(),
     "Sigmoid": lambda x, s: x.sigmoid(),
@@ -84,9 +83,7 @@ UNARY: Mapping[str, Callable[[Tensor, Settings], Tensor]] = {
     "Gelu": lambda x, s: F.gelu(x, approximate=s.get("approximate", "none")),
     "Identity": lambda x, s: x,
     "Dropout": lambda x, s: x,
-    "Cast": lambda x, s: x.float(),
     "Clip": _clip,
-    "Softmax": _softmax,
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Transpose": lambda x, s: x.permute(s["perm"]),
@@ -112,9 +109,18 @@ SEVERAL: Mapping[str, Callable[[Sequence[Tensor], Settings], Any]] = {
     "Sub": lambda xs, s: xs[0] - xs[1],
     "Mul": lambda xs, s: xs[0] * xs[1],
     "Div": lambda xs, s: xs[0] / xs[1],
+    "Max": lambda xs, s: functools.reduce(torch.maximum, xs),
+    "Min": lambda xs, s: functools.reduce(torch.minimum, xs),
     "Concat": lambda xs, s: torch.cat(list(xs), s["axis"]),
 }
 """Operators of several tensors, some of which may be constant."""
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Of feature maps or of vectors: a graph does not say."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        return
 
 
 class Operator(nn.Module):
@@ -155,14 +161,16 @@ class Graph(nn.Module):
         from onnx.reference import ReferenceEvaluator
 
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        nodes = []
+        version = {known.domain: known.version for known in model.opset_import}
+        nodes, used = [], {name for node in model.graph.node for name in node.input}
         for node in model.graph.node:
             # exporters leave sums of constants, and weights under several names
-            if all(name in constants or not name for name in node.input):
-                made = ReferenceEvaluator(node).run(None, {name: constants[name] for name in node.input if name})
-                constants.update(zip(node.output, made, strict=True))
-            else:
+            if not all(name in constants or not name for name in node.input):
                 nodes.append(node)
+            elif used & set(node.output):
+                given = {name: constants[name] for name in node.input if name}
+                made = ReferenceEvaluator(node, opsets=version).run(None, given)
+                constants.update(zip(node.output, made, strict=True))
         self.input = next(given.name for given in model.graph.input if given.name not in constants)
         self.output = _last(nodes, constants, classes)
         self.steps = nn.ModuleList()
@@ -200,7 +208,12 @@ def _last(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], classes
             after = nodes[place + 1] if place + 1 < len(nodes) else None
             bias = after is not None and after.op_type == "Add" and node.output[0] in after.input
             biased = bias and after is not None and any(name in constants for name in after.input)
-            return str(after.output[0] if biased and after is not None else node.output[0])
+            last = str(after.output[0] if biased and after is not None else node.output[0])
+            # a convolution may be averaged to logits
+            for follower in nodes[place + 1 :]:
+                if last in follower.input and follower.op_type in ("GlobalAveragePool", "ReduceMean", "Flatten"):
+                    last = str(follower.output[0])
+            return last
     raise UsageError(f"the graph has no last layer of {classes} classes")
 
 
@@ -236,9 +249,10 @@ def _weighted(kind: str, weights: Sequence[Tensor], s: Settings) -> nn.Module:
         if s.get("transA", 0) or s.get("alpha", 1.0) != 1.0 or s.get("beta", 1.0) != 1.0:
             raise UsageError("the graph scales or transposes a linear layer")
         weights = [weights[0] if s.get("transB", 0) else weights[0].T.contiguous(), *weights[1:]]
+        weights[1:] = [bias.reshape(-1).expand(len(weights[0])) for bias in weights[1:]]
         layer = nn.Linear(weights[0].shape[1], weights[0].shape[0], bias=len(weights) > 1)
     elif kind == "BatchNormalization":
-        layer = nn.BatchNorm2d(len(weights[0]), eps=s.get("epsilon", 1e-5))
+        layer = BatchNorm(len(weights[0]), eps=s.get("epsilon", 1e-5))
         layer.running_mean, layer.running_var = weights[2].clone(), weights[3].clone()
     else:
         raise UsageError(f"the graph has a {kind} of {weights[0].ndim} dimensions, which cannot be trained here")
