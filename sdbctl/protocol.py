@@ -272,7 +272,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
 def _settings(choice: Choice) -> dict[str, object]:
     option, found = choice.option, choice.correlation
     teacher = {"teacher": option.teacher} if option.teacher else {}
-    return {**teacher, **option.config, **({"key_correlation": found} if found is not None else {})}
+    return {**teacher, **option.config, **({"key_correlation": round(found, 3)} if found is not None else {})}
 
 
 def _chosen(rows: Sequence[Sequence[Outcome]]) -> list[float]:

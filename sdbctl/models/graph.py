@@ -205,14 +205,15 @@ def _last(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], classes
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         outputs = weight.shape[0] if node.op_type == "Conv" or transposed else weight.shape[-1]
         if outputs == classes:
-            after = nodes[place + 1] if place + 1 < len(nodes) else None
-            bias = after is not None and after.op_type == "Add" and node.output[0] in after.input
-            biased = bias and after is not None and any(name in constants for name in after.input)
-            last = str(after.output[0] if biased and after is not None else node.output[0])
-            # a convolution may be averaged to logits
-            for follower in nodes[place + 1 :]:
-                if last in follower.input and follower.op_type in ("GlobalAveragePool", "ReduceMean", "Flatten"):
-                    last = str(follower.output[0])
+            last = str(node.output[0])
+            # a bias may be added, and the maps of a convolution averaged
+            more = ("GlobalAveragePool", "ReduceMean", "Flatten") if node.op_type == "Conv" else ()
+            for after in nodes[place + 1 :]:
+                bias = after.op_type == "Add" and any(
+                    constants[n].size == classes for n in after.input if n in constants
+                )
+                if last in after.input and (bias or after.op_type in more):
+                    last = str(after.output[0])
             return last
     raise UsageError(f"the graph has no last layer of {classes} classes")
 
