@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Try every attack on defences that some of them were published for, a Nasty Teacher and one whose answers are perturbed
-# by a reverse sigmoid, trained on digits, and the suite on a teacher without any
-# defence and on its box.
+# by a reverse sigmoid, trained on digits, and the suite on a teacher without any defence and on its box.
 #
 #   examples/attacks.sh OUTPUT_FOLDER
 #

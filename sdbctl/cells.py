@@ -389,7 +389,7 @@ def workers(bench: Bench) -> Iterator[ProcessPoolExecutor]:
     if known is not None and known[0] is bench:
         yield known[1]
         return
-    jobs = max(1, bench.config.jobs)
+    jobs = bench.config.jobs
     threads = max(1, torch.get_num_threads() // jobs)
     # each starts when there is work for it
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (bench, threads))

@@ -109,6 +109,7 @@ TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}
 USUAL = 6
 """Configurations per row at most where a suite does not try all, and of :data:`MINOR` rows."""
 EVERY = max(len(attack.grid) for attack in ATTACKS.values())
+"""As many configurations as any attack has."""
 ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "authorized_wrong_key")
 """Rows that are reported even if others of their group are better: what every paper has."""
 TWINS: Mapping[str, str] = {

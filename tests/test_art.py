@@ -63,7 +63,7 @@ def test_extraction_agrees_with_the_toolbox(kind, work, splits):
     box = boxfile.load_box(work / "boxed.safetensors")
     mine, other = ([run(kind, box, splits, seed) for seed in range(SEEDS)] for run in (ours, theirs))
     noise = sqrt((variance(mine) + variance(other)) / SEEDS)
-    assert abs(mean(mine) - mean(other)) < 3 * noise, (mine, other)
+    assert abs(mean(mine) - mean(other)) < min(5, 3 * noise), (mine, other)
     assert mean(other) > 60
 
 

@@ -43,7 +43,7 @@ from sdbctl.report import Report
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
 from sdbctl.training import Engine, Recipe, Resume, Silent, fit, learning_rate, predict, seeded
 from sdbctl.wrappers import Concealed
-from tests.conftest import run_cli
+from tests.conftest import run_cli, with_unknown_operator
 
 CPU = torch.device("cpu")
 ENGINE = Engine(CPU)
@@ -688,10 +688,7 @@ def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path
         result = json.loads(run_cli(*command, *options).stdout)
         assert "fine_tuned" in result["students"]
         assert any(told in note for note in result["notes"]) if told else not any(graph in n for n in result["notes"])
-    model = onnx.load(onnx_box)
-    for node in model.graph.node:
-        node.op_type = "Softplus" if node.op_type == "Relu" else node.op_type
-    onnx.save(model, onnx_box)
+    with_unknown_operator(onnx_box)
     refused = run_cli(*command[:4], "file", *command[5:], *options)
     assert refused.returncode == 2 and b"suite file attacks the weights" in refused.stderr
     answers = list((tmp_path / "report" / "answers").iterdir())
@@ -776,7 +773,7 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
         assert shown[:distinct].sum() > 0.9 * len(x) and (confidence == "exact" or len(shown) < 0.3 * len(x))
         assert torch.allclose(public, raw, atol=1e-3) is (confidence == "exact")
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
-        assert same.float().mean() > 0.9
+        assert same.float().mean() > 0.95
     out = ("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx")
     for options, said in (
         (("--confidence", "none"), b"use one of: class, rough, exact"),

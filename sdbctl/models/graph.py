@@ -73,7 +73,12 @@ def _slice(x: Tensor, s: Settings) -> Tensor:
     return x[tuple(where)]
 
 
-UNARY: Mapping[str, Callable[[Tensor, Settings], Tensor]] = {
+def _split(x: Tensor, s: Settings) -> tuple[Tensor, ...]:
+    axis = s.get("axis", 0)
+    return tuple(torch.functional.split(x, s.get("split") or -(-x.shape[axis] // s["parts"]), axis))
+
+
+UNARY: Mapping[str, Callable[[Tensor, Settings], Any]] = {
     "Relu": lambda x, s: x.relu(),
     "Sigmoid": lambda x, s: x.sigmoid(),
     "Tanh": lambda x, s: x.tanh(),
@@ -93,6 +98,7 @@ UNARY: Mapping[str, Callable[[Tensor, Settings], Tensor]] = {
     "ReduceMean": _reduce_mean,
     "Pad": _pad,
     "Slice": _slice,
+    "Split": _split,
 }
 """Operators of one tensor; what else they are given must be constant."""
 NAMED: Mapping[str, tuple[str, ...]] = {
@@ -132,10 +138,6 @@ class Operator(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the operator makes of its inputs."""
-        if self.kind == "Split":
-            axis = self.settings.get("axis", 0)
-            size = self.settings.get("split") or -(-inputs[0].shape[axis] // self.settings["parts"])
-            return tuple(torch.functional.split(inputs[0], size, axis))
         if self.kind in UNARY:
             return UNARY[self.kind](inputs[0], self.settings)
         return SEVERAL[self.kind](inputs, self.settings)
@@ -230,7 +232,7 @@ def _layer(node: onnx.NodeProto, constants: Mapping[str, Any]) -> tuple[nn.Modul
         return _weighted(kind, weights, s), (inputs[0],)
     if kind in SEVERAL:
         return Operator(kind, s), tuple(inputs)
-    if kind not in UNARY and kind != "Split":
+    if kind not in UNARY:
         raise UsageError(f"the graph has the operator {kind}, which cannot be trained here")
     for name, given in zip(NAMED.get(kind, ()), inputs[1:], strict=False):
         if given and given not in constants:
