@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -79,6 +80,7 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
             num_nodes=nodes,
             strategy="ddp" if strategy == "auto" else strategy,
         )
+        atexit.register(_leave)
         fabric.launch()
     except ValueError as error:
         raise EnvironmentFailure(f"the processes do not fit: {str(error).splitlines()[0]}") from None
@@ -156,6 +158,14 @@ def together() -> Iterator[None]:
                 raise SystemExit(EnvironmentFailure.exit_code) from None
             raise EnvironmentFailure("another training process has ended", "--resume goes on") from None
         raise
+
+
+def _leave() -> None:
+    """End the connection's threads while Python still runs: one that outlives it can abort a process that succeeded."""
+    from torch.distributed import destroy_process_group, is_initialized
+
+    if is_initialized():
+        destroy_process_group()
 
 
 def _quiet() -> None:

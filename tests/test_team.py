@@ -76,6 +76,7 @@ def test_two_processes_train_like_one(tmp_path):
 
 
 TRAINS = """
+import atexit
 import sys
 from pathlib import Path
 
@@ -88,6 +89,7 @@ from sdbctl.data import Preprocess
 from sdbctl.training import Engine, Recipe, fit
 
 processes, device = int(sys.argv[1]), torch.device("cpu")
+atexit.register(lambda: print('still connected:', torch.distributed.is_initialized()))
 team.expect(processes)
 if processes > 1:
     team.join(device, "fp32", processes, 1, "auto")
@@ -106,10 +108,19 @@ def test_two_processes_end_like_one(tmp_path):
     (tmp_path / "trains.py").write_text(TRAINS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [
-        subprocess.Popen([sys.executable, "trains.py", str(n), f"{n}.pt"], cwd=tmp_path, env=environment)
+        subprocess.Popen(
+            [sys.executable, "trains.py", str(n), f"{n}.pt"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for n in (1, 2)
     ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    said = [run.communicate(timeout=120)[0].split("\n") for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    # a thread of the connection that is left at Python's end aborts a process now and then
+    assert [lines.count("still connected: False") for lines in said] == [1, 2]
     one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     untrained = nn.Linear(8 * 36, 10).weight
     assert (one["4.weight"] - untrained).abs().mean() > 0.01
