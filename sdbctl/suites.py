@@ -126,6 +126,7 @@ TWINS: Mapping[str, str] = {
     "averaged_noise": "hard_views",
     "scm": "hard_sequence",
     "skeptical": "hard_skeptical",
+    "markov": "label_smoothing",
     "two_stage": "hard_mixed",
     "recalibrated": "hard_mixed",
     "repaired": "hard_mixed",

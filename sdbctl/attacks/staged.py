@@ -163,10 +163,10 @@ class Markov(nn.Module):
 
 
 def markov(attacker: Attacker, config: Config) -> None:
-    """Markov distillation: τ²·KL(p_T^τ ‖ p_S^τ·M) + CE(p_S, y), the transition matrix M learned with the student.
+    """Markov distillation: α·τ²·KL(p_T^τ ‖ p_S^τ·M) + (1 − α)·CE(p_S, y), the matrix M learned with the student.
 
     After Yang & Ye (ECCV 2024): M explains what a nasty teacher does to the classes, so that the student need
-    not. Where the transform stands and how it is initialised is our choice.
+    not. Where the transform stands, how it is initialised and that labels are smoothed is our choice.
     """
     assert attacker.oracle is not None
     net, tau, alpha = Markov(attacker.student, attacker.oracle.classes), config["temperature"], config["alpha"]
@@ -175,7 +175,8 @@ def markov(attacker: Attacker, config: Config) -> None:
         assert answer is not None
         seen = ((z / tau).softmax(1) @ net.matrix()).clamp(min=1e-8).log()
         soft = tau**2 * kl_div(seen, log_softmax(answer / tau, 1), log_target=True, reduction="batchmean")
-        return alpha * soft + (1 - alpha) * cross_entropy(z, _target(answer, y))
+        hard = cross_entropy(z, _target(answer, y), label_smoothing=config.get("smoothing", 0.0))
+        return alpha * soft + (1 - alpha) * hard
 
     attacker.learn(loss, net=net)
 
@@ -228,5 +229,8 @@ MARKOV = _attack(
     "a learned transition between teacher and student",
     "after Yang & Ye, ECCV 2024",
     markov,
-    *({"temperature": 1.0, "alpha": alpha} for alpha in (0.2, 0.5, 0.1)),
+    *(
+        {"temperature": 1.0, "alpha": alpha, "smoothing": share}
+        for alpha, share in ((0.2, 0.2), (0.5, 0.2), (0.1, 0.0))
+    ),
 )
