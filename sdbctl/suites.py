@@ -85,6 +85,18 @@ CORE = (
     Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
+DECOUPLED = (
+    Row("dkd_original", "DKD from the original", "reference", "dkd", ("reference", "original")),
+    Row(
+        "dkd_original_unlabelled",
+        "DKD from the original, no labels",
+        "reference",
+        "dkd_unlabelled",
+        ("reference", "original"),
+    ),
+    Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", ("keyed",)),
+)
+"""What an attacker may do with the box, owners and key holders may do, too."""
 NEAR = (
     *(
         Row(f"near_key_{percent}", f"KD, key correlation 0.{percent}", "wrong_key", "kd", (f"near_{percent}",))
@@ -100,7 +112,7 @@ EXTRA = tuple(
     for name, attack in ATTACKS.items()
     if name not in {row.attack for row in CORE}
 )
-ALL = (*CORE, *NEAR, *WRAPPED, *EXTRA)
+ALL = (*CORE, *DECOUPLED, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
 MINOR = {row.name for row in (*NEAR, *WRAPPED)}
 """Rows that are no headline."""

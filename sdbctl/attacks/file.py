@@ -77,7 +77,10 @@ def _train_box(
 
 
 def rehead(attacker: Attacker, config: Config) -> None:
-    """A new last layer on the box's features, trained on the labels, brings back what only the outputs hid."""
+    """min over W, b of CE(W·f(x) + b, y), f the box's features (Alain & Bengio, ICLR 2017 workshop), then KD from it.
+
+    A new last layer brings back what only the outputs hid.
+    """
     net = held(attacker)
     last = head(net)
     net.requires_grad_(False)
@@ -90,7 +93,10 @@ def rehead(attacker: Attacker, config: Config) -> None:
 
 
 def fine_tuned(attacker: Attacker, config: Config) -> None:
-    """The box fine-tuned with cross-entropy on a share of the labels, then KD from it."""
+    """The box fine-tuned by CE(B(x), y) on a share of the labels, then KD from it.
+
+    Fine-tuning is the usual way to take out what was trained in (Liu et al., RAID 2018).
+    """
     net = held(attacker)
     few = attacker.images.take(range(max(2, round(config["share"] * len(attacker.images)))))
     _train_box(attacker, net, few, 0.01, nn.Module.eval if len(few) < FEW else nn.Module.train)
@@ -98,7 +104,10 @@ def fine_tuned(attacker: Attacker, config: Config) -> None:
 
 
 def pruned(attacker: Attacker, config: Config) -> None:
-    """The smallest ``share`` of every convolution's weights set to zero, statistics re-estimated, then KD."""
+    """w = 0 where |w| is below the ``share`` quantile of its convolution, statistics taken anew, then KD.
+
+    Pruning by magnitude (Han et al., NeurIPS 2015) as an attack on what was trained in (Liu et al., RAID 2018).
+    """
     net = held(attacker)
     with torch.no_grad():
         for module in net.modules():
@@ -110,7 +119,7 @@ def pruned(attacker: Attacker, config: Config) -> None:
 
 
 def noisy(attacker: Attacker, config: Config) -> None:
-    """KD from the mean of boxes whose weights got noise of ``sigma`` standard deviations."""
+    """KD from the mean of four B(x; w + ε), ε ~ N(0, (sigma·sd(w))²) for every matrix and kernel: our own."""
     nets = []
     with seeded(attacker.recipe.seed), torch.no_grad():
         for _ in range(4):
@@ -257,16 +266,16 @@ STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531"
 STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
 STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
 AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, *_AMPLIFIED)
-REHEAD = _attack("a new last layer on the box's features", "known as linear probing", rehead)
+REHEAD = _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead)
 FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
-    "known as fine-tuning attack",
+    "Liu et al., RAID 2018",
     fine_tuned,
     *({**config, "share": 1.0} for config in _ANY),
     *({**config, "share": 0.1} for config in _ANY[1:]),
     {**_ANY[-1], "share": 0.01},
 )
-PRUNED = _attack("the box pruned", "Liu et al., RAID 2018", pruned, *({**config, "share": 0.3} for config in _ANY))
+PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, *({**config, "share": 0.3} for config in _ANY))
 NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _ANY))
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, _AMPLIFIED[0])
 AMPLIFIED_UNLABELLED, NOISY_UNLABELLED, REESTIMATED_UNLABELLED, STRIPPED_DIST_UNLABELLED = map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -62,7 +63,7 @@ def hard_mixed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Confi
     return _from_constant(z, answer, y, config)
 
 
-# as many as distillation has to choose from, or the floor would be too low
+# with the mixtures below as many as distillation has to choose from, or the floor would be too low
 CONSTANTS = tuple(
     {"confidence": confidence, "temperature": temperature, "alpha": alpha}
     for temperature, confidence, alpha in (
@@ -74,6 +75,12 @@ CONSTANTS = tuple(
         (8.0, 0.4, 1.0),
     )
 )
+_FIRST = tuple(
+    {**config, "alpha": alpha} for config, alpha in zip(CONSTANTS, (0.9, 0.9, 0.5, 0.9, 0.5, 0.5), strict=True)
+)
+_MIXED = tuple(
+    {**config, "alpha": alpha} for config, alpha in product(CONSTANTS, (0.1, 0.5, 0.9)) if config["alpha"] == 1
+)
 
 CROSS_ENTROPY = Attack(
     "cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), PerBatch(label_smoothing)
@@ -84,7 +91,7 @@ LABEL_SMOOTHING = Attack(
     "floor",
     Access.NONE,
     True,
-    ({"smoothing": 0.1}, {"smoothing": 0.3}),
+    tuple({"smoothing": share} for share in (0.1, 0.3, 0.2, 0.05)),
     PerBatch(label_smoothing),
 )
 CLASS_CONSTANT = Attack(
@@ -120,6 +127,6 @@ HARD_MIXED = Attack(
     "floor",
     Access.LABELS,
     True,
-    tuple({**config, "alpha": alpha} for config, alpha in zip(CONSTANTS, (0.9, 0.9, 0.5, 0.9, 0.5, 0.5), strict=True)),
+    (*_FIRST, *(config for config in _MIXED if config not in _FIRST)),
     PerBatch(hard_mixed),
 )
