@@ -302,7 +302,7 @@ class Bench:
         if self.answers is None or not teacher:
             return None
         where = [self.engine.device.type, self.engine.precision]
-        parts = [self.sources[teacher].sha256, where, self.preprocess.to_dict(), boxfile.versions()]
+        parts = [self.sources[teacher].sha256, where, self.preprocess.to_dict(), boxfile.versions(), code()]
         return Record(self.answers, json.dumps(parts, sort_keys=True))
 
     def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, run_cells
+from sdbctl.cells import FOREIGN, Bench, Cell, run_cells
 from sdbctl.key import correlation, embed
 from sdbctl.report import (
     RECOVERED,
@@ -45,11 +45,13 @@ def budgets(bench: Bench) -> list[tuple[str, int]]:
         names.append(BEST)
     whole = len(bench.transfer)
     sizes = {*BUDGETS, *(round(share * whole) for share in FEW_SHOT)}
-    return [(name, size) for size in sorted(sizes) if 2 * bench.classes <= size < whole for name in names]
+    return [(name, size) for size in sorted(sizes) if bench.classes <= size < whole for name in names]
 
 
 def _rival(row: Row) -> bool:
-    return row.role == "attack" and row.access == "api" and row.name not in BUDGET_ROWS
+    # who asks about other images than these has another budget
+    own = row.attack not in (*FOREIGN, "data_free")
+    return row.role == "attack" and row.access == "api" and row.name not in BUDGET_ROWS and own
 
 
 def budget_curve(

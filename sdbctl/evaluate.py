@@ -28,6 +28,7 @@ from sdbctl.report import (
     Role,
     Student,
     UnauthorizedAdvantage,
+    worth_protecting,
 )
 from sdbctl.suites import PLACES, USUAL, suite
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
@@ -207,48 +208,46 @@ def _mean(values: Sequence[float]) -> float:
 
 def verdict(report: Report) -> str:
     """One sentence: what this box protects against, and what it does not."""
-    api, held, protectable = report.unauthorized_advantage.api, report.unauthorized_advantage.file, report.protectable
+    api, held = report.unauthorized_advantage.api, report.unauthorized_advantage.file
     # a suite may have tried only those who hold the file
     threat, means = (held, "file") if api.labelled.mean is None else (api, "outputs")
     if threat.labelled.mean is None:
         return "No student was trained, so nothing is known about protection; use --attack."
-    # each is compared with a floor of its own
-    threats = [(threat.labelled, ""), (threat.unlabelled, " without labels")]
-    known = [(interval, who) for interval, who in threats if interval.mean is not None]
-    gains = " and ".join(_gain(interval, who) for interval, who in known)
-    if protectable.mean is None:
+    # each is compared with a floor of its own, and judged only where the original is worth distilling
+    threats = [
+        (threat.labelled, "", report.protectable, report.nothing_to_protect),
+        (threat.unlabelled, " without labels", report.protectable_unlabelled, report.nothing_to_protect_unlabelled),
+    ]
+    known = [one for one in threats if one[0].mean is not None]
+    gains = " and ".join(_gain(interval, who) for interval, who, _, _ in known)
+    if report.protectable.mean is None:
         return (
             f"Distilling the box gains {gains} over the floor; whether there was something to protect is unknown "
             "without --original."
         )
-    if report.nothing_to_protect:
-        finding = (
-            f"Nothing to protect here: distilling the original is worth only {_signed(protectable.mean)} points over "
-            "what an attacker has anyway."
-        )
-        if (threat.unlabelled.low or 0) > ADVANTAGE_LIMIT:
-            finding += f" Attackers without labels gain {_signed(threat.unlabelled.mean)} points over their own floor."
-        return finding
-    if any(interval.high is None for interval, _ in known):
+    judged = [(interval, worth) for interval, _, worth, vain in known if not vain]
+    if not judged:
+        finding = "Nothing to protect here"
+    elif any(interval.high is None for interval, _ in judged):
         finding = "One seed only"
-    elif all((interval.high or 0.0) <= ADVANTAGE_LIMIT for interval, _ in known):
+    elif all((interval.high or 0.0) <= ADVANTAGE_LIMIT for interval, _ in judged):
         finding = f"Undistillable through its {means} by the attacks tried"
-        if not report.something_to_protect:
+        if not all(worth_protecting(worth) for _, worth in judged if worth.mean is not None):
             finding = (
                 f"No attack tried gains more than {ADVANTAGE_LIMIT:g} points, but the original is not sure to be worth "
                 "distilling"
             )
-    elif any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, _ in known):
+    elif any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, _ in judged):
         finding = "Not protected"
     else:
         finding = "Not shown to be undistillable"
-    worth = f"the original gives {_signed(protectable.mean)}"
-    gain = report.authorized_gain
-    key = (
-        f"; the key is worth {_signed(gain.mean)} points against distilling the original"
-        if gain.mean is not None
-        else ""
-    )
+    worths = " and ".join(f"{_signed(worth.mean)} points{who}" for _, who, worth, _ in known if worth.mean is not None)
+    said = f"{finding}: distilling the box gains {gains} over the floor; the original gives {worths}"
+    if 0 < len(judged) < len(known):
+        vain = "with labels" if report.nothing_to_protect else "without labels"
+        said += f", so there is nothing to protect {vain}"
+    if (gain := report.authorized_gain).mean is not None:
+        said += f"; the key is worth {_signed(gain.mean)} points against distilling the original"
     if threat is held:
         other = "This is about who holds the file; attackers through the API were not tried"
     elif held.labelled.mean is None:
@@ -256,7 +255,7 @@ def verdict(report: Report) -> str:
     else:
         parts = [(held.labelled, ""), (held.unlabelled, " without labels")]
         other = "Who holds the file gains " + " and ".join(_gain(*part) for part in parts if part[0].mean is not None)
-    return f"{finding}: distilling the box gains {gains} over the floor; {worth}{key}. {other}.{_shown(report)}"
+    return f"{said}. {other}.{_shown(report)}"
 
 
 def _shown(report: Report) -> str:

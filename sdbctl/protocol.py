@@ -98,16 +98,16 @@ def _competing(bench: Bench) -> list[list[Option]]:
     return [found for found in options(bench).values() if len(_rows(found)) > 1]
 
 
-def _controls(bench: Bench) -> list[str]:
-    """Rows that are shown with one seed if others of their group beat them."""
+def _controls(bench: Bench) -> dict[str, int]:
+    """Rows that are shown even if others of their group beat them, with how many seeds: what is compared with, all."""
     rows = {name for found in _competing(bench) for name in _rows(found)}
-    return [name for name in ALWAYS if name in rows]
+    return {name: bench.config.reported if name == "label_smoothing" else 1 for name in ALWAYS if name in rows}
 
 
 def _spare(bench: Bench) -> int:
     """Students at most that are trained beside the winners, depending on who wins."""
     twins = [min(_places(found), len(TWINS.keys() & _rows(found))) for found in _competing(bench)]
-    return len(_controls(bench)) + sum(twins) * bench.config.reported
+    return sum(_controls(bench).values()) + sum(twins) * bench.config.reported
 
 
 def _rows(found: Sequence[Option]) -> set[str]:
@@ -193,8 +193,8 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     for name, (_, seeds) in list(finals.items()):
         if (twin := TWINS.get(name)) in rows:
             finals.setdefault(twin, (rows[twin], seeds))
-    for name in _controls(bench):
-        finals.setdefault(name, (rows[name], 1))
+    for name, seeds in _controls(bench).items():
+        finals.setdefault(name, (rows[name], seeds))
     cells = {
         name: [Cell(name, choice.option.teacher, choice.option.config, seed, True) for seed in range(seeds)]
         for name, (choice, seeds) in finals.items()

@@ -36,7 +36,7 @@ from sdbctl.report import (
     UnauthorizedAdvantage,
     schema,
 )
-from sdbctl.report.gates import Gate, GateResult, check, load_gates, parse_gate
+from sdbctl.report.gates import Gate, GateResult, check, check_names, load_gates, parse_gate
 from sdbctl.report.html import html
 from sdbctl.report.junit import junit
 from sdbctl.report.markdown import markdown
@@ -187,7 +187,8 @@ def test_committed_results_follow_the_schema():
     known = [path for path in sorted(RESULTS.glob("*.json")) if b'"schema_version"' in path.read_bytes()]
     assert known or not RESULTS.exists()
     for path in known:
-        validator.validate(json.loads(Report.read(path).to_json()))
+        validator.validate(json.loads(path.read_text()))
+        assert Report.read(path).to_json() == path.read_text()
 
 
 def test_shipped_schema_is_the_dataclasses():
@@ -299,6 +300,10 @@ def test_other_objects_are_not_written(report):
         ("models.boxed_wrong_key.top1", None),
         ("config.objective.beta", 2.0),
         ("cost.seconds", 5123.4),
+        ("students.authorized.values.4", sample().students["authorized"].values[4]),
+        ("students.authorized.values.5", None),
+        ("models.boxed.reliability.2.share", 0.02),
+        ("curves.queries.series.Boxed.1.high", 77.5),
     ],
 )
 def test_get(report, path, value):
@@ -372,6 +377,28 @@ def test_broken_gate_files_are_explained(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(BadInput, match=words):
         load_gates(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "inferense_cost.top1",
+        "key_strenght.opens_at",
+        "key_strength.open_at",
+        "students.kd_orignal.mean",
+        "models.boxd.top1",
+        "authorized_gain.lower",
+    ],
+)
+def test_a_slip_of_the_pen_is_found_before_anything_is_trained(path):
+    with pytest.raises(UsageError, match=f"(has no|no report has a) number {path}; did you mean"):
+        check_names([parse_gate(f"{path} <= 1")], ["kd_original"])
+
+
+def test_rules_may_be_on_any_number():
+    rules = ["students.kd_original.values.3 > 1", "models.boxed.reliability.9.accuracy > 1", "environment.cores > 1"]
+    rules += ["curves.budget.series.KD from the box, no labels.0.y > 1", "students.kd_original.config.temperature > 1"]
+    check_names(list(map(parse_gate, rules)), ["kd_original"])
 
 
 def test_gate_on_unknown_path(report):
@@ -620,6 +647,34 @@ def test_no_protection_is_claimed_where_nothing_is_known_to_be_worth_it(report, 
     assert {card.title: card for card in view(made).cards}["Advantage without key, API, labelled"].status == "neutral"
     shown = dataclasses.replace(made, protectable=Interval(2.5, 0.3, 5.0, 5))
     assert evaluate.verdict(shown).startswith("Undistillable")
+
+
+def test_a_leak_is_said_though_with_labels_there_is_nothing_to_protect(report):
+    """What the default box of digits measured: each threat is judged by itself, and who holds the file is named."""
+    measured = dataclasses.replace(
+        report,
+        protectable=Interval(1.9, 0.9, 2.9, 10),
+        protectable_unlabelled=Interval(2.1, 1.0, 3.2, 10),
+        unauthorized_advantage=UnauthorizedAdvantage(
+            api=Advantage(labelled=Interval(-0.4, -1.3, 0.6, 10), unlabelled=Interval(-0.5, -1.5, 0.4, 10)),
+            file=Advantage(labelled=Interval(1.0, 0.3, 1.7, 10), unlabelled=Interval(1.3, 0.8, 1.9, 10)),
+        ),
+    )
+    said = evaluate.verdict(measured)
+    assert said.startswith(
+        "Undistillable through its outputs by the attacks tried: distilling the box gains -0.4 points"
+    )
+    assert "the original gives +1.9 points and +2.1 points without labels, so there is nothing to protect with" in said
+    assert "Who holds the file gains +1.0 points (at most +1.7) and +1.3 points without labels" in said
+    neither = dataclasses.replace(
+        measured,
+        protectable_unlabelled=Interval(1.1, 0.4, 1.8, 10),
+        unauthorized_advantage=dataclasses.replace(
+            measured.unauthorized_advantage, file=Advantage(labelled=Interval(0.2, -0.3, 0.7, 10))
+        ),
+    )
+    said = evaluate.verdict(neither)
+    assert said.startswith("Nothing to protect here: ") and "Who holds the file gains +0.2 points" in said
 
 
 @pytest.mark.parametrize(

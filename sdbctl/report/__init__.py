@@ -33,6 +33,8 @@ RECOVERED = 0.9
 
 MORE_IS_BETTER = ("authorized_gain", "protectable", "protectable_unlabelled")
 """Headline numbers of a report whose cautious bound is the lower one."""
+VARIABLE = ("box", "config", "cost", "curves")
+"""Parts of a report that hold other numbers in each."""
 
 Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "baseline", "disturb"]
 MODELS = ("original", "original_ft", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
@@ -303,7 +305,8 @@ class Report:
         numbers = dict(self._numbers())
         root, _, rest = path.partition(".")
         name, _, number = rest.partition(".")
-        if rest and root in ("box", "config", "cost"):
+        counted = root in ("models", "students") and any(part.isdigit() for part in path.split("."))
+        if rest and (root in VARIABLE or counted):
             # not all of these are always there
             return numbers.get(path)
         absent = {"students": _NO_STUDENT, "models": _NO_MODEL}.get(root)
@@ -327,12 +330,6 @@ class Report:
     def _numbers(self) -> Iterator[tuple[str, float | None]]:
         for item in dataclasses.fields(self):
             yield from _flatten(getattr(self, item.name), item.name)
-
-    @property
-    def something_to_protect(self) -> bool:
-        """Whether distilling the original is surely worth it, to attackers with labels and, if tried, without."""
-        worths = [worth for worth in (self.protectable, self.protectable_unlabelled) if worth.mean is not None]
-        return bool(worths) and all(map(worth_protecting, worths))
 
     @property
     def nothing_to_protect(self) -> bool:
@@ -425,7 +422,7 @@ _NO_MODEL = Model(name="", label="")
 
 
 def _flatten(value: object, path: str) -> Iterator[tuple[str, float | None]]:
-    """Every number below ``value`` with its dotted path; lists are left out."""
+    """Every number below ``value`` with its dotted path; what stands in a list is counted from 0."""
     if value is None:
         yield path, None
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -436,6 +433,6 @@ def _flatten(value: object, path: str) -> Iterator[tuple[str, float | None]]:
     if dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):
             yield from _flatten(getattr(value, item.name), f"{path}.{item.name}")
-    elif isinstance(value, dict):
-        for name, inner in value.items():
+    elif isinstance(value, dict | list | tuple):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _flatten(inner, f"{path}.{name}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.report import MODELS, MORE_IS_BETTER, Report
+from sdbctl.report import MODELS, VARIABLE, Report
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -21,7 +21,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     ">": operator.gt,
 }
-_RULE = re.compile(r"([^\s<>=]+)\s*(<=|<|>=|>)\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)", re.IGNORECASE)
+_RULE = re.compile(r"([^<>=]+?)\s*(<=|<|>=|>)\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)", re.IGNORECASE)
 _EXAMPLE = "write it like inference_cost.top1.high <= 0.5"
 
 
@@ -106,7 +106,7 @@ def check_names(gates: Sequence[Gate], students: Iterable[str]) -> None:
         students: Names of the rows that a report may have.
 
     Raises:
-        UsageError: No report has such a headline number, model or student.
+        UsageError: No report has such a number, model or student.
     """
     empty = Report(title="", created="", tool="", verdict="")
     known = {"students": list(students), "models": list(MODELS)}
@@ -116,9 +116,7 @@ def check_names(gates: Sequence[Gate], students: Iterable[str]) -> None:
         if root in known and name not in known[root]:
             nearest = difflib.get_close_matches(name, known[root], n=1, cutoff=0)[0]
             raise UsageError(f"no report has a number {gate.path}", f"did you mean {root}.{nearest}.{number}?")
-        if root in ("inference_cost", "unauthorized_advantage", *MORE_IS_BETTER, "models") or (
-            root == "students" and not number.startswith("config.")
-        ):
+        if root not in (*VARIABLE, "environment") and not (root == "students" and number.startswith("config.")):
             empty.get(gate.path)
 
 
