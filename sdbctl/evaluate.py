@@ -241,7 +241,7 @@ def verdict(report: Report) -> str:
         finding = "Not protected"
     else:
         finding = "Not shown to be undistillable"
-    worths = " and ".join(f"{_signed(worth.mean)} points{who}" for _, who, worth, _ in known if worth.mean is not None)
+    worths = " and ".join(_points(worth, who) for _, who, worth, _ in known if worth.mean is not None)
     said = f"{finding}: distilling the box gains {gains} over the floor; the original gives {worths}"
     if 0 < len(judged) < len(known):
         vain = "with labels" if report.nothing_to_protect else "without labels"
@@ -272,10 +272,14 @@ def _signed(value: float | None) -> str:
     return f"{round(value or 0.0, 1) + 0.0:+.1f}"
 
 
+def _points(interval: Interval, who: str) -> str:
+    return f"{_signed(interval.mean)} points{who}"
+
+
 def _gain(interval: Interval, who: str) -> str:
     """``+0.8 points without labels (at most +1.9)``, the bound where there is one."""
     most = "" if interval.high is None else f" (at most {_signed(interval.high)})"
-    return f"{_signed(interval.mean)} points{who}{most}"
+    return f"{_points(interval, who)}{most}"
 
 
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
