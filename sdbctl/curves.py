@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import FOREIGN, Bench, Cell, run_cells
-from sdbctl.key import correlation, embed
+from sdbctl.data import ImageSet
+from sdbctl.key import correlation, embed, near
 from sdbctl.report import (
     RECOVERED,
     Curve,
+    Interval,
     KeyStrength,
     Point,
     Student,
@@ -33,6 +36,8 @@ BUDGET_ROWS = ("cross_entropy", "hard_constant", "kd_original", "unauthorized", 
 """Rows of the budget curve, beside :data:`BEST`, of all other attacks on the API the best on validation data."""
 LEAKS = (1, 10, 100, 1000)
 """Keyed queries that somebody listens to, for the leak curve."""
+REPEATS = 5
+"""Nearly right keys of each correlation, and eavesdroppers, who hear other queries each, for the bounds of curves."""
 
 
 def budgets(bench: Bench) -> list[tuple[str, int]]:
@@ -110,9 +115,30 @@ def taught_by_keys(students: Mapping[str, Student]) -> dict[str, Curve]:
     }
 
 
-def _known(curve: Curve | None) -> list[tuple[float, float]]:
+def _known(curve: Curve | None) -> list[tuple[float, Interval]]:
     points = [point for points in (curve.series.values() if curve else ()) for point in points]
-    return [(point.x, point.y) for point in points if point.x is not None and point.y is not None]
+    return [
+        (point.x, Interval(point.y, point.low, point.high, point.n))
+        for point in points
+        if point.x is not None and point.y is not None
+    ]
+
+
+def _crossing(points: Sequence[tuple[float, Interval]], level: float) -> Interval:
+    """Where a rising curve reaches a level: its mean, and, as the lower and upper bound, the curves of its bounds."""
+
+    def first(height: Callable[[Interval], float | None]) -> float | None:
+        return min((x for x, found in points if (height(found) or -math.inf) >= level), default=None)
+
+    mean = first(lambda found: found.mean)
+    if mean is None:
+        return Interval()
+    n = next(found.n for x, found in points if x == mean)
+    if all(found.low is None for _, found in points):
+        return Interval(mean, n=n)
+    # what was seen once bounds itself
+    low, high = (lambda found: found.low or found.mean), (lambda found: found.high or found.mean)
+    return Interval(mean, first(high), first(low), n)
 
 
 def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -> KeyStrength:
@@ -120,14 +146,14 @@ def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -
     opened, heard = _known(curves.get("near_keys")), _known(curves.get("leak"))
     # a wrong key and the right one say nothing of what lies between them
     between = [near for near, _ in opened if 0.2 < near < 0.999]
-    shows = [shown for _, shown in opened]
+    shows = [shown.mean or 0.0 for _, shown in opened]
     # nor is a box open to a pattern that is open to all
     whole = max(shows) if between and min(shows) < max(shows) / 2 else math.inf
     guesses = [student.config.get("key_correlation") for student in students.values()]
     found = [float(guess) for guess in guesses if isinstance(guess, int | float)]
     return KeyStrength(
-        opens_at=min((near for near, shown in opened if shown >= whole / 2), default=None),
-        queries_to_recover=min((count for count, near in heard if near >= RECOVERED), default=None),
+        opens_at=_crossing(opened, whole / 2),
+        queries_to_recover=_crossing(heard, RECOVERED),
         searched=max(found, default=None),
     )
 
@@ -168,7 +194,7 @@ def listening(bench: Bench) -> Bench:
     secret = bench.secret
     if secret is None or bench.strength == 0 or len(bench.validation) < HEARD:
         return bench
-    pattern = bench.preprocess(_guesses(bench, secret, [HEARD])[HEARD][None])[0]
+    pattern = bench.preprocess(_guesses(bench, secret, [HEARD])[HEARD][0][None])[0]
     digest = hashlib.sha256(pattern.numpy().tobytes()).hexdigest()
     return replace(
         bench,
@@ -176,18 +202,31 @@ def listening(bench: Bench) -> Bench:
     )
 
 
-def _guesses(bench: Bench, secret: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:
-    """What so many keyed queries of unknown images, and the attacker's own images, say about the key."""
+def _guesses(bench: Bench, secret: Tensor, counts: Sequence[int]) -> dict[int, list[Tensor]]:
+    """What so many keyed queries of unknown images, and the attacker's own images, say about the key.
+
+    Returns:
+        By number of queries what each eavesdropper finds, who hear different ones; fewer if there are not enough.
+    """
     most = min(LEAKS[-1], OWN_VALUES // secret.numel())
-    own, images = (
-        some.take(range(min(size, len(some)))).alone().pixels.float() / 255
-        for some, size in ((bench.transfer, most), (bench.validation, max(counts)))
-    )
+
+    def some(images: ImageSet, first: int, size: int) -> Tensor:
+        return images.take(range(first, min(first + size, len(images)))).alone().pixels.float() / 255
+
+    own = some(bench.transfer, 0, most)
     return {
-        count: overheard(embed(images[:count], secret, bench.strength), own, bench.strength)
+        count: [
+            overheard(embed(some(bench.validation, number * count, count), secret, bench.strength), own, bench.strength)
+            for number in range(min(REPEATS, len(bench.validation) // count))
+        ]
         for count in counts
-        if count <= len(images)
+        if count <= len(bench.validation)
     }
+
+
+def _point(x: float, values: Sequence[float]) -> Point:
+    mean, low, high = metrics.seed_interval(values)
+    return Point(x, mean, low, high, len(values))
 
 
 def key_curves(bench: Bench) -> dict[str, Curve]:
@@ -196,25 +235,30 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
     if secret is None:
         return {}
     some = bench.validation.take(range(min(1000, len(bench.validation))))
-    opened = []
-    for name, source in bench.sources.items():
-        if source.pattern is not None and name != "disturbed":
+    generator, boxed = torch.Generator().manual_seed(2), bench.sources["boxed"]
+
+    def opened(aim: float | None) -> Point:
+        """What keys of about this correlation show; without one, the secret itself."""
+        patterns = [secret] if aim is None else [near(secret, aim, generator) for _ in range(REPEATS)]
+        shown = []
+        for pattern in patterns:
+            source = boxed.keyed(bench.preprocess(pattern[None])[0], bench.strength, "")
             teacher = source.open(bench.engine.device, bench.classes)
-            outputs = predict(teacher.logits, some, bench.preprocess, bench.engine)
-            pattern = replace(bench, sources={"keyed": source}).secret
-            assert pattern is not None
-            opened.append(Point(round(correlation(pattern, secret), 3), metrics.residual(outputs)))
+            shown.append(metrics.residual(predict(teacher.logits, some, bench.preprocess, bench.engine)))
+        alike = [correlation(pattern, secret) for pattern in patterns]
+        return _point(round(float(np.mean(alike)), 3), shown)
+
     curves = {
         "near_keys": Curve(
             title="Keys that are nearly right",
             x_label="Correlation with the secret pattern",
             y_label="Dark knowledge shown, nats",
-            series={"box": tuple(sorted(opened, key=lambda point: point.x or 0.0))},
+            series={"box": tuple(map(opened, (0.0, *(percent / 100 for percent in NEAR_PERCENT), None)))},
         )
     }
     if bench.strength > 0:
         guesses = _guesses(bench, secret, LEAKS)
-        points = [Point(count, round(correlation(guess, secret), 4)) for count, guess in guesses.items()]
+        points = [_point(count, [correlation(guess, secret) for guess in found]) for count, found in guesses.items()]
         curves["leak"] = Curve(
             title="Listening to key holders",
             x_label="Keyed queries overheard",

@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, Outcome, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, suite
+from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -46,10 +46,12 @@ def options(bench: Bench) -> dict[str, list[Option]]:
     return groups
 
 
-def rungs(bench: Bench) -> list[int]:
-    """Epochs after which candidates are compared, in rising order; the last comparison names the winners."""
-    shares = suite(bench.config.suite).rungs if bench.config.suite else ()
-    epochs = bench.config.recipe.epochs
+def rungs(bench: Bench, row: Row | None = None) -> list[int]:
+    """Epochs after which candidates, or those of one row, are compared, in rising order; the last names the winners."""
+    if bench.config.suite is None:
+        return []
+    chosen, epochs = suite(bench.config.suite), bench.config.recipe.epochs
+    shares = chosen.compared(row) if row else chosen.rungs
     return sorted({min(epochs, max(SHORTEST, round(share * epochs))) for share in shares})
 
 
@@ -74,12 +76,12 @@ class Plan:
 
 def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
-    groups, lengths, config = options(bench), rungs(bench), bench.config
+    groups, config = options(bench), bench.config
     cells: list[float] = []
     held, screened = 0.0, 0
     for name, found in groups.items():
         left, places, before = len(found), _places(found), sum(cells)
-        for epochs in lengths:
+        for epochs in (lengths := rungs(bench, found[0].row)):
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
                 cells += [epochs / config.recipe.epochs] * left
                 screened += left
@@ -161,7 +163,11 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
 
         last = epochs == lengths[-1]
         goals = {group: _goal(len(some), places[group], last) for group, some in left.items()}
-        compared = {group: some for group, some in left.items() if len(some) > goals[group]}
+        compared = {
+            group: some
+            for group, some in left.items()
+            if len(some) > goals[group] and epochs in rungs(bench, some[0].option.row)
+        }
         done = run_cells(bench, [cell(choice) for some in compared.values() for choice in some], folder, progress)
         for group, some in compared.items():
             outcomes = [done[cell(choice).id] for choice in some]

@@ -190,11 +190,18 @@ class Suite:
     epochs: int | None = None
     curves: bool = False
 
+    def alone(self, row: Row) -> bool:
+        """Whether a row is reported whatever others do, since it is what claims are made against or for."""
+        # nor do defences compete to be the worst
+        return not self.elect or row.role in ("disturb", "authorized") or (row.role == "reference" and row.labels)
+
+    def compared(self, row: Row) -> tuple[float, ...]:
+        """Shares of the epochs after which a row's settings are compared: a claim is not left to a short screening."""
+        return self.rungs[-1:] if self.alone(row) else self.rungs
+
     def group(self, row: Row) -> str:
         """Rows with the same name compete for one place in the report."""
-        # defences do not compete to be the worst; what a claim is made against is not left to a screening
-        alone = row.role in ("disturb", "authorized") or (row.role == "reference" and row.labels)
-        if not self.elect or row.name in MINOR or alone:
+        if row.name in MINOR or self.alone(row):
             return row.name
         # a pattern of one's own is an attack like any other
         threat = row.access if row.role in ("attack", "wrong_key") else row.role

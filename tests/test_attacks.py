@@ -551,15 +551,19 @@ def test_key_strength_in_three_numbers():
         "near_keys": ((0.0, 0.01), (0.5, 0.02), (0.9, 0.2), (1.0, 0.3)),
         "leak": ((1, 0.85), (10, 0.95), (100, 0.99)),
     }
-    known = {
-        name: Curve(title="", x_label="", y_label="", series={"": tuple(Point(*point) for point in these)})
-        for name, these in points.items()
-    }
+
+    def drawn(these):
+        return Curve(title="", x_label="", y_label="", series={"": tuple(Point(*point) for point in these)})
+
+    known = {name: drawn(these) for name, these in points.items()}
     found = {"a": -0.1, "b": 0.3}
     guesses = {
         name: replace(some(name, "attack", (1.0,)), config={"key_correlation": near}) for name, near in found.items()
     }
-    assert curves.key_strength(known, guesses) == KeyStrength(0.9, 10, 0.3)
+    assert curves.key_strength(known, guesses) == KeyStrength(Interval(0.9), Interval(10), 0.3)
+    bounded = {"leak": drawn(((1, 0.85, 0.75, 0.91, 5), (10, 0.92, 0.89, 0.94, 5), (100, 0.99, 0.98, 1.0, 3)))}
+    assert curves.key_strength(bounded, {}).queries_to_recover == Interval(10, 1, 100, 5)
+    assert curves.key_strength({"leak": drawn(((1, 0.5, 0.4, 0.6, 5),))}, {}) == KeyStrength()
     assert curves.key_strength({}, {}) == KeyStrength()
     ends = replace(known["near_keys"], series={"": (Point(0.0, 0.01), Point(1.0, 0.3))})
     assert curves.key_strength({"near_keys": ends}, {}) == KeyStrength()
@@ -824,14 +828,18 @@ def test_without_a_box_there_is_no_key_to_attack_and_without_weights_no_file(wor
 def test_key_curves(work, splits, boxed, pattern):
     made = bench(work, splits, boxed, "core", pattern)
     found = curves.key_curves(made)
-    near = {point.x: point.y for point in found["near_keys"].series["box"]}
-    assert near[1.0] == max(near.values())
+    near = found["near_keys"].series["box"]
+    assert near[-1] == max(near, key=lambda point: point.y) and (near[-1].x, near[-1].n) == (1.0, 1)
+    assert all(point.n == curves.REPEATS and point.low < point.y < point.high for point in near[:-1])
     leak = {point.x: point.y for point in found["leak"].series["Wiener filter"]}
     assert list(leak.values()) == sorted(leak.values())
     assert leak[curves.HEARD] > 0.5
     heard = curves.listening(made).sources["overheard"]
-    pattern = replace(made, sources={"keyed": heard}).secret
-    assert correlation(pattern, made.secret) == pytest.approx(leak[curves.HEARD], abs=1e-3)
+    guess = replace(made, sources={"keyed": heard}).secret
+    assert correlation(guess, made.secret) == pytest.approx(leak[curves.HEARD], abs=0.1)
+    first, second = curves._guesses(made, made.secret, [curves.HEARD])[curves.HEARD][:2]
+    assert correlation(guess, first) == pytest.approx(1, abs=1e-3)
+    assert correlation(guess, second) < 0.99
     keyless = bench(work, splits, boxed, "core")
     assert curves.listening(keyless) is keyless
     assert curves.key_curves(bench(work, splits, boxed, "core")) == {}

@@ -31,7 +31,13 @@ PROTECTABLE_LIMIT = 2.0
 RECOVERED = 0.9
 """A pattern with this correlation counts as the secret one."""
 
-MORE_IS_BETTER = ("authorized_gain", "protectable", "protectable_unlabelled")
+MORE_IS_BETTER = (
+    "authorized_gain",
+    "protectable",
+    "protectable_unlabelled",
+    "key_strength.opens_at",
+    "key_strength.queries_to_recover",
+)
 """Headline numbers of a report whose cautious bound is the lower one."""
 VARIABLE = ("box", "config", "cost", "curves")
 """Parts of a report that hold other numbers in each."""
@@ -117,11 +123,11 @@ class KeyStrength:
         opens_at: Least correlation with the secret pattern, of those tried, that shows half of the dark knowledge.
         queries_to_recover: Fewest overheard keyed queries, of those tried, from which a pattern with a correlation of
             :data:`RECOVERED` was had.
-        searched: Highest correlation that an attack on the key ended with.
+        searched: Highest correlation that an attack on the key ended with, of all that were tried: it has no bounds.
     """
 
-    opens_at: float | None = None
-    queries_to_recover: float | None = None
+    opens_at: Interval = Interval()
+    queries_to_recover: Interval = Interval()
     searched: float | None = None
 
 
@@ -214,12 +220,13 @@ class Student:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a curve, with bounds where they are known."""
+    """One point of a curve, with bounds and how many measurements it is the mean of where they are known."""
 
     x: float | None
     y: float | None
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +407,10 @@ def _worth_little(worth: Interval, *advantages: Interval) -> bool:
 def _fill_in(content: dict[str, Any]) -> None:
     """Give a report from before some numbers were kept what it lacks: not measured."""
     content.setdefault("protectable_unlabelled", codec.encode(Interval()))
-    content.setdefault("key_strength", codec.encode(KeyStrength()))
+    key = content.setdefault("key_strength", codec.encode(KeyStrength()))
+    for name in ("opens_at", "queries_to_recover") if isinstance(key, dict) else ():
+        if key.get(name) is None or isinstance(key[name], int | float):
+            key[name] = codec.encode(Interval(mean=key.get(name)))
     threats, students = (content.get(name) for name in ("unauthorized_advantage", "students"))
     for threat in threats.values() if isinstance(threats, dict) else ():
         if isinstance(threat, dict):
@@ -410,6 +420,13 @@ def _fill_in(content: dict[str, Any]) -> None:
     for student in students.values() if isinstance(students, dict) else ():
         if isinstance(student, dict):
             student.setdefault("validations", [])
+    curves = content.get("curves")
+    for curve in curves.values() if isinstance(curves, dict) else ():
+        series = curve.get("series") if isinstance(curve, dict) else None
+        for points in series.values() if isinstance(series, dict) else ():
+            for point in points if isinstance(points, list) else ():
+                if isinstance(point, dict):
+                    point.setdefault("n", None)
 
 
 def schema() -> str:

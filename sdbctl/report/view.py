@@ -211,11 +211,11 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def bounds(interval: Interval, digits: int = 2) -> str:
+def bounds(interval: Interval, digits: int = 2, sign: bool = True) -> str:
     """The 95 % bounds, or nothing where one of them is missing."""
     if interval.low is None or interval.high is None:
         return ""
-    return f"{number(interval.low, digits, sign=True)} to {number(interval.high, digits, sign=True)}"
+    return f"{number(interval.low, digits, sign)} to {number(interval.high, digits, sign)}"
 
 
 def ordered(students: Mapping[str, Student]) -> list[Student]:
@@ -258,13 +258,15 @@ def _cards(report: Report) -> Iterator[Card]:
         yield _card("Over label smoothing, API", api.over_smoothing, "neutral", "a weaker criterion")
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
     key = report.key_strength
-    for title, value, digits, unit, words in (
-        ("A pattern opens half of the box", key.opens_at, 2, "correlation", "with the key"),
-        ("Overheard, they give the key away", key.queries_to_recover, 0, "keyed queries", f"correlation {RECOVERED:g}"),
-        ("Best guess of attacks on the key", key.searched, 2, "correlation", "with the key"),
+    heard, searched = f"correlation {RECOVERED:g}", Interval(key.searched)
+    for title, found, digits, unit, tries, words in (
+        ("A pattern opens half of the box", key.opens_at, 2, "correlation", "patterns", "with the key"),
+        ("Overheard, they give the key away", key.queries_to_recover, 0, "keyed queries", "eavesdroppers", heard),
+        ("Best guess of attacks on the key", searched, 2, "correlation", "", "with the key"),
     ):
-        if value is not None:
-            yield Card(title, number(value, digits), unit, "", "", "neutral", words)
+        if found.mean is not None:
+            count = f"{found.n} {tries}" if (found.n or 0) > 1 else ""
+            yield Card(title, number(found.mean, digits), unit, bounds(found, digits, False), count, "neutral", words)
     for title, worth, vain in (
         ("Original over the floor", report.protectable, nothing),
         ("Original over the floor, unlabelled", report.protectable_unlabelled, unlabelled),
