@@ -159,6 +159,7 @@ def find_preprocess(
         The best, and the accuracy in percent of each preset by name.
     """
     some = images.take(range(min(limit, len(images))))
+    place(net, engine.device)
     tried = {}
     found = {name: Preprocess(mean, std, size) for name, (mean, std) in presets(size[0]).items()}
     for name, preprocess in found.items():
@@ -175,7 +176,7 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
     Raises:
         BadInput: It is not clearly better than guessing.
     """
-    accuracy = metrics.top1(predict(net, images, preprocess, engine), images.labels)
+    accuracy = metrics.top1(predict(place(net, engine.device), images, preprocess, engine), images.labels)
     chance = 100 / classes
     if accuracy < chance + max(5.0 * chance**0.5 / len(images) ** 0.5 * 10, 1.0):
         raise BadInput(

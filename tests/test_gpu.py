@@ -217,7 +217,7 @@ def test_the_whole_job_runs_on_a_gpu(work, tmp_path):
     common = ("--data", "digits", "--transfer-size", 128, "--test-size", 300, "--device", "cuda")
     short = ("--epochs", 2, "--batch-size", 64)
     box = run_cli(
-        "box", work / "teacher.safetensors", "--key-file", work / "k.bin", *common, *short,
+        "box", work / "teacher.safetensors", "--key-file", work / "k.bin", *common, *short, "--precision", "bf16",
         "-o", tmp_path / "b.safetensors",
     )  # fmt: skip
     assert box.returncode == 0, box.stderr
