@@ -726,6 +726,26 @@ def test_votes_of_top1_answers_against_numpy():
     assert np.allclose(learned["target"].exp().numpy(), 0.7 * shares + 0.1)
 
 
+def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, pattern, monkeypatch):
+    """Settings of the original with labels and of key holders are compared after half of the epochs, others twice."""
+    seen = {}
+
+    def run(bench, cells, folder, progress):
+        cells = list(cells)
+        for cell in cells:
+            seen.setdefault(cell.row, set()).add(cell.epochs)
+        return {cell.id: Outcome(float(number), None, 0.0, 0) for number, cell in enumerate(cells)}
+
+    monkeypatch.setattr(protocol, "run_cells", run)
+    made = bench(work, splits, boxed, "standard", pattern)
+    made = replace(made, config=replace(made.config, recipe=replace(made.config.recipe, epochs=80), tune=4))
+    protocol.choose(made, None, Silent())
+    alone = {"kd_original", "dist_original", "dkd_original", "authorized", "dist_authorized", "dkd_authorized"}
+    assert all(seen[name] == {40} for name in alone)
+    assert all(10 in epochs for name, epochs in seen.items() if name not in alone)
+    assert {10, 40} in seen.values()
+
+
 def test_the_stronger_of_two_finalists_counts_and_the_weaker_reference():
     attacks = [
         some("a", "attack", (9.0, 1.0, 1.0), (5.0, 5.0, 5.0)),
