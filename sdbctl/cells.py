@@ -380,6 +380,22 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
 _open: ContextVar[tuple[Bench, ProcessPoolExecutor] | None] = ContextVar("_open", default=None)
 
 
+def threads_of(jobs: int) -> int:
+    """Threads of each of some processes side by side."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+@contextmanager
+def as_worker(jobs: int) -> Iterator[None]:
+    """Compute with as many threads as one of some processes has, to measure how long it takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads_of(jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def workers(bench: Bench) -> Iterator[ProcessPoolExecutor]:
     """The processes that train students of a bench; those within share them, so that they start once."""
@@ -390,9 +406,8 @@ def workers(bench: Bench) -> Iterator[ProcessPoolExecutor]:
         yield known[1]
         return
     jobs = bench.config.jobs
-    threads = max(1, torch.get_num_threads() // jobs)
     # each starts when there is work for it
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (bench, threads))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (bench, threads_of(jobs)))
     before = _open.set((bench, pool))
     try:
         yield pool

@@ -12,7 +12,7 @@ import torch
 
 from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, base, file, inverse, keys, queries, soft
-from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source
+from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source, as_worker
 from sdbctl.cli.common import open_model
 from sdbctl.cli.evaluate import gather, stand_in
 from sdbctl.data import like, view
@@ -724,6 +724,20 @@ def test_votes_of_top1_answers_against_numpy():
     queries.hard_views(attacker, {"smoothing": 0.3, "temperature": 1.0, "alpha": 1.0})
     shares = np.array([[3, 0, 1], [0, 3, 1]]) / 4
     assert np.allclose(learned["target"].exp().numpy(), 0.7 * shares + 0.1)
+
+
+def test_a_worker_is_timed_with_its_share_of_the_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError), as_worker(2):
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 2
+        with as_worker(5):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, pattern, monkeypatch):

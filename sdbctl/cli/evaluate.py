@@ -122,7 +122,7 @@ def evaluate(
     import torch
 
     from sdbctl import evaluate, files
-    from sdbctl.cells import Bench, EvalConfig
+    from sdbctl.cells import Bench, EvalConfig, as_worker
     from sdbctl.curves import listening
     from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
@@ -215,18 +215,22 @@ def evaluate(
                 f"put the {beside} that it was exported from into its folder",
             )
         planned = plan(bench)
-        one = image_seconds(net, config.recipe.batch_size, size, engine)
+        cpu = engine.device.type == "cpu"
+        with as_worker(jobs if cpu and not cluster else 1):
+            one = image_seconds(net, config.recipe.batch_size, size, engine)
+            told = answer_seconds(bench.sources["boxed"], size, engine, bench.classes)
         images = len(transfer) * config.recipe.epochs
         say(
             f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
             f"{jobs} side by side"
         )
-        told = answer_seconds(bench.sources["boxed"], size, engine, bench.classes)
         # who holds the file trains it, or asks it several times
         work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
         # each is looked at, too, which takes a third of a step
         seen = planned.students * len(validation) + planned.reported * len(test)
-        seconds = (work * images + seen * one / 3) / max(1, min(jobs, 2) * 0.8)
+        # processes that share a GPU are hardly faster together
+        at_once = jobs if cluster else min(jobs, torch.get_num_threads()) if cpu else max(1, min(jobs, 2) * 0.8)
+        seconds = (work * images + seen * one / 3) / at_once
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
