@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from sdbctl.report import (
     Student,
 )
 from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row, suite
+from sdbctl.teacher import KeyedTeacher
 from sdbctl.training import Progress, predict
 
 BUDGETS = (1000, 5000, 10_000)
@@ -115,38 +116,31 @@ def taught_by_keys(students: Mapping[str, Student]) -> dict[str, Curve]:
     }
 
 
-def _known(curve: Curve | None) -> list[tuple[float, Interval]]:
+def _known(curve: Curve | None) -> list[tuple[float, float, Point]]:
     points = [point for points in (curve.series.values() if curve else ()) for point in points]
-    return [
-        (point.x, Interval(point.y, point.low, point.high, point.n))
-        for point in points
-        if point.x is not None and point.y is not None
-    ]
+    return [(point.x, point.y, point) for point in points if point.x is not None and point.y is not None]
 
 
-def _crossing(points: Sequence[tuple[float, Interval]], level: float) -> Interval:
+def _crossing(points: Sequence[tuple[float, float, Point]], level: float) -> Interval:
     """Where a rising curve reaches a level: its mean, and, as the lower and upper bound, the curves of its bounds."""
-
-    def first(height: Callable[[Interval], float | None]) -> float | None:
-        return min((x for x, found in points if (height(found) or -math.inf) >= level), default=None)
-
-    mean = first(lambda found: found.mean)
-    if mean is None:
+    reached = [(x, point.n) for x, y, point in points if y >= level]
+    if not reached:
         return Interval()
-    n = next(found.n for x, found in points if x == mean)
-    if all(found.low is None for _, found in points):
+    mean, n = min(reached, key=lambda one: one[0])
+    if all(point.low is None for _, _, point in points):
         return Interval(mean, n=n)
     # what was seen once bounds itself
-    low, high = (lambda found: found.low or found.mean), (lambda found: found.high or found.mean)
-    return Interval(mean, first(high), first(low), n)
+    low = [x for x, y, point in points if (y if point.low is None else point.low) >= level]
+    high = [x for x, y, point in points if (y if point.high is None else point.high) >= level]
+    return Interval(mean, min(high, default=None), min(low, default=None), n)
 
 
 def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -> KeyStrength:
     """The curves of the key in three numbers, and what the attacks on it found."""
     opened, heard = _known(curves.get("near_keys")), _known(curves.get("leak"))
     # a wrong key and the right one say nothing of what lies between them
-    between = [near for near, _ in opened if 0.2 < near < 0.999]
-    shows = [shown.mean or 0.0 for _, shown in opened]
+    between = [near for near, _, _ in opened if 0.2 < near < 0.999]
+    shows = [shown for _, shown, _ in opened]
     # nor is a box open to a pattern that is open to all
     whole = max(shows) if between and min(shows) < max(shows) / 2 else math.inf
     guesses = [student.config.get("key_correlation") for student in students.values()]
@@ -235,15 +229,14 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
     if secret is None:
         return {}
     some = bench.validation.take(range(min(1000, len(bench.validation))))
-    generator, boxed = torch.Generator().manual_seed(2), bench.sources["boxed"]
+    generator, boxed = torch.Generator().manual_seed(2), bench.sources["boxed"].open(bench.engine.device, bench.classes)
 
     def opened(aim: float | None) -> Point:
         """What keys of about this correlation show; without one, the secret itself."""
         patterns = [secret] if aim is None else [near(secret, aim, generator) for _ in range(REPEATS)]
         shown = []
         for pattern in patterns:
-            source = boxed.keyed(bench.preprocess(pattern[None])[0], bench.strength, "")
-            teacher = source.open(bench.engine.device, bench.classes)
+            teacher = KeyedTeacher(boxed, bench.preprocess(pattern[None])[0], bench.strength)
             shown.append(metrics.residual(predict(teacher.logits, some, bench.preprocess, bench.engine)))
         alike = [correlation(pattern, secret) for pattern in patterns]
         return _point(round(float(np.mean(alike)), 3), shown)
