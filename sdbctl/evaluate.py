@@ -16,7 +16,7 @@ from torch import Tensor
 from sdbctl import boxfile, metrics
 from sdbctl.cells import FOREIGN, Bench, on_key, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, taught_by_keys
-from sdbctl.protocol import paired, train_students
+from sdbctl.protocol import accuracies, paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
     Advantage,
@@ -146,7 +146,7 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
 
     What a claim is made against is the strongest of its rows, so that the bound holds whichever it is: of each threat
     the two rows that are best on validation data are held against the control, and the higher difference counts. What
-    a claim is made for, the control and key holders, is chosen by :func:`sdbctl.metrics.crossfit`, which flatters none.
+    a claim is made for, key holders, is chosen by :func:`sdbctl.metrics.crossfit`, which flatters none.
     """
 
     def rivals(role: Role, access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:
@@ -165,14 +165,14 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
         return sorted((row for row in rows if row.n == most), key=lambda row: -_mean(_validations(row)))
 
     def fair(rows: list[Student]) -> list[float]:
-        return metrics.crossfit(list(map(_validations, rows)), [_known(row.values) for row in rows]) if rows else []
+        return metrics.crossfit(list(map(_validations, rows)), [accuracies(row.values) for row in rows]) if rows else []
 
     def over(values: list[float], control: str) -> Interval:
         return paired(values, students[control].values) if values and control in students else Interval()
 
     def strongest(access: Sequence[str], labels: Sequence[bool | None] | None, control: str) -> tuple[Interval, str]:
         rows = [row for kind in access for row in rivals("attack", kind, labels)[:FINALISTS]]
-        found = [(over(_known(row.values), control), row.name) for row in rows if control in students]
+        found = [(over(accuracies(row.values), control), row.name) for row in rows if control in students]
         return max(found, key=lambda one: one[0].mean or 0.0, default=(Interval(), ""))
 
     def advantage(access: Sequence[str]) -> Advantage:
@@ -180,7 +180,7 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
             return Advantage()
         labelled, best = strongest(access, None, "control")
         unlabelled, other = strongest(access, [False], "control_unlabelled")
-        smoothing = over(_known(students[best].values), "label_smoothing") if best else Interval()
+        smoothing = over(accuracies(students[best].values), "label_smoothing") if best else Interval()
         return Advantage(labelled, unlabelled, best, other, smoothing)
 
     authorized = fair(rivals("authorized"))
@@ -194,12 +194,8 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     }
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value or 0.0 for value in values]
-
-
 def _validations(student: Student) -> list[float]:
-    return _known(student.validations or (student.validation,) * student.n)
+    return accuracies(student.validations or (student.validation,) * student.n)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,13 +1,13 @@
 """How settings are chosen and students reported.
 
 Settings are chosen on the validation split with one set of seeds; the chosen ones are trained again with fresh,
-paired seeds, and only those, after their last epoch, are measured on the test split. Which row is the control is
-decided for each seed by the validation accuracy of all other seeds.
+paired seeds, and only those, after their last epoch, are measured on the test split. The control is what the best of
+the floor reaches; rows of which it is not known which is the best are averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +15,10 @@ import numpy as np
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, Outcome, run_cells
+from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
+from sdbctl.suites import ALWAYS, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -209,13 +209,6 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     finished = {name: [outcomes[cell.id] for cell in some] for name, some in cells.items()}
     validation = {name: float(np.mean([run.validation for run in runs])) for name, runs in finished.items()}
 
-    def best(names: Iterable[str]) -> str:
-        # rows that won their group have all seeds
-        return max(names, key=lambda name: (len(cells[name]), validation[name]))
-
-    floor = [name for name in finished if BY_NAME[name].role == "floor"]
-    unlabelled = [name for name in floor if not BY_NAME[name].labels]
-    control = _chosen([finished[name] for name in floor])
     students = {}
     for row in bench.rows():
         if row.name not in finished:
@@ -244,7 +237,6 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             n=len(values),
             values=tuple(values),
             validations=tuple(outcome.validation for outcome in runs),
-            difference=paired(values, control),
             config={
                 **_settings(chosen),
                 "epochs": config.recipe.epochs,
@@ -255,24 +247,52 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             validation=validation[row.name],
             note="not tuned" if row.role in TUNED else "",
         )
-    for name, rivals, note in (
-        ("control_unlabelled", unlabelled, "the control without labels"),
-        ("control", floor, "the control"),
+    return controlled(students)
+
+
+def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
+    """Students with the controls, the best of the floor with and without labels, and how all differ from the first."""
+    made, found = dict(students), {}
+    for name, note, labels in (
+        ("control_unlabelled", "the control without labels", False),
+        ("control", "the control", True),
     ):
+        rivals = [one for one in students.values() if one.role == "floor" and one.values and (labels or not one.labels)]
         if not rivals:
             continue
-        winner, values = best(rivals), _chosen([finished[rival] for rival in rivals])
-        students[name] = replace(
-            students[winner],
+        # rows that won their group have all seeds
+        most = max(one.n for one in rivals)
+        rivals = sorted((one for one in rivals if one.n == most), key=lambda one: -(one.validation or 0.0))
+        seen, told = (
+            [accuracies(row) for row in rows]
+            for rows in ([one.validations for one in rivals], [one.values for one in rivals])
+        )
+        chances = np.array(metrics.chances(seen))
+        values, validations = (chances @ np.array(told)).tolist(), (chances @ np.array(seen)).tolist()
+        found[name] = replace(
+            rivals[0],
             name=name,
             mean=float(np.mean(values)),
             sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
             values=tuple(values),
-            difference=paired(values, control),
+            validations=tuple(validations),
+            validation=float(np.mean(validations)),
+            config={
+                "weights": {
+                    one.name: round(chance, 3) for one, chance in zip(rivals, chances.tolist(), strict=True) if chance
+                }
+            },
         )
-        before = f"{students[winner].note}, " if students[winner].note else ""
-        students[winner] = replace(students[winner], note=f"{before}{note}")
-    return students
+        best = made[rivals[0].name]
+        made[best.name] = replace(best, note=f"{best.note}, {note}" if best.note else note)
+    made |= found
+    if "control" in made:
+        control = made["control"].values
+        made = {
+            name: replace(one, difference=paired(one.values, control)) if one.values else one
+            for name, one in made.items()
+        }
+    return made
 
 
 def _settings(choice: Choice) -> dict[str, object]:
@@ -281,13 +301,9 @@ def _settings(choice: Choice) -> dict[str, object]:
     return {**teacher, **option.config, **({"key_correlation": round(found, 3)} if found is not None else {})}
 
 
-def _chosen(rows: Sequence[Sequence[Outcome]]) -> list[float]:
-    """The best of rows that compete, by seed; see :func:`sdbctl.metrics.crossfit`."""
-    most = max(len(runs) for runs in rows)
-    known = [runs for runs in rows if len(runs) == most]
-    return metrics.crossfit(
-        [[run.validation for run in runs] for runs in known], [[run.test or 0.0 for run in runs] for runs in known]
-    )
+def accuracies(values: Sequence[float | None]) -> list[float]:
+    """Accuracies by seed of a row that was trained."""
+    return [value or 0.0 for value in values]
 
 
 def paired(values: Sequence[float | None], control: Sequence[float | None]) -> Interval:

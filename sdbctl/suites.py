@@ -233,6 +233,16 @@ SUITES: Mapping[str, Suite] = {
         epochs=6,
     ),
     "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
+    "strong": Suite(
+        "what decides most standard evaluations: the floor, KD, DIST and DKD, and the strongest attack on files",
+        (
+            *CORE,
+            *DECOUPLED,
+            *_named(*(f"{name}{who}" for name in ("dkd", "dkd_hard", "amplified") for who in ("", "_unlabelled"))),
+        ),
+        rungs=(1 / 8, 1 / 2),
+        elect=True,
+    ),
     "file": Suite(
         "who holds the file: its attacks, the floor and the original, the two best of each with all seeds",
         tuple(row for row in ALL if row.role in ("floor", "reference") or row.access == "file"),

@@ -19,7 +19,8 @@ from sdbctl.data import like, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
-from sdbctl.report import Curve, Interval, KeyStrength, Model, Point, Report, Student
+from sdbctl.protocol import controlled
+from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, Point, Report, Student
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
@@ -461,7 +462,7 @@ def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch)
     assert order[0] == "fine_tuned" and order[-1] in ("cross_entropy", "label_smoothing", "class_constant")
 
 
-@pytest.mark.parametrize("suite", ["quick", "core", pytest.param("file", marks=pytest.mark.slow), "standard"])
+@pytest.mark.parametrize("suite", ["quick", "core", "strong", pytest.param("file", marks=pytest.mark.slow), "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     made, progress = bench(work, splits, boxed, suite, pattern), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
@@ -478,7 +479,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         assert report.get(f"students.{name}.mean") is not None, name
     if suite == "file":
         assert "This is about who holds the file" in report.verdict or "Nothing to protect" in report.verdict
-    if suite in ("file", "standard"):
+    if suite in ("file", "standard", "strong"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
     if suite == "standard":
         assert set(report.students) >= {row.name for row in ALL if row not in NEAR} - {"disturbed", *FOREIGN}
@@ -784,22 +785,52 @@ def test_who_holds_the_file_is_never_weaker_than_who_does_not():
     assert threats.file.labelled_by == "a"
 
 
+def simulated(better: float, runs: int) -> list[Interval]:
+    """Advantages of five attacks, one of which is better, over eight rows of the floor, all else equal; five seeds."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(runs):
+        skill = rng.normal(size=(13, 5))
+        skill[0] += better
+        # validation and test share what a seed's student learned
+        seen, told = (skill + 0.3 * rng.normal(size=skill.shape) for _ in range(2))
+        rows = [
+            some(f"r{number}", "attack" if number < 5 else "floor", told[number], seen[number]) for number in range(13)
+        ]
+        found.append(evaluate.headline(controlled(made_of(*rows)))["unauthorized_advantage"].api.labelled)
+    return found
+
+
 def test_the_bound_of_an_advantage_holds_whichever_row_is_the_best():
-    """Five equal attacks, or one better than the others, against eight equal rows of the floor, five seeds."""
-    rng, beaten, runs = np.random.default_rng(0), 0, 300
-    for better in (0.0, 0.5):
-        for _ in range(runs):
-            skill = rng.normal(size=(13, 5))
-            skill[0] += better
-            seen, told = (skill + 0.3 * rng.normal(size=skill.shape) for _ in range(2))
-            rows = [
-                some(f"r{number}", "attack" if number < 5 else "floor", told[number], seen[number])
-                for number in range(13)
-            ]
-            control = some("control", "floor", metrics.crossfit(seen[5:], told[5:]))
-            bound = evaluate.headline(made_of(control, *rows))["unauthorized_advantage"].api.labelled.high
-            beaten += bound < better
-    assert beaten / (2 * runs) < 0.04
+    runs = 300
+    beaten = [sum(found.high < better for found in simulated(better, runs)) for better in (0.0, 0.5)]
+    assert sum(beaten) / (2 * runs) < 0.04
+
+
+def test_a_box_that_leaks_nothing_is_seldom_called_unprotected():
+    found = simulated(0.0, 400)
+    assert np.mean([one.low > ADVANTAGE_LIMIT for one in found]) < 0.01
+    assert abs(np.mean([one.mean for one in found])) < 0.2
+
+
+def test_the_control_averages_rows_of_the_floor_that_cannot_be_told_apart():
+    rows = [
+        some("a", "floor", (9.0, 1.0, 5.0), (3.0, 4.0, 5.0), labels=True),
+        some("b", "floor", (1.0, 9.0, 5.0), (5.0, 4.0, 3.0), labels=True),
+        some("worse", "floor", (99.0, 99.0, 99.0), (0.0, 0.0, 0.0), labels=True),
+        some("few", "floor", (99.0,), (99.0,), labels=True),
+        some("bare", "floor", (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), labels=False),
+        some("x", "attack", (6.0, 6.0, 6.0), (9.0, 9.0, 9.0), labels=False),
+    ]
+    made = controlled(made_of(*rows))
+    weights = made["control"].config["weights"]
+    assert weights == {"a": pytest.approx(0.65, abs=0.1), "b": pytest.approx(0.35, abs=0.1)}
+    expected = [9 * weights["a"] + weights["b"], weights["a"] + 9 * weights["b"], 5.0]
+    assert made["control"].values == pytest.approx(expected, abs=0.01)
+    assert made["control_unlabelled"].values == (2.0, 2.0, 2.0)
+    assert made["x"].difference.mean == pytest.approx(6 - np.mean(expected), abs=0.01)
+    assert {name: one.note for name, one in made.items() if name in ("a", "b", "bare", "worse")} == {
+        "a": "the control", "b": "", "bare": "the control without labels", "worse": "",
+    }  # fmt: skip
 
 
 def test_every_attack_on_answers_has_a_twin_without_them():

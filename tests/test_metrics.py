@@ -96,6 +96,20 @@ def test_crossfit_chooses_by_the_other_seeds():
     assert metrics.crossfit([[90.0], [60.0]], [[1.0], [4.0]]) == [1.0]
 
 
+def test_chances_of_being_the_best():
+    assert metrics.chances([[90.0, 91.0, 92.0], [60.0, 61.0, 62.0]]) == [1.0, 0.0]
+    assert metrics.chances([[60.0], [90.0]]) == [0.0, 1.0]
+    # two seeds are resampled as 00, 01, 10 and 11; the first of equals counts
+    assert metrics.chances([[1.0, 3.0], [2.0, 2.0]]) == pytest.approx([0.75, 0.25], abs=0.03)
+    rng = np.random.default_rng(0)
+    flattered, plain = [], []
+    for _ in range(500):
+        skill = rng.normal(size=(7, 5))
+        flattered.append(np.mean(np.array(metrics.chances(skill)) @ skill))
+        plain.append(skill.mean(1).max())
+    assert 0.3 < np.mean(flattered) < np.mean(plain) - 0.1
+
+
 def test_crossfit_does_not_flatter_the_best_of_equals():
     rng = np.random.default_rng(0)
     chosen, plain = [], []
