@@ -254,37 +254,31 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
     """Students with the controls, the best of the floor with and without labels, and how all differ from the first."""
     made, found = dict(students), {}
     for name, note, labels in (
-        ("control_unlabelled", "the control without labels", False),
-        ("control", "the control", True),
+        ("control_unlabelled", "most of the control without labels", False),
+        ("control", "most of the control", True),
     ):
         rivals = [one for one in students.values() if one.role == "floor" and one.values and (labels or not one.labels)]
         if not rivals:
             continue
         # rows that won their group have all seeds
         most = max(one.n for one in rivals)
-        rivals = sorted((one for one in rivals if one.n == most), key=lambda one: -(one.validation or 0.0))
-        seen, told = (
-            [accuracies(row) for row in rows]
-            for rows in ([one.validations for one in rivals], [one.values for one in rivals])
-        )
-        chances = np.array(metrics.chances(seen))
-        values, validations = (chances @ np.array(told)).tolist(), (chances @ np.array(seen)).tolist()
+        rivals = [one for one in rivals if one.n == most]
+        weights = metrics.chances([accuracies(one.validations) for one in rivals])
+        values = np.dot(weights, [accuracies(one.values) for one in rivals]).tolist()
+        validations = np.dot(weights, [accuracies(one.validations) for one in rivals]).tolist()
+        winner = rivals[int(np.argmax(weights))]
         found[name] = replace(
-            rivals[0],
+            winner,
             name=name,
             mean=float(np.mean(values)),
             sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
             values=tuple(values),
             validations=tuple(validations),
             validation=float(np.mean(validations)),
-            config={
-                "weights": {
-                    one.name: round(chance, 3) for one, chance in zip(rivals, chances.tolist(), strict=True) if chance
-                }
-            },
+            config={"weights": {one.name: round(w, 3) for one, w in zip(rivals, weights, strict=True) if w}},
         )
-        best = made[rivals[0].name]
-        made[best.name] = replace(best, note=f"{best.note}, {note}" if best.note else note)
+        before = made[winner.name].note
+        made[winner.name] = replace(made[winner.name], note=f"{before}, {note}" if before else note)
     made |= found
     if "control" in made:
         control = made["control"].values

@@ -829,7 +829,7 @@ def test_the_control_averages_rows_of_the_floor_that_cannot_be_told_apart():
     assert made["control_unlabelled"].values == (2.0, 2.0, 2.0)
     assert made["x"].difference.mean == pytest.approx(6 - np.mean(expected), abs=0.01)
     assert {name: one.note for name, one in made.items() if name in ("a", "b", "bare", "worse")} == {
-        "a": "the control", "b": "", "bare": "the control without labels", "worse": "",
+        "a": "most of the control", "b": "", "bare": "most of the control without labels", "worse": "",
     }  # fmt: skip
 
 
