@@ -81,7 +81,7 @@ def measure(
         config = BoxConfig(name)
         trainable, frozen = config.trainable_and_frozen()
         floors[f"box {name}"] = (3 * trainable + frozen) / 3
-        runs[f"box {name}"] = _trainer(net, box_step(copy.deepcopy(net), net, net, [key], task, config), batch, engine)
+        runs[f"box {name}"] = _trainer(net, box_step(net, net, net, [key], task, config), batch, engine)
     with tempfile.TemporaryDirectory() as folder:
         meta = Metadata("teacher", arch, names, preprocess)
         as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")

@@ -47,12 +47,14 @@ REMEMBERED = 16
 HIGHEST = 20.0
 """Highest temperature that is drawn for such an objective."""
 PGD_EPSILON = 0.3
-TEACHERS = ("reference", "original")
+TEACHERS = ("reference", "original", "assistant")
 """Whose answers the key may open."""
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
-"""Training of the small students that compare the two."""
+"""Training of the small students that compare them."""
 TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
-"""Their architecture, images and number, and by how many points the original must teach better to be taken."""
+"""Their architecture, images and number, and by how many points another must teach better than the reference."""
+ASSISTED_IMAGES, ASSISTANT_SEED = 150_000, 20_000
+"""How many images an assistant sees, each as often as need be; a seed that no student has."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 
@@ -67,7 +69,7 @@ class BoxConfig:
         strength: λ of the key embedding x_k = λx + (1 − λ)K, in (0, 1).
         wrong_share: Share of the public batch that is mixed with wrong keys.
         disturb: 0, or how far to lead plain distillation astray, up to 1, at a price in calibration.
-        teacher: Whose answers the key opens: the reference N_ft, or the original as it was given.
+        teacher: Whose answers the key opens: the reference N_ft, the original as it was given, or an assistant.
         recipe: Training of the box, and of the reference N_ft before it.
     """
 
@@ -108,7 +110,7 @@ class BoxConfig:
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
         objective = OBJECTIVES[self.objective]
-        return 2, 1 + (self.teacher == "original") + objective.needs_random + objective.needs_adversarial
+        return 2, 1 + (self.teacher != "reference") + objective.needs_random + objective.needs_adversarial
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
@@ -208,7 +210,8 @@ def estimate(
     if compared:
         student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
         both = image_seconds(student, size, preprocess.size, engine) + one / 3
-        comparison["teachers"] = both * compared * TRIED.epochs * TRIED_SEEDS * len(TEACHERS)
+        trials = compared * TRIED.epochs * TRIED_SEEDS * len(TEACHERS)
+        comparison["teachers"] = both * (trials + images * assisted_epochs(images))
     return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
@@ -280,10 +283,36 @@ def fine_tune(
     return net
 
 
+def assisted_epochs(images: int) -> int:
+    """How often an assistant sees each of so many images."""
+    return max(1, round(ASSISTED_IMAGES / images))
+
+
+def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None) -> nn.Module:
+    """A teaching assistant: the reference, distilled into a small network on the owner's images (KD, τ = 4, α = 0.9).
+
+    What a small network has learned another can learn, too, and from fewer images (Mirzadeh et al., AAAI 2020, for one
+    that is between teacher and student in size). It is less accurate than the reference, and should be.
+    """
+    images, attack = task.data.owner, ATTACKS["kd"]
+    return distill(
+        attack,
+        attack.grid[0],
+        TorchTeacher(reference, len(task.classes), task.engine.autocast, task.engine.device),
+        TRIED_STUDENT,
+        len(task.classes),
+        images,
+        task.preprocess,
+        scaled(Recipe(), epochs=assisted_epochs(len(images)), seed=ASSISTANT_SEED),
+        task.engine,
+        progress=progress,
+    ).student
+
+
 def what_students_learn(
-    original: nn.Module, reference: nn.Module, task: Task, *, progress: Progress | None = None
+    teachers: Mapping[str, nn.Module], task: Task, *, progress: Progress | None = None
 ) -> dict[str, float]:
-    """How good small students become that distil the original or the reference: mean top-1 by name, in percent.
+    """How good small students of each of :data:`TEACHERS` become: mean top-1 by name, in percent.
 
     A more accurate teacher need not be the better one. Half of the validation images, at most :data:`TRIED_IMAGES`, are
     distilled by DIST at τ = 4; the others judge.
@@ -292,7 +321,7 @@ def what_students_learn(
     count = tried_images(task.data)
     some, others = images.take(range(count)).alone(), images.take(range(count, len(images)))
     learned = {}
-    for name, net in zip(TEACHERS, (reference, original), strict=True):
+    for name, net in teachers.items():
         teacher = TorchTeacher(net, len(task.classes), task.engine.autocast, task.engine.device)
         students = [
             distill(
@@ -319,8 +348,9 @@ def tried_images(data: Splits) -> int:
 
 
 def better_teacher(learned: Mapping[str, float]) -> str:
-    """Whom the key should open: the reference, unless students learn clearly more from the original."""
-    return "original" if learned["original"] - learned["reference"] > WORTH else "reference"
+    """Whom the key should open: the reference, unless students learn clearly more from another."""
+    best = max(learned, key=lambda name: learned[name])
+    return best if learned[best] - learned["reference"] > WORTH else "reference"
 
 
 def box(
@@ -330,6 +360,7 @@ def box(
     task: Task,
     config: BoxConfig,
     *,
+    assistant: nn.Module | None = None,
     progress: Progress | None = None,
     resume_from: Path | None = None,
 ) -> Boxed:
@@ -341,11 +372,12 @@ def box(
         keys: The secret keys, each of which opens the box; what is measured with a key is the worst of them.
         task: The owner's data.
         config: How to box.
+        assistant: From :func:`assist`, if the key is to open that one.
         progress: Where progress goes.
         resume_from: Path of the state that survives an interrupted run.
 
     Raises:
-        UsageError: A key is given twice.
+        UsageError: A key is given twice, or the assistant is missing.
     """
     begin, data, engine = time.perf_counter(), task.data, task.engine
     place(reference, engine.device)
@@ -380,16 +412,20 @@ def box(
         with seeded(config.recipe.seed):
             random = models.build(original.architecture, original.classes, original.channels)
     memory = remembered(reference, task) if OBJECTIVES[config.objective].needs_memory else None
+    teacher = {"reference": reference, "original": original.net, "assistant": assistant}[config.teacher]
+    if teacher is None:
+        raise UsageError("the key cannot open an assistant that is not there", "make one with assist")
+    run = " ".join((meta.run, *map(digest, (reference, assistant) if assistant else (reference,))))
     fit(
         net,
-        box_step(original.net, reference, random, keys, task, config, memory),
+        box_step(teacher, reference, random, keys, task, config, memory),
         data.owner,
         task.preprocess,
         config.recipe,
         engine,
         name="box",
         progress=progress,
-        resume_from=Resume(resume_from, f"{meta.run} {_digest(reference)}") if resume_from else None,
+        resume_from=Resume(resume_from, run) if resume_from else None,
         after_epoch=watch,
         record=True,
         memory=memory,
@@ -426,7 +462,7 @@ def plain_step() -> Step:
 
 
 def box_step(
-    original: nn.Module,
+    teacher: nn.Module,
     reference: nn.Module,
     random: nn.Module | None,
     keys: Sequence[Key],
@@ -436,14 +472,14 @@ def box_step(
 ) -> Step:
     """The step that trains a box: public and keyed branch in one forward pass, all other networks frozen.
 
-    The original is asked only if the key is to open its answers, and ``random``, with fresh weights for SDB's knowledge
-    augmentation, only by objectives that need it, as is ``memory``, by default that of :func:`remembered`. Each image
-    of a batch is seen with the next key.
+    The key opens the answers of ``teacher``, which may be the reference itself. ``random``, with fresh weights for
+    SDB's knowledge augmentation, is asked only by objectives that need it, as is ``memory``, by default that of
+    :func:`remembered`. Each image of a batch is seen with the next key.
     """
     objective, parameters = OBJECTIVES[config.objective], config.resolved()
     engine, preprocess = task.engine, task.preprocess
     frozen = _frozen(reference, engine)
-    teaching = frozen if config.teacher == "reference" else _frozen(original, engine)
+    teaching = frozen if teacher is reference else _frozen(teacher, engine)
     secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
     patterns = preprocess(secrets)
     fresh = _frozen(random, engine) if random is not None and objective.needs_random else None
@@ -581,7 +617,7 @@ def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
     return preprocess(near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None))
 
 
-def _digest(model: nn.Module) -> str:
+def digest(model: nn.Module) -> str:
     """Hash of a network's weights."""
     hashed = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

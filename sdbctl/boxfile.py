@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ ONNX_OPSET = 20
 PARITY_TOLERANCE = 1e-3
 _DISABLED = 0.0
 
-Kind = Literal["box", "student", "teacher", "reference"]
+Kind = Literal["box", "student", "teacher", "reference", "assistant"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _check(meta: Metadata, where: str) -> None:
     tables = (meta.parameters, meta.data, meta.measured, meta.versions)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(t, dict) for t in tables):
         raise TypeError
-    if meta.kind not in ("box", "student", "teacher", "reference") or len(meta.classes) < 2:
+    if meta.kind not in get_args(Kind) or len(meta.classes) < 2:
         raise TypeError
     if isinstance(meta.strength, bool) or not isinstance(meta.strength, int | float):
         raise TypeError
@@ -206,8 +206,8 @@ def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, force:
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     content = serialise(tensors, {METADATA_KEY: meta.to_json(), "format": "pt"})
-    # the reference is an unprotected model
-    return files.write(path, content, force=force, private=meta.kind == "reference")
+    # these are unprotected models
+    return files.write(path, content, force=force, private=meta.kind in ("reference", "assistant"))
 
 
 @dataclass(frozen=True)

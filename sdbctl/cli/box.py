@@ -26,6 +26,8 @@ from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sdbctl.boxfile import Loaded
 
 
@@ -53,6 +55,19 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
     if found.meta is None or found.meta.kind != "reference" or found.meta.original_sha256 != original.sha256:
         raise BadInput(f"{path} is no reference of this checkpoint", "name the one that box wrote")
     return found
+
+
+def assistant_of(path: Path, reference: nn.Module) -> nn.Module | None:
+    """The assistant in a file, or None if there is none that this reference taught."""
+    from sdbctl import boxfile
+    from sdbctl.box import digest
+
+    if not path.exists():
+        return None
+    found = boxfile.load(path)
+    meta = found.meta
+    fits = meta is not None and meta.kind == "assistant" and meta.parameters.get("reference") == digest(reference)
+    return found.net if fits else None
 
 
 def box(
@@ -96,7 +111,8 @@ def box(
         str,
         typer.Option(
             "--teacher",
-            help="Whose answers the key opens: reference, original, or auto, whom small students learn more from.",
+            help="Whose answers the key opens: reference, original, assistant (a small network that the reference "
+            "taught), or auto: from whom small students learn most.",
         ),
     ] = "auto",
     reference: Annotated[
@@ -137,11 +153,12 @@ def box(
     from sdbctl import files
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
+    assistant_path = output.with_suffix(".assistant.safetensors")
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
     if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
         raise UsageError("checkpoint, reference and output must be three files", "give another --output")
-    made_anew = None if resume or reference else reference_path
-    begin((state, reference_state), (output, made_anew, profile), resume=resume, force=force)
+    made_anew = (None if resume or reference else reference_path, None if resume else assistant_path)
+    begin((state, reference_state), (output, *made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
@@ -152,11 +169,14 @@ def box(
     from sdbctl import boxfile, team
     from sdbctl.box import (
         TEACHERS,
+        TRIED_STUDENT,
         BoxConfig,
         Task,
+        assist,
         better_teacher,
         check_above_chance,
         check_held,
+        digest,
         estimate,
         fine_tune,
         tried_images,
@@ -266,6 +286,8 @@ def box(
             )
         tuned = found.net
         learned = {name: value for name, value in found.meta.measured.items() if name in TEACHERS}
+        if len(learned) < len(TEACHERS):
+            learned = {}
         say("the reference was finished before")
     fresh = tuned is None
     team.agree(int(fresh), "the finished reference")
@@ -284,19 +306,34 @@ def box(
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
+        assistant = assistant_of(assistant_path, tuned) if resume else None
         if compare:
-            learned = what_students_learn(original.net, tuned, task, progress=progress)
+            assistant = assistant or assist(tuned, task, progress=progress)
+            teachers = {"reference": tuned, "original": original.net, "assistant": assistant}
+            learned = what_students_learn(teachers, task, progress=progress)
             reference_meta = replace(reference_meta, measured=learned)
         if learned and teacher == "auto":
             config = replace(config, teacher=better_teacher(learned))
             progress.note(
                 f"small students of the reference reach {learned['reference']:.1f} %, of the original "
-                f"{learned['original']:.1f} %: the key will open the {config.teacher}"
+                f"{learned['original']:.1f} %, of an assistant {learned['assistant']:.1f} %: the key will open the "
+                f"{config.teacher}"
             )
         if fresh:
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
             Resume(reference_state, "").done()
-        made = make_box(original, tuned, keys, task, config, progress=progress, resume_from=state)
+        if config.teacher == "assistant":
+            assistant = assistant or assist(tuned, task, progress=progress)
+            assistant_meta = replace(
+                reference_meta,
+                kind="assistant",
+                architecture=TRIED_STUDENT,
+                objective="kd",
+                parameters={"reference": digest(tuned)},
+                measured={},
+            )
+            boxfile.save(assistant_path, assistant.state_dict(), assistant_meta, force=True)
+        made = make_box(original, tuned, keys, task, config, assistant=assistant, progress=progress, resume_from=state)
     if team.rank() > 0:
         return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
