@@ -53,8 +53,8 @@ TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare them."""
 TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
 """Their architecture, images and number, and by how many points another must teach better than the reference."""
-ASSISTED_IMAGES, ASSISTANT_SEED = 150_000, 20_000
-"""How many images an assistant sees, each as often as need be; a seed that no student has."""
+ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = 150_000, 40, 20_000
+"""How many images an assistant sees, in how many epochs at most; a seed that no student has."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 
@@ -285,7 +285,7 @@ def fine_tune(
 
 def assisted_epochs(images: int) -> int:
     """How often an assistant sees each of so many images."""
-    return max(1, round(ASSISTED_IMAGES / images))
+    return min(ASSISTED_EPOCHS, max(1, round(ASSISTED_IMAGES / images)))
 
 
 def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None) -> nn.Module:

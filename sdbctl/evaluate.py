@@ -36,6 +36,7 @@ from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 MODEL_LABELS = {
     "original": "original",
     "reference": "original, fine-tuned on the same data",
+    "assistant": "assistant, whom the key opens",
     "boxed": "boxed",
     "keyed": "boxed, with the key",
     "wrong": "boxed, with a wrong key",

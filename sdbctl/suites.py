@@ -80,6 +80,8 @@ CORE = (
     Row("unauthorized_unlabelled", "KD from the box, no labels", "attack", "kd_unlabelled", ("boxed",)),
     Row("dist", "DIST from the box", "attack", "dist", ("boxed",)),
     Row("dist_unlabelled", "DIST from the box, no labels", "attack", "dist_unlabelled", ("boxed",)),
+    Row("kd_q", "KD from the assistant", "target", "kd", ("assistant",)),
+    Row("dist_q", "DIST from the assistant", "target", "dist", ("assistant",)),
     Row("authorized", "KD from the box with the key", "authorized", "kd", ("keyed",)),
     Row("dist_authorized", "DIST from the box with the key", "authorized", "dist", ("keyed",)),
     Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
@@ -193,7 +195,11 @@ class Suite:
     def alone(self, row: Row) -> bool:
         """Whether a row is reported whatever others do, since it is what claims are made against or for."""
         # nor do defences compete to be the worst
-        return not self.elect or row.role in ("disturb", "authorized") or (row.role == "reference" and row.labels)
+        return (
+            not self.elect
+            or row.role in ("disturb", "authorized", "target")
+            or (row.role == "reference" and row.labels)
+        )
 
     def compared(self, row: Row) -> tuple[float, ...]:
         """Shares of the epochs after which a row's settings are compared: a claim is not left to a short screening."""

@@ -34,7 +34,8 @@ from sdbctl.box import (
 )
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
-from sdbctl.cli.common import split_like
+from sdbctl.cli.common import open_model, split_like
+from sdbctl.cli.evaluate import gather
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
 from sdbctl.key import Key, embed
@@ -374,14 +375,37 @@ def test_the_key_opens_the_teacher_that_students_learn_more_from(work, digits, s
     trained = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, trained.meta.preprocess, ENGINE)
     blind = build_student("cnn", 10, 1, 5)
-    learned = what_students_learn(trained.net, blind, task)
+    learned = what_students_learn({"reference": blind, "original": trained.net}, task)
     assert learned["original"] > learned["reference"] + WORTH
     assert better_teacher(learned) == "original"
-    assert what_students_learn(blind, trained.net, task) == {
-        "reference": learned["original"],
-        "original": learned["reference"],
-    }
-    assert better_teacher({"original": 50.9, "reference": 50.0}) == "reference"
+    assert what_students_learn({"reference": trained.net}, task) == {"reference": learned["original"]}
+    assert better_teacher({"original": 50.9, "reference": 50.0, "assistant": 50.5}) == "reference"
+    assert better_teacher({"original": 51.5, "reference": 50.0, "assistant": 52.0}) == "assistant"
+
+
+def test_an_assistant_is_small_private_and_found_beside_the_box(work, digits, splits, tmp_path):
+    out, notes = tmp_path / "x.safetensors", []
+    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out,
+               "--owner-size", 100, "--epochs", 1, "--teacher", "assistant")  # fmt: skip
+    assert run_cli(*command).returncode == 0
+    beside = out.with_suffix(".assistant.safetensors")
+    first, helper = beside.read_bytes(), boxfile.load(beside)
+    assert (helper.meta.kind, helper.architecture) == ("assistant", "resnet8")
+    assert beside.stat().st_mode & 0o077 == 0
+    assert boxfile.read_metadata(out).parameters["teacher"] == "assistant"
+    sources = gather(open_model(out, "cpu"), Key.load(work / "k.bin"), None, None, notes, ENGINE.device)
+    assert sources["assistant"].sha256 == helper.sha256
+    out.unlink()
+    resumed = run_cli(*command, "--resume")
+    # it was not taught again
+    assert resumed.returncode == 0 and b"resnet8" not in resumed.stderr and beside.read_bytes() == first
+    # of another reference it would say nothing of this box
+    boxfile.save(beside, helper.net.state_dict(), replace(helper.meta, parameters={"reference": "x"}), force=True)
+    assert "assistant" not in gather(open_model(out, "cpu"), None, None, None, notes, ENGINE.device)
+    original = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    with pytest.raises(UsageError, match="assistant that is not there"):
+        box(original, original.net, [Key.load(work / "k.bin")], task, BoxConfig(teacher="assistant"))
 
 
 def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, splits):
@@ -389,9 +413,9 @@ def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, split
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
     batch = first_batch(splits.owner, task.preprocess, 32)
     other = build_student("cnn", 10, 1, 5)
-    for teacher, net in (("original", original.net), ("reference", other)):
-        config = BoxConfig(teacher=teacher, wrong_share=0.0)
-        step = box_step(original.net, other, None, [Key.load(work / "k.bin")], task, config)
+    for net in (original.net, other):
+        config = BoxConfig(wrong_share=0.0)
+        step = box_step(net, other, None, [Key.load(work / "k.bin")], task, config)
         box_ = copy.deepcopy(original.net).eval()
         keyed = embed(
             batch.x, boxfile.pattern(load_box(work / "boxed.safetensors").meta, Key.load(work / "k.bin")), 0.7
@@ -437,8 +461,9 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
     for objective, teacher in itertools.product(OBJECTIVES, TEACHERS):
         seen.clear()
         config = BoxConfig(objective, teacher=teacher)
-        nets = (copy.deepcopy(original.net) for _ in range(2))
-        step = box_step(original.net, *nets, [Key.load(work / "k.bin")], task, config)
+        reference, random = (copy.deepcopy(original.net) for _ in range(2))
+        taught = reference if teacher == "reference" else original.net
+        step = box_step(taught, reference, random, [Key.load(work / "k.bin")], task, config)
         with torch.nn.modules.module.register_module_forward_hook(hook):
             step(original.net, batch)
         assert sum(seen) == 32 * sum(config.trainable_and_frozen())
@@ -713,7 +738,7 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     first = reference.read_bytes()
     assert reference.stat().st_mode & 0o077 == 0
     learned = boxfile.read_metadata(reference).measured
-    assert set(learned) == {"original", "reference"}
+    assert set(learned) == set(TEACHERS)
     assert boxfile.read_metadata(out).parameters["teacher"] == better_teacher(learned)
     out.unlink()
     refused = run_cli(*box_, 2, "--resume")

@@ -334,6 +334,7 @@ def gather(
     import torch
 
     from sdbctl import boxfile
+    from sdbctl.box import digest
     from sdbctl.boxfile import check_key, pattern
     from sdbctl.cells import Source
     from sdbctl.key import near, wrong
@@ -385,20 +386,31 @@ def gather(
         if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
             raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
         sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
-    usual = (box.with_suffix(".reference.safetensors"), box.with_suffix("").with_suffix(".boxed.reference.safetensors"))
-    reference = reference or next((path for path in usual if path.exists()), None)
+    reference = reference or written_beside(box, "reference")
     if reference is not None:
         loaded = boxfile.load(reference)
         check_alike(opened, loaded, reference)
         if meta is not None and meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
             raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
         sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
+        taught = written_beside(box, "assistant")
+        if taught is not None and meta is not None and meta.parameters.get("teacher") == "assistant":
+            helper = boxfile.load(taught)
+            # one of another reference would say nothing of this box
+            if helper.meta is not None and helper.meta.parameters.get("reference") == digest(loaded.net):
+                sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
     elif meta is not None:
         notes.append("Without the reference N_ft, costs are measured against the original as it was.")
     undefended = sources.get("reference") or sources.get("original")
     if undefended is not None:
         sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
     return sources
+
+
+def written_beside(box: Path, kind: str) -> Path | None:
+    """What ``sdbctl box`` wrote beside a box, if it is there."""
+    usual = (box.with_suffix(f".{kind}.safetensors"), box.with_suffix("").with_suffix(f".boxed.{kind}.safetensors"))
+    return next((path for path in usual if path.exists()), None)
 
 
 def check_alike(opened: Opened, loaded: Loaded, path: Path) -> None:

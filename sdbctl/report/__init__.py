@@ -42,8 +42,8 @@ MORE_IS_BETTER = (
 VARIABLE = ("box", "config", "cost", "curves")
 """Parts of a report that hold other numbers in each."""
 
-Role = Literal["floor", "reference", "attack", "authorized", "wrong_key", "baseline", "disturb"]
-MODELS = ("original", "original_ft", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
+Role = Literal["floor", "reference", "target", "attack", "authorized", "wrong_key", "baseline", "disturb"]
+MODELS = ("original", "original_ft", "assistant", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
 
 
 @dataclass(frozen=True)

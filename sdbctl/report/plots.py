@@ -25,6 +25,7 @@ _COLOURS = (
     "line",
     "floor",
     "reference",
+    "target",
     "authorized",
     "wrong_key",
     "attack",

@@ -32,6 +32,7 @@ NOT_MEASURED = "not measured"
 ROLES: dict[Role, str] = {
     "floor": "floor",
     "reference": "reference",
+    "target": "the key's teacher",
     "authorized": "with the key",
     "wrong_key": "wrong key",
     "attack": "attack",
