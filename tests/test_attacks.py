@@ -424,6 +424,7 @@ def bench(work, splits, boxed, suite, pattern=None, **changes):
     sources = {"boxed": source, "original": Source(net=boxfile.load(work / "teacher.safetensors").net, sha256="o")}
     sources |= {name: sources["original"].wrapped(name) for name in WRAPPERS}
     if pattern is not None:
+        sources["assistant"] = Source(net=build_student("cnn-tiny", 10, 1, 9), sha256="a")
         sources["keyed"] = source.keyed(pattern, boxed.meta.strength, "k")
         sources["wrong"] = source.keyed(torch.rand(pattern.shape), boxed.meta.strength, "w")
     config = EvalConfig("cnn-tiny", Recipe(epochs=4, batch_size=32), seeds=2, tune=1, suite=suite)
@@ -755,7 +756,9 @@ def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, patte
     made = bench(work, splits, boxed, "standard", pattern)
     made = replace(made, config=replace(made.config, recipe=replace(made.config.recipe, epochs=80), tune=4))
     protocol.choose(made, None, Silent())
-    alone = {"kd_original", "dist_original", "dkd_original", "authorized", "dist_authorized", "dkd_authorized"}
+    teachers = ("original", "authorized")
+    alone = {f"dkd_{name}" for name in teachers} | {f"dist_{name}" for name in (*teachers, "q")}
+    alone |= {"kd_original", "kd_q", "authorized"}
     assert all(seen[name] == {40} for name in alone)
     assert all(10 in epochs for name, epochs in seen.items() if name not in alone)
     assert {10, 40} in seen.values()
