@@ -207,7 +207,7 @@ def estimate(
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
     comparison = {}
-    if compared:
+    if compared or config.teacher == "assistant":
         student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
         both = image_seconds(student, size, preprocess.size, engine) + one / 3
         trials = compared * TRIED.epochs * TRIED_SEEDS * len(TEACHERS)

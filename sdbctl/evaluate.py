@@ -146,8 +146,8 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     """The numbers in front: advantage, gain, and whether there is something to protect.
 
     What a claim is made against is the strongest of its rows, so that the bound holds whichever it is: of each threat
-    the two rows that are best on validation data are held against the control, and the higher difference counts. What
-    a claim is made for, key holders, is chosen by :func:`sdbctl.metrics.crossfit`, which flatters none.
+    the two rows that are best on validation data are held against the control, and the higher difference counts. The
+    control, and key holders, for whom a claim is made, come from :func:`sdbctl.metrics.crossfit`, which flatters none.
     """
 
     def rivals(role: Role, access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:

