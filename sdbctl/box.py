@@ -189,7 +189,14 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
 
 
 def estimate(
-    config: BoxConfig, net: nn.Module, preprocess: Preprocess, images: int, engine: Engine, *, compared: int = 0
+    config: BoxConfig,
+    net: nn.Module,
+    preprocess: Preprocess,
+    images: int,
+    engine: Engine,
+    *,
+    compared: int = 0,
+    assisted: bool = False,
 ) -> dict[str, float]:
     """Expected seconds of each part of a box run, from timed training steps.
 
@@ -200,6 +207,7 @@ def estimate(
         images: The owner's.
         engine: Where to compute.
         compared: Images on which the teachers are compared; 0 if they are not.
+        assisted: Whether an assistant is taught.
     """
     size = config.recipe.batch_size
     one = image_seconds(copy.deepcopy(net), size, preprocess.size, engine)
@@ -207,11 +215,11 @@ def estimate(
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
     comparison = {}
-    if compared or config.teacher == "assistant":
+    if compared or assisted:
         student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
         both = image_seconds(student, size, preprocess.size, engine) + one / 3
         trials = compared * TRIED.epochs * TRIED_SEEDS * len(TEACHERS)
-        comparison["teachers"] = both * (trials + images * assisted_epochs(images))
+        comparison["teachers"] = both * (trials + assisted * images * assisted_epochs(images))
     return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
@@ -380,6 +388,9 @@ def box(
         UsageError: A key is given twice, or the assistant is missing.
     """
     begin, data, engine = time.perf_counter(), task.data, task.engine
+    teacher = {"reference": reference, "original": original.net, "assistant": assistant}[config.teacher]
+    if teacher is None:
+        raise UsageError("the key cannot open an assistant that is not there", "make one with assist")
     place(reference, engine.device)
     meta = Metadata(
         kind="box",
@@ -389,7 +400,7 @@ def box(
         strength=config.strength,
         key_ids=ids_of(keys),
         objective=config.objective,
-        parameters=config.describe(),
+        parameters={**config.describe(), **({"assistant": digest(teacher)} if teacher is assistant else {})},
         data={"name": task.name, **data.describe()},
         original_sha256=original.sha256,
         versions=boxfile.versions(),
@@ -412,10 +423,6 @@ def box(
         with seeded(config.recipe.seed):
             random = models.build(original.architecture, original.classes, original.channels)
     memory = remembered(reference, task) if OBJECTIVES[config.objective].needs_memory else None
-    teacher = {"reference": reference, "original": original.net, "assistant": assistant}[config.teacher]
-    if teacher is None:
-        raise UsageError("the key cannot open an assistant that is not there", "make one with assist")
-    run = " ".join((meta.run, *map(digest, (reference, assistant) if assistant else (reference,))))
     fit(
         net,
         box_step(teacher, reference, random, keys, task, config, memory),
@@ -425,7 +432,7 @@ def box(
         engine,
         name="box",
         progress=progress,
-        resume_from=Resume(resume_from, run) if resume_from else None,
+        resume_from=Resume(resume_from, f"{meta.run} {digest(reference)}") if resume_from else None,
         after_epoch=watch,
         record=True,
         memory=memory,
@@ -621,6 +628,9 @@ def digest(model: nn.Module) -> str:
     """Hash of a network's weights."""
     hashed = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        # not all files keep this count, which changes nothing
+        if name.endswith("num_batches_tracked"):
+            continue
         hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return hashed.hexdigest()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
+from sdbctl import boxfile
+from sdbctl.box import digest
 from tests.conftest import run_cli
 
 MARK = "pwned"
@@ -386,7 +389,40 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
     assert result.returncode == 0, result.stderr.decode()
     assert b"resumed reference after epoch" in result.stderr
     left = {p.name for p in tmp_path.iterdir() if p.suffix != ".part"}
-    assert left == {"b.reference.safetensors", "b.safetensors"}
+    assert left - {"b.assistant.safetensors"} == {"b.reference.safetensors", "b.safetensors"}
+
+
+def test_a_killed_box_whose_key_opens_an_assistant_goes_on(work, tmp_path):
+    output, chosen = tmp_path / "b.safetensors", tmp_path / "chosen.safetensors"
+    common = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--owner-size", 200]
+    made = run_cli(*common, "-o", tmp_path / "a.safetensors", "--epochs", 1, "--teacher", "reference")
+    assert made.returncode == 0, made.stderr.decode()
+    reference = boxfile.load(tmp_path / "a.reference.safetensors")
+    learned = {"reference": 50.0, "original": 50.0, "assistant": 52.0}
+    boxfile.save(chosen, reference.net.state_dict(), replace(reference.meta, measured=learned))
+    args = [*common, "-o", output, "--epochs", 100, "--reference", chosen]
+    command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / ".b.box.resume").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    result = run_cli(*args, "--resume")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"resumed box after epoch" in result.stderr
+    parameters = boxfile.read_metadata(output).parameters
+    assert parameters["teacher"] == "assistant"
+    assert parameters["assistant"] == digest(boxfile.load(tmp_path / "b.assistant.safetensors").net)
+    # what nobody is taught with a key needs no assistant
+    unkeyed = run_cli(
+        *common, "-o", tmp_path / "c.safetensors", "--epochs", 1, "--reference", chosen, "--set", "teach=0"
+    )
+    assert unkeyed.returncode == 0, unkeyed.stderr.decode()
+    assert boxfile.read_metadata(tmp_path / "c.safetensors").parameters["teacher"] == "reference"
+    same = run_cli(*common, "-o", tmp_path / "d.safetensors", "--reference", tmp_path / "d.assistant.safetensors")
+    check(same, 2, "must be different files", "--output")
 
 
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_path):

@@ -28,6 +28,7 @@ from sdbctl.box import (
     better_teacher,
     box,
     box_step,
+    digest,
     fine_tune,
     plain_step,
     what_students_learn,
@@ -398,10 +399,22 @@ def test_an_assistant_is_small_private_and_found_beside_the_box(work, digits, sp
     out.unlink()
     resumed = run_cli(*command, "--resume")
     # it was not taught again
-    assert resumed.returncode == 0 and b"resnet8" not in resumed.stderr and beside.read_bytes() == first
-    # of another reference it would say nothing of this box
-    boxfile.save(beside, helper.net.state_dict(), replace(helper.meta, parameters={"reference": "x"}), force=True)
+    assert resumed.returncode == 0 and beside.read_bytes() == first
+    assert b"resnet8" not in resumed.stderr, resumed.stderr.decode()
+    # another one would say nothing of this box
+    boxfile.save(beside, build_student("resnet8", 10, 1, 3).state_dict(), helper.meta, force=True)
     assert "assistant" not in gather(open_model(out, "cpu"), None, None, None, notes, ENGINE.device)
+    boxfile.save(beside, helper.net.state_dict(), replace(helper.meta, parameters={"reference": "x"}), force=True)
+    out.unlink()
+    refused = run_cli(*command, "--resume")
+    assert refused.returncode == 2 and b"was made with other settings" in refused.stderr
+    counted = copy.deepcopy(helper.net)
+    next(counted.buffers()).sub_(1)
+    assert digest(counted) != digest(helper.net)
+    counted = copy.deepcopy(helper.net)
+    for name, value in counted.named_buffers():
+        value.add_(name.endswith("num_batches_tracked"))
+    assert digest(counted) == digest(helper.net)
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
     with pytest.raises(UsageError, match="assistant that is not there"):

@@ -28,7 +28,7 @@ from sdbctl.errors import BadInput, GateFailed, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from sdbctl.boxfile import Loaded
+    from sdbctl.boxfile import Loaded, Metadata
 
 
 def parse_parameters(given: list[str] | None) -> dict[str, float]:
@@ -57,8 +57,12 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
     return found
 
 
-def assistant_of(path: Path, reference: nn.Module) -> nn.Module | None:
-    """The assistant in a file, or None if there is none that this reference taught."""
+def assistant_of(path: Path, reference: nn.Module, made: Metadata) -> nn.Module | None:
+    """The assistant in a file that this reference taught, on the same data; None if there is no file.
+
+    Raises:
+        UsageError: It is another one.
+    """
     from sdbctl import boxfile
     from sdbctl.box import digest
 
@@ -66,8 +70,9 @@ def assistant_of(path: Path, reference: nn.Module) -> nn.Module | None:
         return None
     found = boxfile.load(path)
     meta = found.meta
-    fits = meta is not None and meta.kind == "assistant" and meta.parameters.get("reference") == digest(reference)
-    return found.net if fits else None
+    if meta is None or meta.parameters.get("reference") != digest(reference) or meta.data != made.data:
+        raise UsageError(f"{path} was made with other settings", "use those, or delete it")
+    return found.net
 
 
 def box(
@@ -145,7 +150,8 @@ def box(
 
     Writes the box, with the original's weight names, and beside it the reference, which eval compares with.
 
-    The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private.
+    The reference is the original fine-tuned with plain cross-entropy on the same data, an assistant, if one is written,
+    what a small network learned from it: keep both private.
     """
     output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
@@ -155,9 +161,10 @@ def box(
     reference_path = reference or output.with_suffix(".reference.safetensors")
     assistant_path = output.with_suffix(".assistant.safetensors")
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
-    if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
-        raise UsageError("checkpoint, reference and output must be three files", "give another --output")
-    made_anew = (None if resume or reference else reference_path, None if resume else assistant_path)
+    if len({path.resolve() for path in (checkpoint, output, reference_path, assistant_path)}) < 4:
+        raise UsageError("checkpoint, reference, assistant and output must be different files", "give another --output")
+    helped = teacher in ("auto", "assistant")
+    made_anew = (None if resume or reference else reference_path, assistant_path if helped and not resume else None)
     begin((state, reference_state), (output, *made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
@@ -286,15 +293,29 @@ def box(
             )
         tuned = found.net
         learned = {name: value for name, value in found.meta.measured.items() if name in TEACHERS}
-        if len(learned) < len(TEACHERS):
-            learned = {}
         say("the reference was finished before")
     fresh = tuned is None
     team.agree(int(fresh), "the finished reference")
-    # an objective without a keyed branch teaches nobody
-    compare = teacher == "auto" and not learned and getattr(config.resolved(), "preserve", 1.0) > 0
-    compared = tried_images(splits) if compare else 0
-    expected = estimate(config, original.net, preprocess, len(splits.owner), engine, compared=compared)
+    if teacher == "auto" and len(learned) == len(TEACHERS):
+        teacher = better_teacher(learned)
+    parameters = config.resolved()
+    if not getattr(parameters, "preserve", getattr(parameters, "teach", 1.0)):
+        # an objective without a keyed branch teaches nobody
+        teacher = "reference"
+    compare, assistant = teacher == "auto", None
+    if resume and tuned is not None and teacher in ("auto", "assistant"):
+        assistant = assistant_of(assistant_path, tuned, reference_meta)
+    team.agree(int(assistant is None), "the finished assistant")
+    config = replace(config, teacher="reference" if compare else teacher)
+    expected = estimate(
+        config,
+        original.net,
+        preprocess,
+        len(splits.owner),
+        engine,
+        compared=tried_images(splits) if compare else 0,
+        assisted=assistant is None and teacher in ("auto", "assistant"),
+    )
     if not fresh:
         expected.pop("reference")
     announce(expected, dry_run=dry_run)
@@ -306,24 +327,24 @@ def box(
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
-        assistant = assistant_of(assistant_path, tuned) if resume else None
         if compare:
             assistant = assistant or assist(tuned, task, progress=progress)
             teachers = {"reference": tuned, "original": original.net, "assistant": assistant}
             learned = what_students_learn(teachers, task, progress=progress)
             reference_meta = replace(reference_meta, measured=learned)
-        if learned and teacher == "auto":
             config = replace(config, teacher=better_teacher(learned))
+            team.agree(TEACHERS.index(config.teacher), "the better teacher")
             progress.note(
                 f"small students of the reference reach {learned['reference']:.1f} %, of the original "
                 f"{learned['original']:.1f} %, of an assistant {learned['assistant']:.1f} %: the key will open the "
                 f"{config.teacher}"
             )
-        if fresh:
+        if fresh or (compare and not reference):
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
             Resume(reference_state, "").done()
         if config.teacher == "assistant":
             assistant = assistant or assist(tuned, task, progress=progress)
+        if config.teacher == "assistant" and not (resume and assistant_path.exists()):
             assistant_meta = replace(
                 reference_meta,
                 kind="assistant",
@@ -339,9 +360,16 @@ def box(
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
     boxfile.save(output, made.state_dict, meta, force=force)
     Resume(state, "").done()
-    cost, measured = made.cost, made.measured
+    cost, measured, kept = made.cost, made.measured, config.teacher == "assistant"
     emit(
-        {"box": str(output), "reference": str(reference_path), "key_ids": meta.key_ids, "cost_top1": cost, **measured},
+        {
+            "box": str(output),
+            "reference": str(reference_path),
+            "assistant": str(assistant_path) if kept else None,
+            "key_ids": meta.key_ids,
+            "cost_top1": cost,
+            **measured,
+        },
         json_,
         pairs(
             "",
@@ -355,6 +383,7 @@ def box(
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
+                **({"the key's teacher": f"{assistant_path.name} (private)"} if kept else {}),
             },
         ),
     )

@@ -393,14 +393,14 @@ def gather(
         if meta is not None and meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
             raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
         sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
-        taught = written_beside(box, "assistant")
-        if taught is not None and meta is not None and meta.parameters.get("teacher") == "assistant":
-            helper = boxfile.load(taught)
-            # one of another reference would say nothing of this box
-            if helper.meta is not None and helper.meta.parameters.get("reference") == digest(loaded.net):
-                sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
     elif meta is not None:
         notes.append("Without the reference N_ft, costs are measured against the original as it was.")
+    opens, taught = meta.parameters.get("assistant") if meta else None, written_beside(box, "assistant")
+    if opens and taught is not None:
+        helper = boxfile.load(taught)
+        # another one would say nothing of this box
+        if digest(helper.net) == opens:
+            sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
     undefended = sources.get("reference") or sources.get("original")
     if undefended is not None:
         sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
