@@ -344,7 +344,6 @@ def box(
             Resume(reference_state, "").done()
         if config.teacher == "assistant":
             assistant = assistant or assist(tuned, task, progress=progress)
-        if config.teacher == "assistant" and not (resume and assistant_path.exists()):
             assistant_meta = replace(
                 reference_meta,
                 kind="assistant",
@@ -353,7 +352,9 @@ def box(
                 parameters={"reference": digest(tuned)},
                 measured={},
             )
-            boxfile.save(assistant_path, assistant.state_dict(), assistant_meta, force=True)
+            # one that was there is the one that is used
+            if not (resume and assistant_path.exists()):
+                boxfile.save(assistant_path, assistant.state_dict(), assistant_meta, force=True)
         made = make_box(original, tuned, keys, task, config, assistant=assistant, progress=progress, resume_from=state)
     if team.rank() > 0:
         return
