@@ -200,7 +200,7 @@ class Bench:
     """Everything a worker needs to train students.
 
     Attributes:
-        sources: Teachers by name: boxed, keyed, wrong, original, reference, disturbed; some may be missing.
+        sources: Teachers by name: boxed, keyed, wrong, original, reference, assistant, disturbed; some may be missing.
         transfer: The attacker's images.
         validation: Images to choose settings on.
         test: Images to report on.

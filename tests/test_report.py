@@ -84,7 +84,7 @@ def sample() -> Report:
         student("class_constant", "Class-constant outputs", "floor", 82.02, -0.29, n=1),
         student("hard_label", "Top-1 only", "floor", 81.95, -0.36, n=1),
         student("kd_original", "Distilled from the original", "reference", 84.96, 2.65),
-        student("kd_q", "Distilled from q", "reference", 85.38, 3.07, n=1),
+        student("kd_q", "Distilled from q", "target", 85.38, 3.07, n=1),
         student("unauthorized", "Plain KD, tuned", "attack", 82.18, -0.13),
         student("nasty_htc", "Sequence of checkpoints (HTC)", "attack", 82.40, 0.09, n=1),
         student("features", "Re-headed features", "attack", 82.61, 0.3, note="used to train the box"),
@@ -450,7 +450,7 @@ def test_students_start_with_the_floor_and_show_the_control_once(report):
     table = next(table for table in view(report).tables if table.title == "Students")
     assert table.marks[0] == "floor"
     assert not any("Best of the floor" in row[0] for row in table.rows)
-    order = ["floor", "reference", "authorized", "wrong_key", "attack", "disturb"]
+    order = ["floor", "reference", "target", "authorized", "wrong_key", "attack", "disturb"]
     assert table.marks == tuple(sorted(table.marks, key=order.index))
     assert ("Re-headed features (used to train the box)", "attack") in [row[:2] for row in table.rows]
 

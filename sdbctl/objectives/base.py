@@ -18,7 +18,8 @@ class Views(NamedTuple):
         clean: The box on x; its first ``wrong`` rows on x mixed with a wrong key.
         keyed: The box on x_k.
         reference: The frozen fine-tuned original N_ft on x, which the public outputs are compared with.
-        teacher: The frozen teacher N on x, which the keyed branch should learn: N_ft itself, or the original as given.
+        teacher: The frozen teacher N on x, which the keyed branch should learn: N_ft itself, the original as given, or
+            an assistant.
         random: A frozen, randomly initialised network on x_k, or None if the objective does not ask for it.
         adversarial: The box itself, in evaluation mode, on copies of x that mislead the reference, or None likewise.
         label: Class indices [B].

@@ -62,7 +62,7 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
         CE(p, y) + hide·spread(z) + turn·½[alignment(z, z_F) + alignment(z, z_N)]
         + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ)
 
-    F is the fine-tuned original N_ft, N the key's teacher: F itself, or the original. Images with a wrong key are
+    F is the fine-tuned original N_ft, N the key's teacher: F, the original or an assistant. Images with a wrong key are
     concealed only, unless the key is short: then they have labels as well (``blind``). Own objective (README).
     """
     clean, shown = v.clean[v.wrong :], v.clean.detach().argmax(1)
