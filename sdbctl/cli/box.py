@@ -116,8 +116,9 @@ def box(
         str,
         typer.Option(
             "--teacher",
-            help="Whose answers the key opens: reference, original, assistant (a small network that the reference "
-            "taught), or auto: from whom small students learn most.",
+            help="Whose answers the key opens: reference, original, or auto, from whom of the two small students learn "
+            "more; or assistant, a small network that the reference taught: students learn more from it, users lose "
+            "accuracy.",
         ),
     ] = "auto",
     reference: Annotated[
@@ -163,8 +164,8 @@ def box(
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
     if len({path.resolve() for path in (checkpoint, output, reference_path, assistant_path)}) < 4:
         raise UsageError("checkpoint, reference, assistant and output must be different files", "give another --output")
-    helped = teacher in ("auto", "assistant")
-    made_anew = (None if resume or reference else reference_path, assistant_path if helped and not resume else None)
+    assisted = teacher == "assistant"
+    made_anew = (None if resume or reference else reference_path, assistant_path if assisted and not resume else None)
     begin((state, reference_state), (output, *made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
@@ -296,14 +297,17 @@ def box(
         say("the reference was finished before")
     fresh = tuned is None
     team.agree(int(fresh), "the finished reference")
-    if teacher == "auto" and len(learned) == len(TEACHERS):
-        teacher = better_teacher(learned)
     parameters = config.resolved()
     if not getattr(parameters, "preserve", getattr(parameters, "teach", 1.0)):
-        # an objective without a keyed branch teaches nobody
+        if assisted:
+            raise UsageError(
+                "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
+            )
         teacher = "reference"
+    elif teacher == "auto" and learned:
+        teacher = better_teacher(learned)
     compare, assistant = teacher == "auto", None
-    if resume and tuned is not None and teacher in ("auto", "assistant"):
+    if resume and tuned is not None and assisted:
         assistant = assistant_of(assistant_path, tuned, reference_meta)
     team.agree(int(assistant is None), "the finished assistant")
     config = replace(config, teacher="reference" if compare else teacher)
@@ -314,7 +318,7 @@ def box(
         len(splits.owner),
         engine,
         compared=tried_images(splits) if compare else 0,
-        assisted=assistant is None and teacher in ("auto", "assistant"),
+        assisted=assisted and assistant is None,
     )
     if not fresh:
         expected.pop("reference")
@@ -328,16 +332,13 @@ def box(
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
         if compare:
-            assistant = assistant or assist(tuned, task, progress=progress)
-            teachers = {"reference": tuned, "original": original.net, "assistant": assistant}
-            learned = what_students_learn(teachers, task, progress=progress)
+            learned = what_students_learn(original.net, tuned, task, progress=progress)
             reference_meta = replace(reference_meta, measured=learned)
             config = replace(config, teacher=better_teacher(learned))
             team.agree(TEACHERS.index(config.teacher), "the better teacher")
             progress.note(
                 f"small students of the reference reach {learned['reference']:.1f} %, of the original "
-                f"{learned['original']:.1f} %, of an assistant {learned['assistant']:.1f} %: the key will open the "
-                f"{config.teacher}"
+                f"{learned['original']:.1f} %: the key will open the {config.teacher}"
             )
         if fresh or (compare and not reference):
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)

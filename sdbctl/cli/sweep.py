@@ -170,7 +170,7 @@ def sweep(
         "students": [student, student_epochs, student_batch_size, seeds, suite, tune],
         "precision": precision,
     }
-    shared, helper = report / "reference.safetensors", report / "assistant.safetensors"
+    shared = report / "reference.safetensors"
 
     def make_box(row: Row, output: Path, dry_run: bool = False) -> None:
         box.box(
@@ -222,10 +222,8 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
         boxed, done = folder / "box.safetensors", folder / "report" / "report.json"
         onnx = boxed.with_suffix(".onnx")
-        own, taught = (boxed.with_suffix(f".{kind}.safetensors") for kind in ("reference", "assistant"))
+        own = boxed.with_suffix(".reference.safetensors")
         with contextlib.redirect_stdout(sys.stderr):
-            if helper.exists() and not taught.exists():
-                files.write(taught, helper.read_bytes(), private=True)
             if row.objective and not boxed.exists():
                 # rows that differ in what is served share a box
                 if same := alike.get(row.box):
@@ -233,9 +231,8 @@ def sweep(
                 else:
                     make_box(row, boxed)
             alike[row.box] = boxed
-            for one, mine in ((shared, own), (helper, taught)):
-                if not one.exists() and mine.exists():
-                    files.write(one, mine.read_bytes(), private=True)
+            if not shared.exists() and own.exists():
+                files.write(shared, own.read_bytes(), private=True)
             if not onnx.exists():
                 export.export(
                     boxed if row.objective else shared, output=onnx, confidence=row.confidence, wrapper=row.wrapper
