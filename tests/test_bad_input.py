@@ -370,7 +370,9 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
     command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.time() + 60
-    while not (tmp_path / ".b.reference.resume").exists() and time.time() < deadline:
+    # a kill is to leave the reference unfinished, other stops may come later on a busy machine
+    state = ".b.reference.resume" if stop == signal.SIGKILL else ".b.*.resume"
+    while not list(tmp_path.glob(state)) and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(stop)
     _, err = process.communicate(timeout=60)
@@ -416,7 +418,7 @@ def test_a_killed_box_whose_key_opens_an_assistant_goes_on(work, tmp_path):
     unkeyed = run_cli(*common, "-o", tmp_path / "c.safetensors", "--set", "teach=0")
     check(unkeyed, 2, "no keyed branch", "--teacher")
     same = run_cli(*common, "-o", tmp_path / "d.safetensors", "--reference", tmp_path / "d.assistant.safetensors")
-    check(same, 2, "must be different files", "--output")
+    check(same, 2, "none of them an assistant", "--output")
 
 
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_path):

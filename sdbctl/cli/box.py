@@ -163,7 +163,10 @@ def box(
     assistant_path = output.with_suffix(".assistant.safetensors")
     state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
     if len({path.resolve() for path in (checkpoint, output, reference_path, assistant_path)}) < 4:
-        raise UsageError("checkpoint, reference, assistant and output must be different files", "give another --output")
+        raise UsageError(
+            "checkpoint, reference and output must be three files, and none of them an assistant",
+            "give another --output",
+        )
     assisted = teacher == "assistant"
     made_anew = (None if resume or reference else reference_path, assistant_path if assisted and not resume else None)
     begin((state, reference_state), (output, *made_anew, profile), resume=resume, force=force)
