@@ -43,7 +43,6 @@ for model in ${SDBCTL_MODELS:-nasty.safetensors perturbed.onnx teacher.safetenso
     name=${model%.*} suite=full key=()
     [ "$name" = teacher ] && suite=standard
     [ "$name" = box ] && suite=standard key=(--key-file "$out/k.bin")
-    # shellcheck disable=SC2086
     sdbctl eval "$out/$model" --original "$out/teacher.safetensors" "${common[@]}" --attack "${key[@]}" \
         --suite "$suite" --student cnn-tiny --epochs 120 --batch-size 32 \
         --surrogate "npz:$out/foreign.npz" \

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdbctl import boxfile, metrics
 from sdbctl.cells import FOREIGN, Bench, on_key, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, taught_by_keys
-from sdbctl.protocol import accuracies, paired, train_students
+from sdbctl.protocol import accuracies, best_of, paired, train_students, validations_of, with_all_seeds
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
     Advantage,
@@ -162,11 +162,7 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
             and (labels is None or student.labels in labels)
             and not name.startswith("control")
         ]
-        most = max((student.n for student in rows), default=0)
-        return sorted((row for row in rows if row.n == most), key=lambda row: -_mean(_validations(row)))
-
-    def fair(rows: list[Student]) -> list[float]:
-        return metrics.crossfit(list(map(_validations, rows)), [accuracies(row.values) for row in rows]) if rows else []
+        return sorted(with_all_seeds(rows), key=lambda row: -_mean(validations_of(row)))
 
     def over(values: list[float], control: str) -> Interval:
         return paired(values, students[control].values) if values and control in students else Interval()
@@ -184,19 +180,15 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
         smoothing = over(accuracies(students[best].values), "label_smoothing") if best else Interval()
         return Advantage(labelled, unlabelled, best, other, smoothing)
 
-    authorized = fair(rivals("authorized"))
+    authorized = best_of(rivals("authorized"))
     # key holders are measured with labels
     gains = [paired(authorized, row.values) for row in rivals("reference", labels=[True, None])] if authorized else []
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
         "authorized_gain": min(gains, key=lambda gain: gain.mean or 0.0, default=Interval()),
-        "protectable": over(fair(rivals("reference")), "control"),
-        "protectable_unlabelled": over(fair(rivals("reference", labels=[False])), "control_unlabelled"),
+        "protectable": over(best_of(rivals("reference")), "control"),
+        "protectable_unlabelled": over(best_of(rivals("reference", labels=[False])), "control_unlabelled"),
     }
-
-
-def _validations(student: Student) -> list[float]:
-    return accuracies(student.validations or (student.validation,) * student.n)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -260,12 +260,9 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
         rivals = [one for one in students.values() if one.role == "floor" and one.values and (labels or not one.labels)]
         if not rivals:
             continue
-        # rows that won their group have all seeds
-        most = max(one.n for one in rivals)
-        rivals = [one for one in rivals if one.n == most]
-        seen = [accuracies(one.validations) for one in rivals]
-        values = metrics.crossfit(seen, [accuracies(one.values) for one in rivals])
-        validations, weights = metrics.crossfit(seen, seen), metrics.chances(seen)
+        rivals = with_all_seeds(rivals)
+        seen = [validations_of(one) for one in rivals]
+        values, validations, weights = best_of(rivals), metrics.crossfit(seen, seen), metrics.chances(seen)
         winner = rivals[int(np.argmax(weights))]
         found[name] = replace(
             winner,
@@ -293,6 +290,24 @@ def _settings(choice: Choice) -> dict[str, object]:
     option, found = choice.option, choice.correlation
     teacher = {"teacher": option.teacher} if option.teacher else {}
     return {**teacher, **option.config, **({"key_correlation": round(found, 3)} if found is not None else {})}
+
+
+def with_all_seeds(rows: Sequence[Student]) -> list[Student]:
+    """Those that have most seeds: rows that won their group."""
+    most = max((row.n for row in rows), default=0)
+    return [row for row in rows if row.n == most]
+
+
+def best_of(rows: Sequence[Student]) -> list[float]:
+    """What the best of rows with the same seeds reaches, by seed; see :func:`sdbctl.metrics.crossfit`."""
+    if not rows:
+        return []
+    return metrics.crossfit([validations_of(row) for row in rows], [accuracies(row.values) for row in rows])
+
+
+def validations_of(row: Student) -> list[float]:
+    """Validation accuracies by seed."""
+    return accuracies(row.validations or (row.validation,) * row.n)
 
 
 def accuracies(values: Sequence[float | None]) -> list[float]:

@@ -579,9 +579,6 @@ def test_networks_that_cannot_be_compared(work, tmp_path):
 
 
 def test_names_from_a_file_neither_mark_up_nor_control_the_terminal(work, tmp_path):
-
-    from sdbctl import boxfile
-
     loaded = boxfile.load(work / "boxed.safetensors")
     names = ("[/x]", "[bold]b", "\x1b]0;owned\x07", *map(str, range(7)))
     path = boxfile.save(tmp_path / "x.safetensors", loaded.net.state_dict(), replace(loaded.meta, classes=names))
@@ -596,8 +593,6 @@ def test_damaged_metadata(change, work, tmp_path):
     import json
 
     from safetensors.torch import save_file as write
-
-    from sdbctl import boxfile
 
     meta = {**json.loads(boxfile.load(work / "boxed.safetensors").meta.to_json()), **change}
     write(load_file(work / "boxed.safetensors"), tmp_path / "x.safetensors", {"sdbctl": json.dumps(meta)})

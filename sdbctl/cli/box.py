@@ -346,8 +346,8 @@ def box(
         if fresh or (compare and not reference):
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
             Resume(reference_state, "").done()
-        if config.teacher == "assistant":
-            assistant = assistant or assist(tuned, task, progress=progress)
+        if assisted and assistant is None:
+            assistant = assist(tuned, task, progress=progress)
             assistant_meta = replace(
                 reference_meta,
                 kind="assistant",
@@ -356,21 +356,19 @@ def box(
                 parameters={"reference": digest(tuned)},
                 measured={},
             )
-            # one that was there is the one that is used
-            if not (resume and assistant_path.exists()):
-                boxfile.save(assistant_path, assistant.state_dict(), assistant_meta, force=True)
+            boxfile.save(assistant_path, assistant.state_dict(), assistant_meta, force=True)
         made = make_box(original, tuned, keys, task, config, assistant=assistant, progress=progress, resume_from=state)
     if team.rank() > 0:
         return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
     boxfile.save(output, made.state_dict, meta, force=force)
     Resume(state, "").done()
-    cost, measured, kept = made.cost, made.measured, config.teacher == "assistant"
+    cost, measured = made.cost, made.measured
     emit(
         {
             "box": str(output),
             "reference": str(reference_path),
-            "assistant": str(assistant_path) if kept else None,
+            "assistant": str(assistant_path) if assisted else None,
             "key_ids": meta.key_ids,
             "cost_top1": cost,
             **measured,
@@ -388,7 +386,7 @@ def box(
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
-                **({"the key's teacher": f"{assistant_path.name} (private)"} if kept else {}),
+                **({"the key's teacher": f"{assistant_path.name} (private)"} if assisted else {}),
             },
         ),
     )
