@@ -240,11 +240,18 @@ SUITES: Mapping[str, Suite] = {
     ),
     "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
     "strong": Suite(
-        "what decides most standard evaluations: the floor, KD, DIST and DKD, and the strongest attack on files",
+        "what decides most standard evaluations: the floor, KD, DIST and DKD, and the attacks on files that won one",
         (
             *CORE,
             *DECOUPLED,
-            *_named(*(f"{name}{who}" for name in ("dkd", "dkd_hard", "amplified") for who in ("", "_unlabelled"))),
+            *_named(
+                *(
+                    f"{name}{who}"
+                    for name in ("dkd", "dkd_hard", "amplified", "reestimated")
+                    for who in ("", "_unlabelled")
+                ),
+                "pruned",
+            ),
         ),
         rungs=(1 / 8, 1 / 2),
         elect=True,
