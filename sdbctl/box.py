@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, metrics, models, team
+from sdbctl import boxfile, metrics, models, seal, team
 from sdbctl.attacks import ATTACKS
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
@@ -54,7 +54,7 @@ TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
 """Their architecture, images and number, and by how many points the original must teach better to be taken."""
 ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = 150_000, 40, 20_000
-"""How many images an assistant sees, in how many epochs at most; a seed that no student has."""
+"""How many images an assistant sees, each in so many epochs at most; a seed that no student has."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 
@@ -197,6 +197,7 @@ def estimate(
     *,
     compared: int = 0,
     assisted: bool = False,
+    teachers: int = 2,
 ) -> dict[str, float]:
     """Expected seconds of each part of a box run, from timed training steps.
 
@@ -206,8 +207,9 @@ def estimate(
         preprocess: Its normalisation.
         images: The owner's.
         engine: Where to compute.
-        compared: Images on which the teachers are compared; 0 if they are not.
+        compared: Images on which teachers are compared; 0 if they are not.
         assisted: Whether an assistant is taught.
+        teachers: How many are compared.
     """
     size = config.recipe.batch_size
     one = image_seconds(copy.deepcopy(net), size, preprocess.size, engine)
@@ -218,8 +220,8 @@ def estimate(
     if compared or assisted:
         student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
         both = image_seconds(student, size, preprocess.size, engine) + one / 3
-        trials = 2 * compared * TRIED.epochs * TRIED_SEEDS
-        comparison["teachers"] = both * (trials + assisted * images * assisted_epochs(images))
+        trials = teachers * compared * TRIED.epochs * TRIED_SEEDS
+        comparison["teachers"] = both * (trials + assisted * min(images, ASSISTED_IMAGES) * assisted_epochs(images))
     return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
@@ -303,7 +305,8 @@ def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None
     that is between teacher and student in size). It is less accurate than the reference, and a box whose key opens it
     pays for being both.
     """
-    images, attack = task.data.owner, ATTACKS["kd"]
+    owner, attack = task.data.owner, ATTACKS["kd"]
+    images = owner.take(range(min(len(owner), ASSISTED_IMAGES)))
     return distill(
         attack,
         attack.grid[0],
@@ -318,10 +321,30 @@ def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None
     ).student
 
 
+def describe_assistant(assistant: nn.Module, reference: nn.Module, task: Task) -> Metadata:
+    """What an assistant's file says of it."""
+    return Metadata(
+        kind="assistant",
+        architecture=TRIED_STUDENT,
+        classes=task.classes,
+        preprocess=task.preprocess,
+        objective="kd",
+        parameters={"reference": digest(reference)},
+        data={"name": task.name, **task.data.describe()},
+        measured={"top1": round(task.top1(assistant, task.data.test), 3), "n": len(task.data.test)},
+        versions=boxfile.versions(),
+    )
+
+
+def sealed(assistant: nn.Module, meta: Metadata, keys: Sequence[Key]) -> str:
+    """An assistant as only key holders can read it; ``meta`` is its own."""
+    return seal.seal(boxfile.dump(assistant.state_dict(), meta), keys)
+
+
 def what_students_learn(
-    original: nn.Module, reference: nn.Module, task: Task, *, progress: Progress | None = None
+    teachers: Mapping[str, nn.Module], task: Task, *, progress: Progress | None = None
 ) -> dict[str, float]:
-    """How good small students become that distil the original or the reference: mean top-1 by name, in percent.
+    """How good small students of some teachers become: mean top-1 by the teacher's name, in percent.
 
     A more accurate teacher need not be the better one. Half of the validation images, at most :data:`TRIED_IMAGES`, are
     distilled by DIST at τ = 4; the others judge.
@@ -330,7 +353,7 @@ def what_students_learn(
     count = tried_images(task.data)
     some, others = images.take(range(count)).alone(), images.take(range(count, len(images)))
     learned = {}
-    for name, net in (("reference", reference), ("original", original)):
+    for name, net in teachers.items():
         teacher = TorchTeacher(net, len(task.classes), task.engine.autocast, task.engine.device)
         students = [
             distill(
@@ -359,6 +382,11 @@ def tried_images(data: Splits) -> int:
 def better_teacher(learned: Mapping[str, float]) -> str:
     """Whom the key should open: the reference, unless students learn clearly more from the original."""
     return "original" if learned["original"] - learned["reference"] > WORTH else "reference"
+
+
+def worth_sealing(learned: Mapping[str, float]) -> bool:
+    """Whether students learn clearly more from the assistant than from the others."""
+    return learned["assistant"] - max(learned["original"], learned["reference"]) > WORTH
 
 
 def box(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdbctl import files, models
+from sdbctl import checkpoint, files, models, seal
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, ParityMismatch, UsageError
 from sdbctl.key import Key, embed
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 METADATA_KEY = "sdbctl"
 SERVES_KEY = "sdbctl.serves"
+SEALED_KEY = "sdbctl.sealed"
 ONNX_OPSET = 20
 PARITY_TOLERANCE = 1e-3
 _DISABLED = 0.0
@@ -130,11 +131,12 @@ class Box(nn.Module):
     Args:
         net: The network, which takes normalised images [B, C, H, W].
         meta: The metadata.
+        sealed: An assistant that only key holders can read, from :func:`sdbctl.seal.seal`, or "".
     """
 
-    def __init__(self, net: nn.Module, meta: Metadata) -> None:
+    def __init__(self, net: nn.Module, meta: Metadata, sealed: str = "") -> None:
         super().__init__()
-        self.net, self.meta = net, meta
+        self.net, self.meta, self.sealed = net, meta, sealed
 
     def forward(self, x: Tensor) -> Tensor:
         """Public logits [B, C] of images [B, C, H, W], normalised exactly as the original's."""
@@ -156,6 +158,20 @@ class Box(nn.Module):
         check_key(self.meta, key)
         where = next(self.net.parameters()).device
         return Unlocked(self.net, pattern(self.meta, key).to(where), self.meta.strength)
+
+    def unseal(self, key: Key) -> nn.Module:
+        """The assistant that is sealed in the file: for whoever has it and a key, the better teacher.
+
+        Args:
+            key: A secret key of the box.
+
+        Returns:
+            A module that takes the same normalised images, on the CPU, in evaluation mode.
+
+        Raises:
+            BadInput: The key is not this box's, nothing is sealed in it, or that was changed.
+        """
+        return unsealed(self.sealed, key, self.meta, "the box").net
 
 
 class Unlocked(nn.Module):
@@ -193,21 +209,53 @@ def pattern(meta: Metadata, key: Key) -> Tensor:
     return meta.preprocess(key.pattern(meta.preprocess.size)[None])[0]
 
 
-def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, force: bool = False) -> Path:
+def unsealed(text: str, key: Key, meta: Metadata, where: str) -> Loaded:
+    """The assistant that is sealed in a box.
+
+    Args:
+        text: What is sealed, or "".
+        key: A key of the box.
+        meta: The box's metadata.
+        where: Name of the file, for messages.
+
+    Raises:
+        BadInput: The key is not this box's, nothing is sealed in it, or that was changed.
+    """
+    check_key(meta, key)
+    if not text:
+        raise BadInput(f"nothing is sealed in {where}", "ask it with the key in each image instead")
+    found = _loaded(checkpoint.parse(seal.unseal(text, key, where), Path(where)), where, None)
+    inner, fits = found.meta, (meta.classes, meta.preprocess)
+    if inner is None or inner.kind != "assistant" or (inner.classes, inner.preprocess) != fits:
+        raise BadInput(f"what is sealed in {where} belongs to another box", "get the file again, or box again")
+    return found
+
+
+def dump(state_dict: Mapping[str, Tensor], meta: Metadata, sealed: str = "") -> bytes:
+    """Weights and metadata as safetensors; the arguments are those of :func:`save`."""
+    from safetensors.torch import save as serialise
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+    said = {METADATA_KEY: meta.to_json(), "format": "pt", **({SEALED_KEY: sealed} if sealed else {})}
+    content: bytes = serialise(tensors, said)
+    return content
+
+
+def save(
+    path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed: str = "", force: bool = False
+) -> Path:
     """Write weights and metadata as safetensors, atomically.
 
     Args:
         path: The file.
         state_dict: Names and tensors; the names are kept.
         meta: The metadata.
+        sealed: An assistant that only key holders can read, or "".
         force: Whether to replace an existing file.
     """
-    from safetensors.torch import save as serialise
-
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
-    content = serialise(tensors, {METADATA_KEY: meta.to_json(), "format": "pt"})
     # these are unprotected models
-    return files.write(path, content, force=force, private=meta.kind in ("reference", "assistant"))
+    private = meta.kind in ("reference", "assistant")
+    return files.write(path, dump(state_dict, meta, sealed), force=force, private=private)
 
 
 @dataclass(frozen=True)
@@ -223,6 +271,7 @@ class Loaded:
         classes: Number of classes.
         channels: Number of input channels.
         sha256: Hash of the file.
+        sealed: What only key holders can read, or "".
     """
 
     net: nn.Module
@@ -233,6 +282,7 @@ class Loaded:
     classes: int
     channels: int
     sha256: str
+    sealed: str = ""
 
     def file_state(self, net: nn.Module) -> dict[str, Tensor]:
         """State of ``net``, a copy of this network, under the file's own keys, with all that the file had."""
@@ -251,22 +301,23 @@ def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
     Raises:
         BadInput: The file is missing, damaged, refused, or of an unknown architecture.
     """
-    from sdbctl import checkpoint
+    return _loaded(checkpoint.load(path, trust=trust), path.name, arch)
 
-    content = checkpoint.load(path, trust=trust)
+
+def _loaded(content: checkpoint.Checkpoint, where: str, arch: str | None) -> Loaded:
     text = content.metadata.get(METADATA_KEY)
-    meta = Metadata.from_json(text, path.name) if text is not None else None
+    meta = Metadata.from_json(text, where) if text is not None else None
     try:
         named = arch or (meta.architecture if meta else None)
         found = models.match(named, content.state_dict) if named else models.identify(content.state_dict)
     except UsageError as error:
         if arch:
             raise
-        raise BadInput(f"{path.name}: {error.message}", "give --arch, or write the file again") from None
+        raise BadInput(f"{where}: {error.message}", "give --arch, or write the file again") from None
     if meta and found.classes != len(meta.classes):
-        raise BadInput(f"{path.name} has {found.classes} outputs and {len(meta.classes)} class names")
+        raise BadInput(f"{where} has {found.classes} outputs and {len(meta.classes)} class names")
     if meta and found.channels != meta.preprocess.size[0]:
-        raise BadInput(f"{path.name} takes {found.channels} channels and says {meta.preprocess.size[0]}")
+        raise BadInput(f"{where} takes {found.channels} channels and says {meta.preprocess.size[0]}")
     net = models.build(found.name, found.classes, found.channels)
     # files from before torch 0.4.1 lack BatchNorm's counters, which nothing depends on
     names = {own: theirs for own, theirs in found.keys.items() if theirs in content.state_dict}
@@ -274,7 +325,17 @@ def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
     keys = {own: content.original_keys[name] for own, name in names.items()}
     rest = content.state_dict.keys() - names.values()
     others = {content.original_keys[name]: content.state_dict[name] for name in rest}
-    return Loaded(net.eval(), keys, others, meta, found.name, found.classes, found.channels, content.sha256)
+    return Loaded(
+        net.eval(),
+        keys,
+        others,
+        meta,
+        found.name,
+        found.classes,
+        found.channels,
+        content.sha256,
+        content.metadata.get(SEALED_KEY, ""),
+    )
 
 
 def load_box(path: str | Path) -> Box:
@@ -296,7 +357,7 @@ def load_box(path: str | Path) -> Box:
     loaded = load(path)
     if loaded.meta is None or loaded.meta.kind != "box":
         raise BadInput(f"{path} is not a box", "make one with: sdbctl box CHECKPOINT --key-file k.bin")
-    return Box(loaded.net, loaded.meta).eval()
+    return Box(loaded.net, loaded.meta, loaded.sealed).eval()
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -365,11 +426,16 @@ def serves(path: Path) -> str:
     return _property(path, SERVES_KEY) or "not recorded"
 
 
+def sealed(path: Path) -> str:
+    """What only key holders can read in an ONNX file, or ""."""
+    return _property(path, SEALED_KEY) or ""
+
+
 def _property(path: Path, key: str) -> str | None:
     return next((str(entry.value) for entry in read_onnx(path).metadata_props if entry.key == key), None)
 
 
-def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = False) -> float:
+def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
     """Write a network as ONNX with its metadata, after checking that it computes the same.
 
     The graph has one input ``input`` [batch, C, H, W], normalised exactly as the original's, and one output
@@ -379,6 +445,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
         path: The file.
         net: The network. What it :func:`shows` is recorded.
         meta: Its metadata.
+        sealed: What only key holders can read, or "".
         force: Whether to replace an existing file.
 
     Returns:
@@ -394,8 +461,9 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, force: bool = Fal
     generator = torch.Generator().manual_seed(0)
     example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=generator))
     proto = _to_onnx(net, example)
-    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, shows(net))):
-        proto.metadata_props.add(key=name, value=value)
+    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, shows(net)), (SEALED_KEY, sealed)):
+        if value:
+            proto.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()
     difference = parity(proto, net, example)

@@ -73,7 +73,11 @@ def load(path: Path, *, trust: bool = False) -> Checkpoint:
     Raises:
         BadInput: The file is missing or damaged, has no usable weights, or would have to run code.
     """
-    content = files.read(path, "checkpoint")
+    return parse(files.read(path, "checkpoint"), path, trust=trust)
+
+
+def parse(content: bytes, path: Path, *, trust: bool = False) -> Checkpoint:
+    """Read what a checkpoint file holds; ``path`` only names it in messages. See :func:`load`."""
     metadata: dict[str, str] = {}
     if _is_safetensors(content):
         found, metadata = _read_safetensors(content, path)

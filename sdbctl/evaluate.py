@@ -36,7 +36,7 @@ from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 MODEL_LABELS = {
     "original": "original",
     "reference": "original, fine-tuned on the same data",
-    "assistant": "assistant, whom the key opens",
+    "assistant": "assistant, sealed in the file",
     "boxed": "boxed",
     "keyed": "boxed, with the key",
     "wrong": "boxed, with a wrong key",
@@ -180,12 +180,16 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
         smoothing = over(accuracies(students[best].values), "label_smoothing") if best else Interval()
         return Advantage(labelled, unlabelled, best, other, smoothing)
 
-    authorized = best_of(rivals("authorized"))
-    # key holders are measured with labels
-    gains = [paired(authorized, row.values) for row in rivals("reference", labels=[True, None])] if authorized else []
+    def gain(role: Role) -> Interval:
+        own = best_of(rivals(role))
+        # key holders are measured with labels
+        gains = [paired(own, row.values) for row in rivals("reference", labels=[True, None])] if own else []
+        return min(gains, key=lambda gain: gain.mean or 0.0, default=Interval())
+
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
-        "authorized_gain": min(gains, key=lambda gain: gain.mean or 0.0, default=Interval()),
+        "authorized_gain": gain("authorized"),
+        "sealed_gain": gain("target"),
         "protectable": over(best_of(rivals("reference")), "control"),
         "protectable_unlabelled": over(best_of(rivals("reference", labels=[False])), "control_unlabelled"),
     }
@@ -237,6 +241,8 @@ def verdict(report: Report) -> str:
         said += f", so there is nothing to protect {vain}"
     if (gain := report.authorized_gain).mean is not None:
         said += f"; the key is worth {_signed(gain.mean)} points against distilling the original"
+    if (inner := report.sealed_gain).mean is not None:
+        said += f", to who holds the file {_signed(inner.mean)}"
     if threat is held:
         other = "This is about who holds the file; attackers through the API were not tried"
     elif held.labelled.mean is None:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -19,9 +19,13 @@ from torch import Tensor
 
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 KEY_BYTES = 32
 _ID_PURPOSE = b"sdbctl key id v1"
 _PATTERN_PURPOSE = b"sdbctl pattern v1"
+_SEAL_PURPOSE = b"sdbctl seal v1"
 _STEP = 2.0**-24
 """Patterns are multiples of this."""
 
@@ -123,6 +127,13 @@ class Key:
         parts = np.frombuffer(stream, dtype=np.uint8).reshape(count, 3).astype(np.int32)
         values = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]) * _STEP
         return torch.from_numpy(values.astype(np.float32).reshape(shape))
+
+    @property
+    def cipher(self) -> AESGCM:
+        """AES-256-GCM under a key of its own: whoever has the pattern, or the id, has nothing of it."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        return AESGCM(hashlib.shake_256(_SEAL_PURPOSE + self._secret).digest(32))
 
     def __repr__(self) -> str:
         return f"<Key id={self.id}>"

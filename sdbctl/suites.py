@@ -96,6 +96,7 @@ DECOUPLED = (
         "dkd_unlabelled",
         ("reference", "original"),
     ),
+    Row("dkd_q", "DKD from the assistant", "target", "dkd", ("assistant",)),
     Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", ("keyed",)),
 )
 """What an attacker may do with the box, owners and key holders may do, too."""

@@ -26,7 +26,7 @@ LAYERS = [
     {"wrappers"},
     {"teacher"},
     {"boxfile", "training"},
-    {"checkpoint", "data", "models"},
+    {"checkpoint", "data", "models", "seal"},
     {"losses", "metrics", "key"},
     {"files", "batchnorm"},
     {"team"},

@@ -66,7 +66,7 @@ def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
     common = ("--data", "parquet:set", "--epochs", 1, "--batch-size", 16, "--precision", "fp32")
     boxed = run(
         "box", "model.pt", "--key-file", "k.bin", *common, "--owner-size", 32, "--transfer-size", 32, "--lr", 1e-4,
-        "-o", "boxed.safetensors",
+        "--no-seal", "-o", "boxed.safetensors",
     )  # fmt: skip
     assert (boxed["original_top1"] > 50, boxed["n"]) == (True, 32)
     run("export", "boxed.safetensors")

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import re
 import time
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from sdbctl.box import (
     fine_tune,
     plain_step,
     what_students_learn,
+    worth_sealing,
 )
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
@@ -376,51 +378,85 @@ def test_the_key_opens_the_teacher_that_students_learn_more_from(work, digits, s
     trained = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, trained.meta.preprocess, ENGINE)
     blind = build_student("cnn", 10, 1, 5)
-    learned = what_students_learn(trained.net, blind, task)
+    learned = what_students_learn({"reference": blind, "original": trained.net, "assistant": blind}, task)
     assert learned["original"] > learned["reference"] + WORTH
-    assert better_teacher(learned) == "original"
-    assert what_students_learn(blind, trained.net, task) == {
-        "reference": learned["original"],
-        "original": learned["reference"],
-    }
+    assert learned["assistant"] == learned["reference"]
+    assert better_teacher(learned) == "original" and not worth_sealing(learned)
     assert better_teacher({"original": 50.9, "reference": 50.0}) == "reference"
+    assert worth_sealing({"original": 50.9, "reference": 50.0, "assistant": 52.0})
+    assert not worth_sealing({"original": 51.1, "reference": 50.0, "assistant": 52.0})
 
 
-def test_an_assistant_is_small_private_and_found_beside_the_box(work, digits, splits, tmp_path):
-    out, notes = tmp_path / "x.safetensors", []
+def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, splits, tmp_path):
+    out, onnx, key = tmp_path / "x.safetensors", tmp_path / "x.onnx", Key.load(work / "k.bin")
     command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out,
-               "--owner-size", 100, "--epochs", 1, "--teacher", "assistant")  # fmt: skip
-    assert run_cli(*command).returncode == 0
-    beside = out.with_suffix(".assistant.safetensors")
-    first, helper = beside.read_bytes(), boxfile.load(beside)
-    assert (helper.meta.kind, helper.architecture) == ("assistant", "resnet8")
-    assert beside.stat().st_mode & 0o077 == 0
-    assert boxfile.read_metadata(out).parameters["teacher"] == "assistant"
-    sources = gather(open_model(out, "cpu"), Key.load(work / "k.bin"), None, None, notes, ENGINE.device)
-    assert sources["assistant"].sha256 == helper.sha256
-    out.unlink()
-    resumed = run_cli(*command, "--resume")
-    # it was not taught again
-    assert resumed.returncode == 0 and beside.read_bytes() == first
-    assert b"resnet8" not in resumed.stderr, resumed.stderr.decode()
-    # another one would say nothing of this box
-    boxfile.save(beside, build_student("resnet8", 10, 1, 3).state_dict(), helper.meta, force=True)
-    assert "assistant" not in gather(open_model(out, "cpu"), None, None, None, notes, ENGINE.device)
-    boxfile.save(beside, helper.net.state_dict(), replace(helper.meta, parameters={"reference": "x"}), force=True)
-    out.unlink()
-    refused = run_cli(*command, "--resume")
-    assert refused.returncode == 2 and b"was made with other settings" in refused.stderr
-    counted = copy.deepcopy(helper.net)
-    next(counted.buffers()).sub_(1)
-    assert digest(counted) != digest(helper.net)
-    counted = copy.deepcopy(helper.net)
-    for name, value in counted.named_buffers():
-        value.add_(name.endswith("num_batches_tracked"))
-    assert digest(counted) == digest(helper.net)
+               "--owner-size", 100, "--epochs", 1, "--teacher", "reference", "--seal")  # fmt: skip
+    done = run_cli(*command, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["sealed"]
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "x.reference.safetensors"}
+    sealing, helper = load_box(out), load_box(out).unseal(key)
+    # whoever loads the weights as those of the original finds no others
+    assert load_file(out).keys() == load_file(work / "teacher.safetensors").keys()
+    assert run_cli("export", out).returncode == 0
+    assert digest(boxfile.unsealed(boxfile.sealed(onnx), key, sealing.meta, "x").net) == digest(helper)
+    for content in (out.read_bytes(), onnx.read_bytes()):
+        assert not any(
+            value.numpy().tobytes() in content for value in helper.state_dict().values() if value.numel() > 4
+        )
+    again = tmp_path / "again.safetensors"
+    assert run_cli("export", out, "--format", "safetensors", "-o", again).returncode == 0
+    assert again.read_bytes() == out.read_bytes()
+    for path in (out, onnx):
+        sources = gather(open_model(path, "cpu"), key, None, None, [], ENGINE.device)
+        assert digest(sources["assistant"].net) == digest(helper)
+        assert "assistant" not in gather(open_model(path, "cpu"), None, None, None, [], ENGINE.device)
+        shown = json.loads(run_cli("inspect", path, "--json").stdout)
+        assert shown["sealed"].endswith(f"kB for {key.id}")
+        opened = json.loads(run_cli("inspect", path, "--json", "--key-file", work / "k.bin").stdout)
+        assert re.fullmatch(r"resnet8, [\d.]+ % top-1, opened with this key", opened["sealed"])
+    other = Key.generate()
+    with pytest.raises(BadInput, match="does not fit this box"):
+        sealing.unseal(other)
+    with pytest.raises(BadInput, match="nothing is sealed"):
+        load_box(work / "boxed.safetensors").unseal(key)
+    elsewhere = replace(sealing.meta, preprocess=replace(sealing.meta.preprocess, mean=(0.1,)))
+    with pytest.raises(BadInput, match="belongs to another box"):
+        boxfile.unsealed(sealing.sealed, key, elsewhere, "x")
+    student = (
+        "distill",
+        onnx,
+        "--student",
+        "cnn-tiny",
+        "--epochs",
+        1,
+        "--json",
+        "--force",
+        "-o",
+        tmp_path / "s.safetensors",
+    )
+    asked = json.loads(run_cli(*student, "--key-file", work / "k.bin").stdout)
+    assert asked["sealed"] and boxfile.read_metadata(tmp_path / "s.safetensors").parameters["sealed"]
+    accuracy = Task("digits", digits.classes, splits, sealing.meta.preprocess, ENGINE).top1(helper, splits.validation)
+    assert asked["teacher_top1"] == pytest.approx(accuracy, abs=0.01)
+    keyed = json.loads(run_cli(*student, "--key-file", work / "k.bin", "--no-sealed").stdout)
+    assert not keyed["sealed"] and keyed["teacher_top1"] != asked["teacher_top1"]
+    assert not json.loads(run_cli(*student).stdout)["sealed"]
+    assert run_cli(*student, "--sealed").returncode == 2
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
     with pytest.raises(UsageError, match="assistant that is not there"):
-        box(original, original.net, [Key.load(work / "k.bin")], task, BoxConfig(teacher="assistant"))
+        box(original, original.net, [key], task, BoxConfig(teacher="assistant"))
+
+
+def test_a_digest_is_that_of_what_computes():
+    net = build_student("resnet8", 10, 1, 0)
+    counted = copy.deepcopy(net)
+    next(counted.buffers()).sub_(1)
+    assert digest(counted) != digest(net)
+    counted = copy.deepcopy(net)
+    for name, value in counted.named_buffers():
+        value.add_(name.endswith("num_batches_tracked"))
+    assert digest(counted) == digest(net)
 
 
 def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, splits):
@@ -753,13 +789,14 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     first = reference.read_bytes()
     assert reference.stat().st_mode & 0o077 == 0
     learned = boxfile.read_metadata(reference).measured
-    assert set(learned) == {"original", "reference"}
+    assert set(learned) == {"original", "reference", "assistant"}
+    assert bool(boxfile.load(out).sealed) == worth_sealing(learned)
     assert boxfile.read_metadata(out).parameters["teacher"] == better_teacher(learned)
     out.unlink()
     refused = run_cli(*box_, 2, "--resume")
     assert refused.returncode == 2 and b"was made with other settings" in refused.stderr
     assert run_cli(*box_, 1, "--resume").returncode == 0
-    assert run_cli(*box_, 2, "--reference", reference, "--force").returncode == 0
+    assert run_cli(*box_, 2, "--reference", reference, "--no-seal", "--force").returncode == 0
     assert reference.read_bytes() == first
     assert boxfile.load(out).meta.reference_sha256 == hashlib.sha256(first).hexdigest()
     wrong = run_cli(*box_, 1, "--reference", work / "boxed.safetensors", "--force")
@@ -771,7 +808,7 @@ def test_published_presets_add_nothing_of_ours(work, tmp_path):
     assert {preset.wrong_share for preset in published} == {0.0}
     out = tmp_path / "x.safetensors"
     command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
-    assert run_cli(*command, "--objective", "sdb", "--preset", "release", "--epochs", 1).returncode == 0
+    assert run_cli(*command, "--objective", "sdb", "--preset", "release", "--no-seal", "--epochs", 1).returncode == 0
     assert boxfile.load(out).meta.parameters["wrong_share"] == 0.0
 
 

@@ -58,7 +58,7 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
 
 
 def assistant_of(path: Path, reference: nn.Module, made: Metadata) -> nn.Module | None:
-    """The assistant in a file that this reference taught, on the same data; None if there is no file.
+    """The assistant that this reference taught, on the same data, before a run was interrupted; None if there is none.
 
     Raises:
         UsageError: It is another one.
@@ -71,7 +71,7 @@ def assistant_of(path: Path, reference: nn.Module, made: Metadata) -> nn.Module 
     found = boxfile.load(path)
     meta = found.meta
     if meta is None or meta.parameters.get("reference") != digest(reference) or meta.data != made.data:
-        raise UsageError(f"{path} was made with other settings", "use those, or delete it")
+        raise UsageError(f"{path} was made with other settings", "use those; --force in place of --resume starts again")
     return found.net
 
 
@@ -121,6 +121,14 @@ def box(
             "accuracy.",
         ),
     ] = "auto",
+    seal: Annotated[
+        bool | None,
+        typer.Option(
+            "--seal/--no-seal",
+            help="Whether to put the assistant into the file, encrypted, for key holders to distill. "
+            "[default: if small students learn more from it]",
+        ),
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="An N_ft that box made of this checkpoint before, to be used again."),
@@ -151,8 +159,7 @@ def box(
 
     Writes the box, with the original's weight names, and beside it the reference, which eval compares with.
 
-    The reference is the original fine-tuned with plain cross-entropy on the same data, an assistant, if one is written,
-    what a small network learned from it: keep both private.
+    The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private.
     """
     output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
@@ -160,16 +167,12 @@ def box(
     from sdbctl import files
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
-    assistant_path = output.with_suffix(".assistant.safetensors")
-    state, reference_state = (output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference"))
-    if len({path.resolve() for path in (checkpoint, output, reference_path, assistant_path)}) < 4:
-        raise UsageError(
-            "checkpoint, reference and output must be three files, and none of them an assistant",
-            "give another --output",
-        )
-    assisted = teacher == "assistant"
-    made_anew = (None if resume or reference else reference_path, assistant_path if assisted and not resume else None)
-    begin((state, reference_state), (output, *made_anew, profile), resume=resume, force=force)
+    states = [output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference", "assistant")]
+    state, reference_state, assistant_state = states
+    if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
+        raise UsageError("checkpoint, reference and output must be three files", "give another --output")
+    made_anew = None if resume or reference else reference_path
+    begin(states, (output, made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
@@ -180,18 +183,19 @@ def box(
     from sdbctl import boxfile, team
     from sdbctl.box import (
         TEACHERS,
-        TRIED_STUDENT,
         BoxConfig,
         Task,
         assist,
         better_teacher,
         check_above_chance,
         check_held,
-        digest,
+        describe_assistant,
         estimate,
         fine_tune,
+        sealed,
         tried_images,
         what_students_learn,
+        worth_sealing,
     )
     from sdbctl.box import box as make_box
     from sdbctl.boxfile import Metadata
@@ -302,18 +306,22 @@ def box(
     team.agree(int(fresh), "the finished reference")
     parameters = config.resolved()
     if not getattr(parameters, "preserve", getattr(parameters, "teach", 1.0)):
-        if assisted:
+        if teacher == "assistant":
             raise UsageError(
                 "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
             )
         teacher = "reference"
-    elif teacher == "auto" and learned:
-        teacher = better_teacher(learned)
-    compare, assistant = teacher == "auto", None
+    # the rivals are students of those who are in question
+    rivals = TEACHERS if seal is None else TEACHERS[:2] if teacher == "auto" else ()
+    compare = not learned.keys() >= set(rivals)
+    if not compare:
+        teacher = better_teacher(learned) if teacher == "auto" else teacher
+        seal = worth_sealing(learned) if seal is None else seal
+    assisted, assistant = seal is not False or teacher == "assistant", None
     if resume and tuned is not None and assisted:
-        assistant = assistant_of(assistant_path, tuned, reference_meta)
+        assistant = assistant_of(assistant_state, tuned, reference_meta)
     team.agree(int(assistant is None), "the finished assistant")
-    config = replace(config, teacher="reference" if compare else teacher)
+    config = replace(config, teacher="reference" if teacher == "auto" else teacher)
     expected = estimate(
         config,
         original.net,
@@ -322,53 +330,58 @@ def box(
         engine,
         compared=tried_images(splits) if compare else 0,
         assisted=assisted and assistant is None,
+        teachers=len(rivals),
     )
     if not fresh:
         expected.pop("reference")
     announce(expected, dry_run=dry_run)
     if not resume:
-        for old in (state, reference_state):
+        for old in states:
             old.unlink(missing_ok=True)
 
     task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
-        if compare:
-            learned = what_students_learn(original.net, tuned, task, progress=progress)
-            reference_meta = replace(reference_meta, measured=learned)
-            config = replace(config, teacher=better_teacher(learned))
-            team.agree(TEACHERS.index(config.teacher), "the better teacher")
-            progress.note(
-                f"small students of the reference reach {learned['reference']:.1f} %, of the original "
-                f"{learned['original']:.1f} %: the key will open the {config.teacher}"
-            )
-        if fresh or (compare and not reference):
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
             Resume(reference_state, "").done()
         if assisted and assistant is None:
             assistant = assist(tuned, task, progress=progress)
-            assistant_meta = replace(
-                reference_meta,
-                kind="assistant",
-                architecture=TRIED_STUDENT,
-                objective="kd",
-                parameters={"reference": digest(tuned)},
-                measured={},
+            described = describe_assistant(assistant, tuned, task)
+            boxfile.save(assistant_state, assistant.state_dict(), described, force=True)
+        if compare:
+            known = {"reference": tuned, "original": original.net, "assistant": assistant}
+            learned = what_students_learn(
+                {name: net for name in rivals if (net := known[name]) is not None}, task, progress=progress
             )
-            boxfile.save(assistant_path, assistant.state_dict(), assistant_meta, force=True)
+            reference_meta = replace(reference_meta, measured=learned)
+            reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in learned.items())
+            teacher = better_teacher(learned) if teacher == "auto" else teacher
+            seal = worth_sealing(learned) if seal is None else seal
+            team.agree(2 * TEACHERS.index(teacher) + seal, "the better teacher")
+            config = replace(config, teacher=teacher)
+            progress.note(
+                f"small students reach {reached}: the key will open the {teacher}"
+                + (", and in the file the assistant" if seal else "")
+            )
+            if not reference:
+                boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
         made = make_box(original, tuned, keys, task, config, assistant=assistant, progress=progress, resume_from=state)
+        inner = ""
+        if seal and assistant is not None:
+            inner = sealed(assistant, describe_assistant(assistant, tuned, task), keys)
     if team.rank() > 0:
         return
     meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
-    boxfile.save(output, made.state_dict, meta, force=force)
-    Resume(state, "").done()
+    boxfile.save(output, made.state_dict, meta, sealed=inner, force=force)
+    for done in states:
+        done.unlink(missing_ok=True)
     cost, measured = made.cost, made.measured
     emit(
         {
             "box": str(output),
             "reference": str(reference_path),
-            "assistant": str(assistant_path) if assisted else None,
+            "sealed": bool(inner),
             "key_ids": meta.key_ids,
             "cost_top1": cost,
             **measured,
@@ -386,7 +399,7 @@ def box(
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
-                **({"the key's teacher": f"{assistant_path.name} (private)"} if assisted else {}),
+                **({"sealed in the box": "an assistant, for who has the file and the key to distill"} if inner else {}),
             },
         ),
     )

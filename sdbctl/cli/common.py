@@ -239,6 +239,7 @@ class Opened:
         shape: Input (C, H, W), or None if the file does not say.
         loaded: Its torch network, or None for an ONNX file.
         served: Its ONNX session, or None.
+        sealed: What only key holders can read, or "".
     """
 
     path: Path
@@ -247,6 +248,7 @@ class Opened:
     shape: tuple[int, int, int] | None
     loaded: Loaded | None
     served: OnnxTeacher | None
+    sealed: str
 
     @property
     def recorded(self) -> str | None:
@@ -262,10 +264,12 @@ def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool 
 
     if boxfile.is_onnx(path):
         served = OnnxTeacher(path, pick_device(device))
-        return Opened(path, boxfile.read_metadata(path), served.classes, served.shape, None, served)
+        return Opened(
+            path, boxfile.read_metadata(path), served.classes, served.shape, None, served, boxfile.sealed(path)
+        )
     loaded = boxfile.load(path, arch=arch, trust=trust)
     shape = loaded.meta.preprocess.size if loaded.meta else None
-    return Opened(path, loaded.meta, loaded.classes, shape, loaded, None)
+    return Opened(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
 
 
 def preprocess_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,6 @@ from sdbctl.cli.common import (
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
 
-if TYPE_CHECKING:
-    from sdbctl.boxfile import Loaded
-
 
 def distill(
     teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A box, checkpoint or ONNX file.")],
@@ -44,6 +41,14 @@ def distill(
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
     alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels.")] = 0.9,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")] = True,
+    sealed: Annotated[
+        bool | None,
+        typer.Option(
+            "--sealed/--no-sealed",
+            help="Whether the key opens what is sealed in the file, or is mixed into each image, as an API is asked. "
+            "[default: what is sealed, if anything is]",
+        ),
+    ] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.LearningRate = None,
@@ -72,6 +77,8 @@ def distill(
     state = output.with_name(f".{output.stem}.resume")
     begin([state], [output, profile], resume=resume, force=force)
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
+    if sealed and key is None:
+        raise UsageError("only a key opens what is sealed", "give --key-file, or leave out --sealed")
 
     from dataclasses import replace
 
@@ -85,10 +92,15 @@ def distill(
 
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
+    helper, shown = None, "public outputs"
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
         check_key(meta, key)
+        shown = "keyed outputs"
+        if sealed or (sealed is None and opened.sealed):
+            helper = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
+            shown = f"the {helper.architecture} that was sealed in it"
     dataset = open_data(
         data,
         data_root,
@@ -116,10 +128,15 @@ def distill(
         kept=recorded_precision(state) if resume else None,
     )
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
-    asked: Teacher = opened.served or TorchTeacher(_net(loaded), classes, engine.autocast, engine.device)
-    if key is not None and meta is not None:
+    net_asked = helper or loaded
+    if net_asked is not None:
+        asked: Teacher = TorchTeacher(net_asked.net, classes, engine.autocast, engine.device)
+    else:
+        assert opened.served is not None
+        asked = opened.served
+    if key is not None and meta is not None and helper is None:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
-    say(f"teacher: {asked.where}, {'with' if key else 'without'} key")
+    say(f"teacher: {asked.where}, {shown}")
     accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = image_seconds(net, recipe.batch_size, size, engine)
@@ -138,6 +155,7 @@ def distill(
             **config,
             "recipe": vars(recipe),
             "authorized": key is not None,
+            "sealed": helper is not None,
             "key_id": key.id if key else "",
             "teacher_sha256": boxfile.identity(teacher),
         },
@@ -170,13 +188,14 @@ def distill(
     Resume(state, made.run).done()
     result: dict[str, Any] = {
         "student": str(output),
+        "sealed": helper is not None,
         "teacher_top1": round(accuracy, 3),
         **measured,
         **config,
     }
     rows = {
         "student": f"{student}: {top1:.2f} % top-1 on {len(splits.test):,} test images",
-        "teacher": f"{accuracy:.2f} % (validation), {'keyed' if key else 'public'} outputs, {asked.where}",
+        "teacher": f"{accuracy:.2f} % (validation), {shown}, {asked.where}",
         "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries",
         "time": f"{seconds:.0f} s, {len(splits.transfer) * recipe.epochs / max(seconds, 1e-9):.0f} images/s",
         "written": output,
@@ -284,8 +303,3 @@ def train(
         json_,
         f"{arch}: {top1:.2f} % top-1 on {len(splits.test):,} test images; wrote {output}",
     )
-
-
-def _net(loaded: Loaded | None) -> Any:
-    assert loaded is not None
-    return loaded.net

@@ -334,7 +334,6 @@ def gather(
     import torch
 
     from sdbctl import boxfile
-    from sdbctl.box import digest
     from sdbctl.boxfile import check_key, pattern
     from sdbctl.cells import Source
     from sdbctl.key import near, wrong
@@ -379,6 +378,9 @@ def gather(
         patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
         for name, other in patterns.items():
             sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
+        if opened.sealed:
+            helper = boxfile.unsealed(opened.sealed, key, meta, box.name)
+            sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
     if original is not None:
         same = meta.architecture if meta is not None and meta.kind == "box" else None
         loaded = boxfile.load(original, arch=arch or same, trust=trust)
@@ -386,7 +388,7 @@ def gather(
         if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
             raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
         sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
-    reference = reference or written_beside(box, "reference")
+    reference = reference or written_beside(box)
     if reference is not None:
         loaded = boxfile.load(reference)
         check_alike(opened, loaded, reference)
@@ -395,21 +397,15 @@ def gather(
         sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
     elif meta is not None:
         notes.append("Without the reference N_ft, costs are measured against the original as it was.")
-    opens, taught = meta.parameters.get("assistant") if meta else None, written_beside(box, "assistant")
-    if opens and taught is not None:
-        helper = boxfile.load(taught)
-        # another one would say nothing of this box
-        if digest(helper.net) == opens:
-            sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
     undefended = sources.get("reference") or sources.get("original")
     if undefended is not None:
         sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
     return sources
 
 
-def written_beside(box: Path, kind: str) -> Path | None:
-    """What ``sdbctl box`` wrote beside a box, if it is there."""
-    usual = (box.with_suffix(f".{kind}.safetensors"), box.with_suffix("").with_suffix(f".boxed.{kind}.safetensors"))
+def written_beside(box: Path) -> Path | None:
+    """The reference that ``sdbctl box`` wrote beside a box, if it is there."""
+    usual = (box.with_suffix(".reference.safetensors"), box.with_suffix("").with_suffix(".boxed.reference.safetensors"))
     return next((path for path in usual if path.exists()), None)
 
 

@@ -91,10 +91,11 @@ def export(
         elif meta.kind == "box" and meta.objective == "conceal" and confidence != "exact" and wrapper is None:
             say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
         check_takes(loaded.net, meta.preprocess.size)
-        result |= {"serves": boxfile.shows(net), "parity": boxfile.export_onnx(output, net, meta, force=force)}
+        parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
+        result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
-        boxfile.save(output, loaded.file_state(loaded.net), meta, force=force)
+        boxfile.save(output, loaded.file_state(loaded.net), meta, sealed=loaded.sealed, force=force)
     emit(result, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -108,22 +109,23 @@ def inspect(
 ) -> None:
     """Show what a file says of itself, and whether a key fits."""
     from sdbctl import boxfile
+    from sdbctl.seal import readers
 
     key: Any | None = read_key(key_file, insecure_key_file) if key_file else None
-    meta, extra = None, {}
+    meta, extra, sealed = None, {}, ""
     if boxfile.is_onnx(path):
         import torch
 
         from sdbctl.teacher import OnnxTeacher
 
         meta = boxfile.read_metadata(path)
-        teacher = OnnxTeacher(path, torch.device("cpu"))
+        teacher, sealed = OnnxTeacher(path, torch.device("cpu")), boxfile.sealed(path)
         extra = {"format": "ONNX", "input": list(teacher.shape), "outputs": teacher.classes}
         if meta is not None:
             extra["serves"] = boxfile.serves(path)
     else:
         loaded = boxfile.load(path, arch=arch, trust=trust)
-        meta = loaded.meta
+        meta, sealed = loaded.meta, loaded.sealed
         parameters = sum(parameter.numel() for parameter in loaded.net.parameters())
         extra = {
             "format": "torch",
@@ -134,6 +136,13 @@ def inspect(
     fits = None
     if key is not None:
         fits = meta is not None and key.id in meta.key_ids
+    extra["sealed"] = "nothing"
+    if sealed:
+        extra["sealed"] = f"{len(sealed) / 1e3:.0f} kB for {', '.join(readers(sealed, path.name))}"
+        if key is not None and meta is not None and fits:
+            inner = boxfile.unsealed(sealed, key, meta, path.name)
+            top1 = inner.meta.measured.get("top1") if inner.meta else None
+            extra["sealed"] = f"{inner.architecture}, {top1} % top-1, opened with this key"
     result = {"file": path.name, **extra, "metadata": box_fields(meta) if meta else None, "key_fits": fits}
     rows: dict[str, Any] = {"file": path.name, **extra}
     if meta is None:

@@ -33,6 +33,7 @@ RECOVERED = 0.9
 
 MORE_IS_BETTER = (
     "authorized_gain",
+    "sealed_gain",
     "protectable",
     "protectable_unlabelled",
     "key_strength.opens_at",
@@ -262,6 +263,7 @@ class Report:
         inference_cost: What users lose.
         unauthorized_advantage: What attackers gain.
         authorized_gain: Best student distilled with the key − best one distilled from the original, in points.
+        sealed_gain: The same of the assistant that is sealed in the file, for who holds file and key.
         protectable: Best student of the original − ``control``, in points: whether there is something to protect.
         protectable_unlabelled: The same of attackers without labels, against their own control.
         key_strength: How far from the key one may be, and what finds it.
@@ -283,6 +285,7 @@ class Report:
     inference_cost: InferenceCost = InferenceCost()
     unauthorized_advantage: UnauthorizedAdvantage = UnauthorizedAdvantage()
     authorized_gain: Interval = Interval()
+    sealed_gain: Interval = Interval()
     protectable: Interval = Interval()
     protectable_unlabelled: Interval = Interval()
     key_strength: KeyStrength = KeyStrength()
@@ -406,7 +409,8 @@ def _worth_little(worth: Interval, *advantages: Interval) -> bool:
 
 def _fill_in(content: dict[str, Any]) -> None:
     """Give a report from before some numbers were kept what it lacks: not measured."""
-    content.setdefault("protectable_unlabelled", codec.encode(Interval()))
+    for name in ("protectable_unlabelled", "sealed_gain"):
+        content.setdefault(name, codec.encode(Interval()))
     key = content.setdefault("key_strength", codec.encode(KeyStrength()))
     for name in ("opens_at", "queries_to_recover") if isinstance(key, dict) else ():
         if key.get(name) is None or isinstance(key[name], int | float):

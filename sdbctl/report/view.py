@@ -32,7 +32,7 @@ NOT_MEASURED = "not measured"
 ROLES: dict[Role, str] = {
     "floor": "floor",
     "reference": "reference",
-    "target": "the key's teacher",
+    "target": "assistant",
     "authorized": "with the key",
     "wrong_key": "wrong key",
     "attack": "attack",
@@ -62,7 +62,7 @@ ABOUT = (
     (
         "Authorized gain",
         "the student distilled with the key minus the student distilled from the original, both tuned, with"
-        " the same data, epochs and queries.",
+        " the same data, epochs and queries. Who holds the file as well as the key distills what is sealed in it.",
     ),
     (
         "Selection",
@@ -74,8 +74,9 @@ ABOUT = (
     ),
     (
         "What is not promised",
-        "the key is a secret pattern, not cryptography: one pair of an image with and without the pattern"
-        " gives it away. Attacks that are not listed here were not measured.",
+        "the key, as an API is asked with it, is a secret pattern, not cryptography: one pair of an image with and"
+        " without the pattern gives it away. What is sealed in the file is encrypted. Attacks that are not listed here"
+        " were not measured.",
     ),
 )
 _UNSAFE = {"Cc", "Cf", "Cn", "Cs", "Zl", "Zp"}
@@ -258,6 +259,8 @@ def _cards(report: Report) -> Iterator[Card]:
     if api.over_smoothing.mean is not None:
         yield _card("Over label smoothing, API", api.over_smoothing, "neutral", "a weaker criterion")
     yield _card("Authorized gain", report.authorized_gain, *_above_zero(report.authorized_gain))
+    if report.sealed_gain.mean is not None:
+        yield _card("Authorized gain, file", report.sealed_gain, *_above_zero(report.sealed_gain))
     key = report.key_strength
     heard, searched = f"correlation {RECOVERED:g}", Interval(key.searched)
     for title, found, digits, unit, tries, words in (
