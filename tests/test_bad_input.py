@@ -399,10 +399,10 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
 
 def test_a_killed_box_whose_key_opens_an_assistant_goes_on(work, tmp_path):
     output, chosen = tmp_path / "b.safetensors", tmp_path / "a.reference.safetensors"
-    common = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--owner-size", 200]
+    common = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--owner-size", 100]
     made = run_cli(*common, "-o", tmp_path / "a.safetensors", "--epochs", 1, "--teacher", "reference", "--no-seal")
     assert made.returncode == 0, made.stderr.decode()
-    common += ["--reference", chosen, "--teacher", "assistant"]
+    common += ["--reference", chosen, "--teacher", "assistant", "--seal"]
     args = [*common, "-o", output, "--epochs", 100]
     command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -182,6 +182,8 @@ def sweep(
             transfer_size=transfer_size,
             test_size=test_size,
             reference=shared if shared.exists() else None,
+            # what is sealed does not depend on how the rest is boxed
+            seal=False,
             objective=str(row.objective),
             preset=row.preset,
             set_=[f"{key}={value}" for key, value in row.parameters.items()],
