@@ -321,8 +321,8 @@ def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None
     ).student
 
 
-def describe_assistant(assistant: nn.Module, reference: nn.Module, task: Task) -> Metadata:
-    """What an assistant's file says of it."""
+def describe_assistant(reference: nn.Module, task: Task) -> Metadata:
+    """What is said of the assistant of a reference, but for what is measured."""
     return Metadata(
         kind="assistant",
         architecture=TRIED_STUDENT,
@@ -331,14 +331,13 @@ def describe_assistant(assistant: nn.Module, reference: nn.Module, task: Task) -
         objective="kd",
         parameters={"reference": digest(reference)},
         data={"name": task.name, **task.data.describe()},
-        measured={"top1": round(task.top1(assistant, task.data.test), 3), "n": len(task.data.test)},
         versions=boxfile.versions(),
     )
 
 
-def sealed(assistant: nn.Module, meta: Metadata, keys: Sequence[Key]) -> str:
-    """An assistant as only key holders can read it; ``meta`` is its own."""
-    return seal.seal(boxfile.dump(assistant.state_dict(), meta), keys)
+def sealed(assistant: nn.Module, meta: Metadata, box: Metadata, keys: Sequence[Key]) -> str:
+    """An assistant as only key holders of a box can read it; ``meta`` is its own."""
+    return seal.seal(boxfile.dump(assistant.state_dict(), meta), keys, box.origin)
 
 
 def what_students_learn(

@@ -80,6 +80,11 @@ class Metadata:
         """What decides a training run, as text: everything but what was measured, and by which version."""
         return replace(self, measured={}, versions={}).to_json()
 
+    @property
+    def origin(self) -> str:
+        """What was boxed, to which what is sealed in the box belongs."""
+        return f"{self.original_sha256} {self.reference_sha256}"
+
     @classmethod
     def from_json(cls, text: str, where: str) -> Metadata:
         """Read untrusted metadata.
@@ -224,10 +229,15 @@ def unsealed(text: str, key: Key, meta: Metadata, where: str) -> Loaded:
     check_key(meta, key)
     if not text:
         raise BadInput(f"nothing is sealed in {where}", "ask it with the key in each image instead")
-    found = _loaded(checkpoint.parse(seal.unseal(text, key, where), Path(where)), where, None)
-    inner, fits = found.meta, (meta.classes, meta.preprocess)
-    if inner is None or inner.kind != "assistant" or (inner.classes, inner.preprocess) != fits:
-        raise BadInput(f"what is sealed in {where} belongs to another box", "get the file again, or box again")
+    what = f"what is sealed in {where}"
+    found = _loaded(checkpoint.parse(seal.unseal(text, key, meta.origin, where), Path(what)), what, None)
+    inner = found.meta
+    if (
+        inner is None
+        or inner.kind != "assistant"
+        or (inner.classes, inner.preprocess) != (meta.classes, meta.preprocess)
+    ):
+        raise BadInput(f"{what} does not fit it", "box again")
     return found
 
 
@@ -412,7 +422,7 @@ def read_metadata(path: Path) -> Metadata | None:
     """Metadata of a safetensors, torch or ONNX file; None if sdbctl did not write it."""
     if not is_onnx(path):
         return load(path).meta
-    text = _property(path, METADATA_KEY)
+    text = properties(path).get(METADATA_KEY)
     return Metadata.from_json(text, path.name) if text is not None else None
 
 
@@ -423,16 +433,12 @@ def shows(net: nn.Module) -> str:
 
 def serves(path: Path) -> str:
     """What an ONNX file of ours shows of its network: all outputs, those of a wrapper, or how confident a box is."""
-    return _property(path, SERVES_KEY) or "not recorded"
+    return properties(path).get(SERVES_KEY, "not recorded")
 
 
-def sealed(path: Path) -> str:
-    """What only key holders can read in an ONNX file, or ""."""
-    return _property(path, SEALED_KEY) or ""
-
-
-def _property(path: Path, key: str) -> str | None:
-    return next((str(entry.value) for entry in read_onnx(path).metadata_props if entry.key == key), None)
+def properties(path: Path) -> dict[str, str]:
+    """What an ONNX file says of itself, by key."""
+    return {str(entry.key): str(entry.value) for entry in read_onnx(path).metadata_props}
 
 
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:

@@ -242,7 +242,7 @@ def verdict(report: Report) -> str:
     if (gain := report.authorized_gain).mean is not None:
         said += f"; the key is worth {_signed(gain.mean)} points against distilling the original"
     if (inner := report.sealed_gain).mean is not None:
-        said += f", to who holds the file {_signed(inner.mean)}"
+        said += f"; the assistant sealed in the file is worth {_signed(inner.mean)} to key holders"
     if threat is held:
         other = "This is about who holds the file; attackers through the API were not tried"
     elif held.labelled.mean is None:

@@ -11,55 +11,58 @@ import base64
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sdbctl.errors import BadInput
 from sdbctl.key import Key
 
 VERSION = 1
 _NONCE = 12
-_AGAIN = "get the file again, or box again"
 
 
-def seal(content: bytes, keys: Sequence[Key]) -> str:
-    """Encrypt for the holders of any of some keys.
+def seal(content: bytes, keys: Sequence[Key], owner: str) -> str:
+    """Encrypt for the holders of any of some keys, for each of them anew, so that none can change it for the others.
 
-    AES-256-GCM (NIST SP 800-38D) under a fresh key, which is encrypted alike under each partner's.
+    AES-256-GCM (NIST SP 800-38D).
 
     Args:
         content: What to hide.
         keys: Who may read it.
+        owner: What it belongs to, which is authenticated with it.
 
     Returns:
-        JSON with the version and, in base64, the content's ciphertext and the wrapped key by key id.
+        JSON with the version and, by key id, nonce and ciphertext in base64.
     """
-    own = AESGCM.generate_key(256)
-    wrapped = {key.id: _encrypt(key.cipher, own) for key in keys}
-    return json.dumps({"version": VERSION, "keys": wrapped, "content": _encrypt(AESGCM(own), content)}, sort_keys=True)
+    sealed = {}
+    for key in keys:
+        nonce = os.urandom(_NONCE)
+        sealed[key.id] = base64.b64encode(nonce + key.cipher.encrypt(nonce, content, owner.encode())).decode()
+    return json.dumps({"version": VERSION, "keys": sealed}, sort_keys=True)
 
 
-def unseal(text: str, key: Key, where: str) -> bytes:
+def unseal(text: str, key: Key, owner: str, where: str) -> bytes:
     """Decrypt what :func:`seal` encrypted.
 
     Args:
         text: From an untrusted file.
         key: A key that it was sealed for.
+        owner: What it belongs to.
         where: Name of the file, for messages.
 
     Raises:
-        BadInput: It was sealed for other keys, changed, or is of another version.
+        BadInput: It was sealed for other keys, changed, belongs to something else, or is of another version.
     """
-    parts = _parts(text, where)
-    if key.id not in parts["keys"]:
-        raise BadInput(f"what is sealed in {where} is not for the key {key.id}", "use the key it was boxed with")
+    sealed = _parts(text, where)
+    if key.id not in sealed:
+        raise BadInput(f"nothing is sealed in {where} for the key {key.id}", "ask its owner to box it for that key")
     try:
-        own = _decrypt(key.cipher, parts["keys"][key.id])
-        return _decrypt(AESGCM(own), parts["content"])
+        content = base64.b64decode(sealed[key.id], validate=True)
+        return key.cipher.decrypt(content[:_NONCE], content[_NONCE:], owner.encode())
     except (InvalidTag, ValueError):
-        raise BadInput(f"what is sealed in {where} was changed or is damaged", _AGAIN) from None
+        raise BadInput(
+            f"what is sealed in {where} was changed, is damaged or belongs to another box", "get the file again"
+        ) from None
 
 
 def readers(text: str, where: str) -> tuple[str, ...]:
@@ -68,27 +71,17 @@ def readers(text: str, where: str) -> tuple[str, ...]:
     Raises:
         BadInput: It is damaged, or of another version.
     """
-    return tuple(_parts(text, where)["keys"])
+    return tuple(_parts(text, where))
 
 
-def _parts(text: str, where: str) -> dict[str, Any]:
+def _parts(text: str, where: str) -> dict[str, str]:
     try:
         parts = json.loads(text)
-        version, keys, content = parts["version"], parts["keys"], parts["content"]
-        if not isinstance(keys, dict) or not all(isinstance(value, str) for value in (content, *keys.values())):
+        version, keys = parts["version"], parts["keys"]
+        if not isinstance(keys, dict) or not all(isinstance(value, str) for value in keys.values()):
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise BadInput(f"what is sealed in {where} is damaged", _AGAIN) from None
+        raise BadInput(f"what is sealed in {where} is damaged", "get the file again") from None
     if version != VERSION or isinstance(version, bool):
         raise BadInput(f"what is sealed in {where} is of another version than {VERSION}", "upgrade sdbctl")
-    return {"keys": keys, "content": content}
-
-
-def _encrypt(cipher: AESGCM, content: bytes) -> str:
-    nonce = os.urandom(_NONCE)
-    return base64.b64encode(nonce + cipher.encrypt(nonce, content, b"")).decode()
-
-
-def _decrypt(cipher: AESGCM, text: str) -> bytes:
-    content = base64.b64decode(text, validate=True)
-    return cipher.decrypt(content[:_NONCE], content[_NONCE:], b"")
+    return keys

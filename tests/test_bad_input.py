@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -416,7 +415,7 @@ def test_a_killed_box_whose_key_opens_an_assistant_goes_on(work, tmp_path):
     assert result.returncode == 0, result.stderr.decode()
     assert b"resumed box after epoch" in result.stderr
     # what was taught before is used again
-    assert not re.search(rb"resnet8 \d+/40", result.stderr), result.stderr.decode()
+    assert b"resnet8" not in result.stderr, result.stderr.decode()
     boxed = boxfile.load_box(output)
     assert boxed.meta.parameters["teacher"] == "assistant"
     assert boxed.meta.parameters["assistant"] == digest(boxed.unseal(Key.load(work / "k.bin")))

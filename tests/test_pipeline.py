@@ -32,6 +32,7 @@ from sdbctl.box import (
     digest,
     fine_tune,
     plain_step,
+    sealed,
     what_students_learn,
     worth_sealing,
 )
@@ -44,6 +45,7 @@ from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
 from sdbctl.key import Key, embed
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
+from sdbctl.seal import seal
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
 from sdbctl.training import Engine, Recipe, Resume, Silent, fit, learning_rate, predict, seeded
 from sdbctl.wrappers import Concealed
@@ -398,14 +400,15 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     # whoever loads the weights as those of the original finds no others
     assert load_file(out).keys() == load_file(work / "teacher.safetensors").keys()
     assert run_cli("export", out).returncode == 0
-    assert digest(boxfile.unsealed(boxfile.sealed(onnx), key, sealing.meta, "x").net) == digest(helper)
+    inner = boxfile.properties(onnx)[boxfile.SEALED_KEY]
+    assert digest(boxfile.unsealed(inner, key, sealing.meta, "x").net) == digest(helper)
     for content in (out.read_bytes(), onnx.read_bytes()):
         assert not any(
             value.numpy().tobytes() in content for value in helper.state_dict().values() if value.numel() > 4
         )
     again = tmp_path / "again.safetensors"
     assert run_cli("export", out, "--format", "safetensors", "-o", again).returncode == 0
-    assert again.read_bytes() == out.read_bytes()
+    assert boxfile.load(again).sealed == sealing.sealed
     for path in (out, onnx):
         sources = gather(open_model(path, "cpu"), key, None, None, [], ENGINE.device)
         assert digest(sources["assistant"].net) == digest(helper)
@@ -420,8 +423,10 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     with pytest.raises(BadInput, match="nothing is sealed"):
         load_box(work / "boxed.safetensors").unseal(key)
     elsewhere = replace(sealing.meta, preprocess=replace(sealing.meta.preprocess, mean=(0.1,)))
-    with pytest.raises(BadInput, match="belongs to another box"):
+    with pytest.raises(BadInput, match="does not fit it"):
         boxfile.unsealed(sealing.sealed, key, elsewhere, "x")
+    with pytest.raises(BadInput, match="belongs to another box"):
+        boxfile.unsealed(sealing.sealed, key, replace(sealing.meta, reference_sha256=""), "x")
     student = (
         "distill",
         onnx,
@@ -446,6 +451,92 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
     with pytest.raises(UsageError, match="assistant that is not there"):
         box(original, original.net, [key], task, BoxConfig(teacher="assistant"))
+
+
+@pytest.fixture(scope="module")
+def sealing(work, tmp_path_factory):
+    """A box of two partners in which an untrained assistant is sealed, its ONNX file, the keys, and the assistant."""
+    folder, keys = tmp_path_factory.mktemp("sealing"), [Key.load(work / "k.bin"), Key.generate()]
+    keys[1].save(folder / "second.bin")
+    loaded, helper = boxfile.load(work / "boxed.safetensors"), build_student("resnet8", 10, 1, 7)
+    meta = replace(loaded.meta, key_ids=tuple(key.id for key in keys), parameters={"sealed": True})
+    inner = Metadata("assistant", "resnet8", meta.classes, meta.preprocess, measured={"top1": 12.5})
+    text = sealed(helper, inner, meta, keys)
+    boxfile.save(folder / "x.safetensors", loaded.file_state(loaded.net), meta, sealed=text)
+    boxfile.export_onnx(folder / "x.onnx", loaded.net, meta, sealed=text)
+    return folder, keys, helper
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.onnx"])
+def test_each_partner_opens_what_is_sealed(name, sealing):
+    folder, keys, helper = sealing
+    for key in keys:
+        opened = open_model(folder / name, "cpu")
+        assert digest(boxfile.unsealed(opened.sealed, key, opened.meta, name).net) == digest(helper)
+    shown = json.loads(run_cli("inspect", folder / name, "--key-file", folder / "second.bin", "--json").stdout)
+    assert shown["sealed"] == "resnet8, 12.5 % top-1, opened with this key"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: "", "nothing is sealed"),
+        (lambda text: text[:-9], "is damaged"),
+        (lambda text: re.sub(r"([b-z])([B-Z])", r"\2\1", text), "was changed"),
+        (lambda text: '{"version": 1, "keys": {}}', "nothing is sealed"),
+        (lambda text: '{"version": 9, "keys": {}}', "another version"),
+    ],
+)
+def test_a_box_whose_sealed_part_is_gone_or_damaged_says_so(suffix, damage, said, sealing, work, tmp_path):
+    folder, keys, _ = sealing
+    path, loaded = tmp_path / f"y{suffix}", boxfile.load(folder / "x.safetensors")
+    text = damage(loaded.sealed)
+    if suffix == ".onnx":
+        boxfile.export_onnx(path, loaded.net, loaded.meta, sealed=text)
+    else:
+        boxfile.save(path, loaded.file_state(loaded.net), loaded.meta, sealed=text)
+    student = ("distill", path, "--student", "cnn-tiny", "--epochs", 1, "--key-file", work / "k.bin")
+    refused = run_cli(*student, "-o", tmp_path / "s.safetensors")
+    assert refused.returncode == 4 and said in refused.stderr.decode() and b"--no-sealed" in refused.stderr
+    assert run_cli(*student, "-o", tmp_path / "s.safetensors", "--no-sealed").returncode == 0
+    shown = json.loads(run_cli("inspect", path, "--key-file", work / "k.bin", "--json").stdout)
+    assert said.removesuffix(" is sealed") in shown["sealed"]
+    notes = []
+    sources = gather(open_model(path, "cpu"), keys[0], None, None, notes, ENGINE.device)
+    assert "assistant" not in sources and "keyed" in sources
+    assert any("Students of an assistant were left out" in note and said in note for note in notes)
+
+
+def test_what_is_sealed_must_be_an_assistant(sealing, work):
+    folder, keys, helper = sealing
+    meta = boxfile.load(folder / "x.safetensors").meta
+    inner = Metadata("student", "resnet8", meta.classes, meta.preprocess)
+    for text, said in (
+        (sealed(helper, inner, meta, keys), "does not fit it"),
+        (seal(b"no weights", keys, meta.origin), "what is sealed in x"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            boxfile.unsealed(text, keys[0], meta, "x")
+
+
+def test_what_is_sealed_is_measured_and_said(sealing, work, splits, tmp_path):
+    folder, *_ = sealing
+    done = run_cli("eval", folder / "x.onnx", "--attack", "--suite", "core", "--tune", 1, "--seeds", 2, "--epochs", 1,
+                   "--student", "cnn-tiny", "--jobs", 1, "--key-file", work / "k.bin", "--report", tmp_path / "r",
+                   "--original", work / "teacher.safetensors", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    report = json.loads(done.stdout)
+    assert report["students"]["kd_q"]["role"] == "target" and report["models"]["assistant"]["top1"] is not None
+    best = {row: report["students"][row]["values"] for row in ("kd_q", "dist_q", "kd_original", "dist_original")}
+    gains = [
+        np.mean(np.subtract(best[mine], best[theirs]))
+        for mine in ("kd_q", "dist_q")
+        for theirs in ("kd_original", "dist_original")
+    ]
+    assert min(gains) - 1e-6 <= report["sealed_gain"]["mean"] <= max(gains) + 1e-6
+    assert "the assistant sealed in the file is worth" in report["verdict"]
+    assert "Authorized gain, file" in (tmp_path / "r" / "report.md").read_text()
 
 
 def test_a_digest_is_that_of_what_computes():
@@ -808,8 +899,9 @@ def test_published_presets_add_nothing_of_ours(work, tmp_path):
     assert {preset.wrong_share for preset in published} == {0.0}
     out = tmp_path / "x.safetensors"
     command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
-    assert run_cli(*command, "--objective", "sdb", "--preset", "release", "--no-seal", "--epochs", 1).returncode == 0
+    assert run_cli(*command, "--objective", "sdb", "--preset", "release", "--epochs", 1).returncode == 0
     assert boxfile.load(out).meta.parameters["wrong_share"] == 0.0
+    assert not boxfile.load(out).sealed
 
 
 def test_bench_holds_each_step_against_its_floor(monkeypatch):

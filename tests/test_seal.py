@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from base64 import b64decode
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -16,43 +17,42 @@ SECRET = bytes(range(32))
 
 
 def test_another_program_can_read_it():
-    from base64 import b64decode
-
-    text = json.loads(seal(b"weights", [Key(SECRET)]))
-    own, content = b64decode(text["keys"]["a5ef70f0bdd47a24"]), b64decode(text["content"])
-    wrapping = AESGCM(hashlib.shake_256(b"sdbctl seal v1" + SECRET).digest(32))
-    inner = AESGCM(wrapping.decrypt(own[:12], own[12:], b""))
-    assert inner.decrypt(content[:12], content[12:], b"") == b"weights"
+    text = json.loads(seal(b"weights", [Key(SECRET)], "a b"))
+    content = b64decode(text["keys"]["a5ef70f0bdd47a24"])
+    cipher = AESGCM(hashlib.shake_256(b"sdbctl seal v1" + SECRET).digest(32))
+    assert cipher.decrypt(content[:12], content[12:], b"a b") == b"weights"
 
 
 @given(st.binary(max_size=300), st.integers(1, 3))
 def test_each_partner_reads_it_and_nobody_else(content, partners):
     keys = [Key.generate() for _ in range(partners)]
-    text = seal(content, keys)
-    assert all(unseal(text, key, "box") == content for key in keys)
+    text = seal(content, keys, "x")
+    assert all(unseal(text, key, "x", "box") == content for key in keys)
     assert readers(text, "box") == tuple(sorted(key.id for key in keys))
-    with pytest.raises(BadInput, match="not for the key"):
-        unseal(text, Key.generate(), "box")
-    assert seal(content, keys) != text
+    with pytest.raises(BadInput, match="nothing is sealed in box for the key"):
+        unseal(text, Key.generate(), "x", "box")
+    assert seal(content, keys, "x") != text
 
 
-def test_who_forges_the_key_id_reads_nothing():
-    text = json.loads(seal(b"weights", [Key(SECRET)]))
-    thief = Key.generate()
-    text["keys"] = {thief.id: next(iter(text["keys"].values()))}
-    with pytest.raises(BadInput, match="was changed or is damaged"):
-        unseal(json.dumps(text), thief, "box")
+def test_neither_partners_nor_thieves_can_change_it():
+    mine, other = Key(SECRET), Key.generate()
+    text = seal(b"weights", [mine, other], "x")
+    own = json.loads(text)["keys"]
+    for forged in ({mine.id: own[other.id]}, {mine.id: json.loads(seal(b"fake", [other], "x"))["keys"][other.id]}):
+        with pytest.raises(BadInput, match="was changed, is damaged"):
+            unseal(json.dumps({"version": 1, "keys": forged}), mine, "x", "box")
+    with pytest.raises(BadInput, match="belongs to another box"):
+        unseal(text, mine, "y", "box")
 
 
 @given(st.data())
 def test_a_changed_seal_is_refused(data):
     key = Key(SECRET)
-    text = seal(b"some weights", [key])
+    text = seal(b"some weights", [key], "x")
     place = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(st.sampled_from('A0z+"}{ ').filter(lambda letter: letter != text[place]))
-    changed = text[:place] + other + text[place + 1 :]
     try:
-        found = unseal(changed, key, "box")
+        found = unseal(text[:place] + other + text[place + 1 :], key, "x", "box")
     except BadInput as error:
         assert "sealed in box" in error.message
     else:
@@ -64,13 +64,14 @@ def test_a_changed_seal_is_refused(data):
     st.text()
     | st.from_regex(r'\{"version": ?\d+, "keys": .*\}')
     | st.recursive(st.none() | st.text(), st.lists).map(json.dumps)
+    | st.dictionaries(st.just(Key(SECRET).id), st.text()).map(lambda keys: json.dumps({"version": 1, "keys": keys}))
 )
 def test_whatever_else_is_there_gets_one_line(text):
     with pytest.raises(BadInput, match="sealed in box"):
-        unseal(text, Key(SECRET), "box")
+        unseal(text, Key(SECRET), "x", "box")
 
 
 def test_a_newer_version_says_so():
-    text = json.loads(seal(b"x", [Key(SECRET)])) | {"version": 2}
+    text = json.loads(seal(b"x", [Key(SECRET)], "x")) | {"version": 2}
     with pytest.raises(BadInput, match="another version"):
-        unseal(json.dumps(text), Key(SECRET), "box")
+        unseal(json.dumps(text), Key(SECRET), "x", "box")

@@ -57,22 +57,20 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
     return found
 
 
-def assistant_of(path: Path, reference: nn.Module, made: Metadata) -> nn.Module | None:
-    """The assistant that this reference taught, on the same data, before a run was interrupted; None if there is none.
+def assistant_of(path: Path, described: Metadata) -> Loaded | None:
+    """The assistant that was taught before a run was interrupted; None if there is none.
 
     Raises:
         UsageError: It is another one.
     """
     from sdbctl import boxfile
-    from sdbctl.box import digest
 
     if not path.exists():
         return None
     found = boxfile.load(path)
-    meta = found.meta
-    if meta is None or meta.parameters.get("reference") != digest(reference) or meta.data != made.data:
+    if found.meta is None or found.meta.run != described.run:
         raise UsageError(f"{path} was made with other settings", "use those; --force in place of --resume starts again")
-    return found.net
+    return found
 
 
 def box(
@@ -310,17 +308,22 @@ def box(
             raise UsageError(
                 "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
             )
-        teacher = "reference"
+        teacher, seal = "reference", bool(seal)
     # the rivals are students of those who are in question
     rivals = TEACHERS if seal is None else TEACHERS[:2] if teacher == "auto" else ()
+    task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
+    taught = None
+    if resume and tuned is not None:
+        taught = assistant_of(assistant_state, describe_assistant(tuned, task))
+    team.agree(int(taught is None), "the finished assistant")
+    if taught is not None and taught.meta is not None:
+        learned |= {name: value for name, value in taught.meta.measured.items() if name in TEACHERS}
     compare = not learned.keys() >= set(rivals)
     if not compare:
         teacher = better_teacher(learned) if teacher == "auto" else teacher
         seal = worth_sealing(learned) if seal is None else seal
-    assisted, assistant = seal is not False or teacher == "assistant", None
-    if resume and tuned is not None and assisted:
-        assistant = assistant_of(assistant_state, tuned, reference_meta)
-    team.agree(int(assistant is None), "the finished assistant")
+    assisted = seal is not False or teacher == "assistant"
+    assistant = taught.net if taught is not None else None
     config = replace(config, teacher="reference" if teacher == "auto" else teacher)
     expected = estimate(
         config,
@@ -339,7 +342,10 @@ def box(
         for old in states:
             old.unlink(missing_ok=True)
 
-    task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
+    def keep(assistant: nn.Module, tuned: nn.Module) -> None:
+        described = replace(describe_assistant(tuned, task), measured=learned)
+        boxfile.save(assistant_state, assistant.state_dict(), described, force=True)
+
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
@@ -347,13 +353,12 @@ def box(
             Resume(reference_state, "").done()
         if assisted and assistant is None:
             assistant = assist(tuned, task, progress=progress)
-            described = describe_assistant(assistant, tuned, task)
-            boxfile.save(assistant_state, assistant.state_dict(), described, force=True)
+            keep(assistant, tuned)
         if compare:
-            known = {"reference": tuned, "original": original.net, "assistant": assistant}
-            learned = what_students_learn(
-                {name: net for name in rivals if (net := known[name]) is not None}, task, progress=progress
-            )
+            known = {"reference": tuned, "original": original.net, "assistant": assistant or tuned}
+            learned = what_students_learn({name: known[name] for name in rivals}, task, progress=progress)
+            if assistant is not None:
+                keep(assistant, tuned)
             reference_meta = replace(reference_meta, measured=learned)
             reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in learned.items())
             teacher = better_teacher(learned) if teacher == "auto" else teacher
@@ -367,12 +372,18 @@ def box(
             if not reference:
                 boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
         made = make_box(original, tuned, keys, task, config, assistant=assistant, progress=progress, resume_from=state)
-        inner = ""
-        if seal and assistant is not None:
-            inner = sealed(assistant, describe_assistant(assistant, tuned, task), keys)
+        reached_top1 = task.top1(assistant, splits.test) if seal and assistant is not None else 0.0
     if team.rank() > 0:
         return
-    meta = replace(made.model.meta, reference_sha256=files.sha256(reference_path.read_bytes()))
+    meta = replace(
+        made.model.meta,
+        parameters={**made.model.meta.parameters, "sealed": bool(seal)},
+        reference_sha256=files.sha256(reference_path.read_bytes()),
+    )
+    inner = ""
+    if seal and assistant is not None:
+        described = replace(describe_assistant(tuned, task), measured={"top1": round(reached_top1, 3)})
+        inner = sealed(assistant, described, meta, keys)
     boxfile.save(output, made.state_dict, meta, sealed=inner, force=force)
     for done in states:
         done.unlink(missing_ok=True)

@@ -98,8 +98,13 @@ def distill(
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
         check_key(meta, key)
         shown = "keyed outputs"
-        if sealed or (sealed is None and opened.sealed):
-            helper = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
+        if sealed or (sealed is None and (opened.sealed or meta.parameters.get("sealed"))):
+            try:
+                helper = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
+            except BadInput as error:
+                raise BadInput(
+                    error.message, "get the file again; --no-sealed asks with the key in each image"
+                ) from None
             shown = f"the {helper.architecture} that was sealed in it"
     dataset = open_data(
         data,

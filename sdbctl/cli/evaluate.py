@@ -378,9 +378,12 @@ def gather(
         patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
         for name, other in patterns.items():
             sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
-        if opened.sealed:
-            helper = boxfile.unsealed(opened.sealed, key, meta, box.name)
-            sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
+        if opened.sealed or meta.parameters.get("sealed"):
+            try:
+                helper = boxfile.unsealed(opened.sealed, key, meta, box.name)
+                sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
+            except BadInput as error:
+                notes.append(f"Students of an assistant were left out: {error.message}.")
     if original is not None:
         same = meta.architecture if meta is not None and meta.kind == "box" else None
         loaded = boxfile.load(original, arch=arch or same, trust=trust)

@@ -10,7 +10,7 @@ import typer
 from sdbctl.cli import options as o
 from sdbctl.cli.common import box_fields, check_known, preset, read_key
 from sdbctl.cli.output import emit, pairs, say
-from sdbctl.errors import UsageError
+from sdbctl.errors import BadInput, UsageError
 
 
 def export(
@@ -119,7 +119,7 @@ def inspect(
         from sdbctl.teacher import OnnxTeacher
 
         meta = boxfile.read_metadata(path)
-        teacher, sealed = OnnxTeacher(path, torch.device("cpu")), boxfile.sealed(path)
+        teacher, sealed = OnnxTeacher(path, torch.device("cpu")), boxfile.properties(path).get(boxfile.SEALED_KEY, "")
         extra = {"format": "ONNX", "input": list(teacher.shape), "outputs": teacher.classes}
         if meta is not None:
             extra["serves"] = boxfile.serves(path)
@@ -138,11 +138,15 @@ def inspect(
         fits = meta is not None and key.id in meta.key_ids
     extra["sealed"] = "nothing"
     if sealed:
-        extra["sealed"] = f"{len(sealed) / 1e3:.0f} kB for {', '.join(readers(sealed, path.name))}"
-        if key is not None and meta is not None and fits:
-            inner = boxfile.unsealed(sealed, key, meta, path.name)
-            top1 = inner.meta.measured.get("top1") if inner.meta else None
-            extra["sealed"] = f"{inner.architecture}, {top1} % top-1, opened with this key"
+        # a file with a damaged part is shown as well
+        try:
+            extra["sealed"] = f"{len(sealed) / 1e3:.0f} kB for {', '.join(readers(sealed, path.name))}"
+            if key is not None and meta is not None and fits:
+                inner = boxfile.unsealed(sealed, key, meta, path.name)
+                known = inner.meta.measured if inner.meta else {}
+                extra["sealed"] = f"{inner.architecture}, {known.get('top1', '?')} % top-1, opened with this key"
+        except BadInput as error:
+            extra["sealed"] = error.message
     result = {"file": path.name, **extra, "metadata": box_fields(meta) if meta else None, "key_fits": fits}
     rows: dict[str, Any] = {"file": path.name, **extra}
     if meta is None:
