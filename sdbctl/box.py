@@ -53,7 +53,7 @@ TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare the first two."""
 TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
 """Their architecture, images and number, and by how many points the original must teach better to be taken."""
-ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = 150_000, 40, 20_000
+ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = 300_000, 40, 20_000
 """How many images an assistant sees, each in so many epochs at most; a seed that no student has."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""

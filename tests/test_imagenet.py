@@ -51,6 +51,7 @@ def knowing(name):
 @pytest.mark.parametrize("name", ["resnet50", "vit_b_16"])
 def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
     monkeypatch.setitem(data.load.__kwdefaults__, "memory_limit", 2**20)
+    monkeypatch.setattr("sdbctl.box.ASSISTED_EPOCHS", 1)
     names = [f"class {number}" for number in range(1000)]
     for part, each in (("train", 12), ("test", 4)):
         images, labels = images_of(CLASSES, each, len(part))
@@ -66,16 +67,19 @@ def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
     common = ("--data", "parquet:set", "--epochs", 1, "--batch-size", 16, "--precision", "fp32")
     boxed = run(
         "box", "model.pt", "--key-file", "k.bin", *common, "--owner-size", 32, "--transfer-size", 32, "--lr", 1e-4,
-        "--no-seal", "-o", "boxed.safetensors",
+        "--seal", "-o", "boxed.safetensors",
     )  # fmt: skip
     assert (boxed["original_top1"] > 50, boxed["n"]) == (True, 32)
     run("export", "boxed.safetensors")
-    assert len(boxfile.load_box(tmp_path / "boxed.safetensors").meta.classes) == 1000
+    made = boxfile.load_box(tmp_path / "boxed.safetensors")
+    assert len(made.meta.classes) == 1000
+    assert made.unseal(Key.load(tmp_path / "k.bin"))(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
     student = run(
         "distill",
         "boxed.onnx",
         "--key-file",
         "k.bin",
+        "--no-sealed",
         *common,
         "--student",
         "mobilenet_v3_small",
