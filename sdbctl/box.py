@@ -244,8 +244,10 @@ class Task:
     engine: Engine
 
     def top1(self, model: nn.Module, images: ImageSet) -> float:
-        """Accuracy of a model in percent."""
-        return metrics.top1(predict(model, images, self.preprocess, self.engine), images.labels)
+        """Accuracy of a model, which is moved to the device, in percent."""
+        return metrics.top1(
+            predict(place(model, self.engine.device), images, self.preprocess, self.engine), images.labels
+        )
 
 
 def fine_tune(
@@ -469,7 +471,7 @@ def box(
     keyed = [predict(model, data.test, task.preprocess, engine) for model in unlocked]
     measured = {
         "n": len(data.test),
-        "original_top1": round(task.top1(original.net.to(engine.device), data.test), 3),
+        "original_top1": round(task.top1(original.net, data.test), 3),
         "reference_top1": round(task.top1(reference, data.test), 3),
         "boxed_top1": round(metrics.top1(public, data.test.labels), 3),
         "keyed_top1": round(min(metrics.top1(outputs, data.test.labels) for outputs in keyed), 3),
