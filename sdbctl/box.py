@@ -53,8 +53,9 @@ TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare the first two."""
 TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
 """Their architecture, images and number, and by how many points the original must teach better to be taken."""
-ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = 300_000, 40, 20_000
-"""How many images an assistant sees, each in so many epochs at most; a seed that no student has."""
+ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = (150_000, 300_000), 40, 20_000
+"""Images that an assistant for students of few images, and one for those of more, see, in how many epochs at most, and
+a seed that no student has."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 
@@ -196,7 +197,7 @@ def estimate(
     engine: Engine,
     *,
     compared: int = 0,
-    assisted: bool = False,
+    assisted: int = 0,
     teachers: int = 2,
 ) -> dict[str, float]:
     """Expected seconds of each part of a box run, from timed training steps.
@@ -208,7 +209,7 @@ def estimate(
         images: The owner's.
         engine: Where to compute.
         compared: Images on which teachers are compared; 0 if they are not.
-        assisted: Whether an assistant is taught.
+        assisted: For how many epochs of all its images assistants are taught.
         teachers: How many are compared.
     """
     size = config.recipe.batch_size
@@ -221,7 +222,7 @@ def estimate(
         student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
         both = image_seconds(student, size, preprocess.size, engine) + one / 3
         trials = teachers * compared * TRIED.epochs * TRIED_SEEDS
-        comparison["teachers"] = both * (trials + assisted * min(images, ASSISTED_IMAGES) * assisted_epochs(images))
+        comparison["teachers"] = both * (trials + assisted * min(images, ASSISTED_IMAGES[-1]))
     return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
@@ -295,20 +296,20 @@ def fine_tune(
     return net
 
 
-def assisted_epochs(images: int) -> int:
-    """How often an assistant sees each of so many images."""
-    return min(ASSISTED_EPOCHS, max(1, round(ASSISTED_IMAGES / images)))
+def assisted_epochs(images: int) -> list[int]:
+    """How often assistants see each of so many images, in rising order."""
+    return sorted({min(ASSISTED_EPOCHS, max(1, round(seen / images))) for seen in ASSISTED_IMAGES})
 
 
-def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None) -> nn.Module:
+def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress | None = None) -> nn.Module:
     """A teaching assistant: the reference, distilled into a small network on the owner's images (KD, τ = 4, α = 0.9).
 
     What a small network has learned another can learn, too, and from fewer images (Mirzadeh et al., AAAI 2020, for one
     that is between teacher and student in size). It is less accurate than the reference, and a box whose key opens it
-    pays for being both.
+    pays for being both. The longer it is taught, the more images its students need.
     """
     owner, attack = task.data.owner, ATTACKS["kd"]
-    images = owner.take(range(min(len(owner), ASSISTED_IMAGES)))
+    images = owner.take(range(min(len(owner), ASSISTED_IMAGES[-1])))
     return distill(
         attack,
         attack.grid[0],
@@ -317,13 +318,13 @@ def assist(reference: nn.Module, task: Task, *, progress: Progress | None = None
         len(task.classes),
         images,
         task.preprocess,
-        scaled(Recipe(), epochs=assisted_epochs(len(images)), seed=ASSISTANT_SEED),
+        scaled(Recipe(), epochs=epochs, seed=ASSISTANT_SEED),
         task.engine,
         progress=progress,
     ).student
 
 
-def describe_assistant(reference: nn.Module, task: Task) -> Metadata:
+def describe_assistant(reference: nn.Module, task: Task, epochs: int) -> Metadata:
     """What is said of the assistant of a reference, but for what is measured."""
     return Metadata(
         kind="assistant",
@@ -331,15 +332,15 @@ def describe_assistant(reference: nn.Module, task: Task) -> Metadata:
         classes=task.classes,
         preprocess=task.preprocess,
         objective="kd",
-        parameters={"reference": digest(reference)},
+        parameters={"reference": digest(reference), "epochs": epochs},
         data={"name": task.name, **task.data.describe()},
         versions=boxfile.versions(),
     )
 
 
-def sealed(assistant: nn.Module, meta: Metadata, box: Metadata, keys: Sequence[Key]) -> str:
-    """An assistant as only key holders of a box can read it; ``meta`` is its own."""
-    return seal.seal(boxfile.dump(assistant.state_dict(), meta), keys, box.origin)
+def sealed(assistants: Sequence[tuple[nn.Module, Metadata]], box: Metadata, keys: Sequence[Key]) -> str:
+    """Assistants, with their own metadata, as only key holders of a box can read them."""
+    return seal.seal([boxfile.dump(net.state_dict(), meta) for net, meta in assistants], keys, box.origin)
 
 
 def what_students_learn(

@@ -164,19 +164,20 @@ class Box(nn.Module):
         where = next(self.net.parameters()).device
         return Unlocked(self.net, pattern(self.meta, key).to(where), self.meta.strength)
 
-    def unseal(self, key: Key) -> nn.Module:
-        """The assistant that is sealed in the file: for whoever has it and a key, the better teacher.
+    def unseal(self, key: Key) -> list[nn.Module]:
+        """The assistants that are sealed in the file: for whoever has it and a key, the better teachers.
 
         Args:
             key: A secret key of the box.
 
         Returns:
-            A module that takes the same normalised images, on the CPU, in evaluation mode.
+            Modules that take the same normalised images, on the CPU, in evaluation mode: the first for students of
+            few images, the last for those of many.
 
         Raises:
             BadInput: The key is not this box's, nothing is sealed in it, or that was changed.
         """
-        return unsealed(self.sealed, key, self.meta, "the box").net
+        return [found.net for found in unsealed(self.sealed, key, self.meta, "the box")]
 
 
 class Unlocked(nn.Module):
@@ -214,8 +215,8 @@ def pattern(meta: Metadata, key: Key) -> Tensor:
     return meta.preprocess(key.pattern(meta.preprocess.size)[None])[0]
 
 
-def unsealed(text: str, key: Key, meta: Metadata, where: str) -> Loaded:
-    """The assistant that is sealed in a box.
+def unsealed(text: str, key: Key, meta: Metadata, where: str) -> list[Loaded]:
+    """The assistants that are sealed in a box, from the one that was taught the shortest time; at least one.
 
     Args:
         text: What is sealed, or "".
@@ -229,8 +230,12 @@ def unsealed(text: str, key: Key, meta: Metadata, where: str) -> Loaded:
     check_key(meta, key)
     if not text:
         raise BadInput(f"nothing is sealed in {where}", "ask it with the key in each image instead")
+    return [_assistant(content, meta, where) for content in seal.unseal(text, key, meta.origin, where)]
+
+
+def _assistant(content: bytes, meta: Metadata, where: str) -> Loaded:
     what = f"what is sealed in {where}"
-    found = _loaded(checkpoint.parse(seal.unseal(text, key, meta.origin, where), Path(what)), what, None)
+    found = _loaded(checkpoint.parse(content, Path(what)), what, None)
     inner = found.meta
     if (
         inner is None

@@ -37,6 +37,7 @@ MODEL_LABELS = {
     "original": "original",
     "reference": "original, fine-tuned on the same data",
     "assistant": "assistant, sealed in the file",
+    "assistant_late": "assistant taught longer, sealed in the file",
     "boxed": "boxed",
     "keyed": "boxed, with the key",
     "wrong": "boxed, with a wrong key",

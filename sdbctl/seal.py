@@ -21,27 +21,29 @@ VERSION = 1
 _NONCE = 12
 
 
-def seal(content: bytes, keys: Sequence[Key], owner: str) -> str:
+def seal(contents: Sequence[bytes], keys: Sequence[Key], owner: str) -> str:
     """Encrypt for the holders of any of some keys, for each of them anew, so that none can change it for the others.
 
     AES-256-GCM (NIST SP 800-38D).
 
     Args:
-        content: What to hide.
+        contents: What to hide, in order.
         keys: Who may read it.
         owner: What it belongs to, which is authenticated with it.
 
     Returns:
-        JSON with the version and, by key id, nonce and ciphertext in base64.
+        JSON with the version and, by key id, a list of nonces and ciphertexts in base64.
     """
-    sealed = {}
-    for key in keys:
+
+    def encrypt(key: Key, content: bytes, index: int) -> str:
         nonce = os.urandom(_NONCE)
-        sealed[key.id] = base64.b64encode(nonce + key.cipher.encrypt(nonce, content, owner.encode())).decode()
+        return base64.b64encode(nonce + key.cipher.encrypt(nonce, content, _bound(owner, index))).decode()
+
+    sealed = {key.id: [encrypt(key, content, index) for index, content in enumerate(contents)] for key in keys}
     return json.dumps({"version": VERSION, "keys": sealed}, sort_keys=True)
 
 
-def unseal(text: str, key: Key, owner: str, where: str) -> bytes:
+def unseal(text: str, key: Key, owner: str, where: str) -> list[bytes]:
     """Decrypt what :func:`seal` encrypted.
 
     Args:
@@ -54,11 +56,14 @@ def unseal(text: str, key: Key, owner: str, where: str) -> bytes:
         BadInput: It was sealed for other keys, changed, belongs to something else, or is of another version.
     """
     sealed = _parts(text, where)
-    if key.id not in sealed:
+    if not sealed.get(key.id):
         raise BadInput(f"nothing is sealed in {where} for the key {key.id}", "ask its owner to box it for that key")
     try:
-        content = base64.b64decode(sealed[key.id], validate=True)
-        return key.cipher.decrypt(content[:_NONCE], content[_NONCE:], owner.encode())
+        contents = [base64.b64decode(content, validate=True) for content in sealed[key.id]]
+        return [
+            key.cipher.decrypt(content[:_NONCE], content[_NONCE:], _bound(owner, index))
+            for index, content in enumerate(contents)
+        ]
     except (InvalidTag, ValueError):
         raise BadInput(
             f"what is sealed in {where} was changed, is damaged or belongs to another box", "get the file again"
@@ -74,11 +79,17 @@ def readers(text: str, where: str) -> tuple[str, ...]:
     return tuple(_parts(text, where))
 
 
-def _parts(text: str, where: str) -> dict[str, str]:
+def _bound(owner: str, index: int) -> bytes:
+    return f"{owner} {index}".encode()
+
+
+def _parts(text: str, where: str) -> dict[str, list[str]]:
     try:
         parts = json.loads(text)
         version, keys = parts["version"], parts["keys"]
-        if not isinstance(keys, dict) or not all(isinstance(value, str) for value in keys.values()):
+        if not isinstance(keys, dict) or not all(isinstance(contents, list) for contents in keys.values()):
+            raise TypeError
+        if not all(isinstance(content, str) for contents in keys.values() for content in contents):
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BadInput(f"what is sealed in {where} is damaged", "get the file again") from None

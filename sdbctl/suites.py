@@ -42,6 +42,8 @@ class Row:
         return ATTACKS[self.attack].labels
 
 
+ASSISTANTS = ("assistant", "assistant_late")
+"""What may be sealed in a box: for students of few images, and of more."""
 NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
 """Correlations, in percent, of the keys that are nearly right."""
 CORE = (
@@ -80,8 +82,8 @@ CORE = (
     Row("unauthorized_unlabelled", "KD from the box, no labels", "attack", "kd_unlabelled", ("boxed",)),
     Row("dist", "DIST from the box", "attack", "dist", ("boxed",)),
     Row("dist_unlabelled", "DIST from the box, no labels", "attack", "dist_unlabelled", ("boxed",)),
-    Row("kd_q", "KD from the assistant", "target", "kd", ("assistant",)),
-    Row("dist_q", "DIST from the assistant", "target", "dist", ("assistant",)),
+    Row("kd_q", "KD from the assistant", "target", "kd", ASSISTANTS),
+    Row("dist_q", "DIST from the assistant", "target", "dist", ASSISTANTS),
     Row("authorized", "KD from the box with the key", "authorized", "kd", ("keyed",)),
     Row("dist_authorized", "DIST from the box with the key", "authorized", "dist", ("keyed",)),
     Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
@@ -96,7 +98,7 @@ DECOUPLED = (
         "dkd_unlabelled",
         ("reference", "original"),
     ),
-    Row("dkd_q", "DKD from the assistant", "target", "dkd", ("assistant",)),
+    Row("dkd_q", "DKD from the assistant", "target", "dkd", ASSISTANTS),
     Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", ("keyed",)),
 )
 """What an attacker may do with the box, owners and key holders may do, too."""

@@ -73,7 +73,7 @@ def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
     run("export", "boxed.safetensors")
     made = boxfile.load_box(tmp_path / "boxed.safetensors")
     assert len(made.meta.classes) == 1000
-    assert made.unseal(Key.load(tmp_path / "k.bin"))(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+    assert made.unseal(Key.load(tmp_path / "k.bin"))[0](torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
     student = run(
         "distill",
         "boxed.onnx",

@@ -396,12 +396,12 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     done = run_cli(*command, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["sealed"]
     assert {path.name for path in tmp_path.iterdir()} == {out.name, "x.reference.safetensors"}
-    sealing, helper = load_box(out), load_box(out).unseal(key)
+    sealing, (helper,) = load_box(out), load_box(out).unseal(key)
     # whoever loads the weights as those of the original finds no others
     assert load_file(out).keys() == load_file(work / "teacher.safetensors").keys()
     assert run_cli("export", out).returncode == 0
     inner = boxfile.properties(onnx)[boxfile.SEALED_KEY]
-    assert digest(boxfile.unsealed(inner, key, sealing.meta, "x").net) == digest(helper)
+    assert [digest(found.net) for found in boxfile.unsealed(inner, key, sealing.meta, "x")] == [digest(helper)]
     for content in (out.read_bytes(), onnx.read_bytes()):
         assert not any(
             value.numpy().tobytes() in content for value in helper.state_dict().values() if value.numel() > 4
@@ -416,7 +416,7 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
         shown = json.loads(run_cli("inspect", path, "--json").stdout)
         assert shown["sealed"].endswith(f"kB for {key.id}")
         opened = json.loads(run_cli("inspect", path, "--json", "--key-file", work / "k.bin").stdout)
-        assert re.fullmatch(r"resnet8, [\d.]+ % top-1, opened with this key", opened["sealed"])
+        assert re.fullmatch(r"resnet8, [\d.]+ % top-1; opened with this key", opened["sealed"])
     other = Key.generate()
     with pytest.raises(BadInput, match="does not fit this box"):
         sealing.unseal(other)
@@ -455,26 +455,27 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
 
 @pytest.fixture(scope="module")
 def sealing(work, tmp_path_factory):
-    """A box of two partners in which an untrained assistant is sealed, its ONNX file, the keys, and the assistant."""
+    """A box of two partners in which two untrained assistants are sealed, its ONNX file, their keys, and they."""
     folder, keys = tmp_path_factory.mktemp("sealing"), [Key.load(work / "k.bin"), Key.generate()]
     keys[1].save(folder / "second.bin")
-    loaded, helper = boxfile.load(work / "boxed.safetensors"), build_student("resnet8", 10, 1, 7)
+    loaded, helpers = boxfile.load(work / "boxed.safetensors"), [build_student("resnet8", 10, 1, n) for n in (7, 8)]
     meta = replace(loaded.meta, key_ids=tuple(key.id for key in keys), parameters={"sealed": True})
     inner = Metadata("assistant", "resnet8", meta.classes, meta.preprocess, measured={"top1": 12.5})
-    text = sealed(helper, inner, meta, keys)
+    text = sealed([(helper, inner) for helper in helpers], meta, keys)
     boxfile.save(folder / "x.safetensors", loaded.file_state(loaded.net), meta, sealed=text)
     boxfile.export_onnx(folder / "x.onnx", loaded.net, meta, sealed=text)
-    return folder, keys, helper
+    return folder, keys, helpers
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.onnx"])
 def test_each_partner_opens_what_is_sealed(name, sealing):
-    folder, keys, helper = sealing
+    folder, keys, helpers = sealing
     for key in keys:
         opened = open_model(folder / name, "cpu")
-        assert digest(boxfile.unsealed(opened.sealed, key, opened.meta, name).net) == digest(helper)
+        found = boxfile.unsealed(opened.sealed, key, opened.meta, name)
+        assert [digest(one.net) for one in found] == [digest(helper) for helper in helpers]
     shown = json.loads(run_cli("inspect", folder / name, "--key-file", folder / "second.bin", "--json").stdout)
-    assert shown["sealed"] == "resnet8, 12.5 % top-1, opened with this key"
+    assert shown["sealed"] == "resnet8, 12.5 % top-1; resnet8, 12.5 % top-1; opened with this key"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
@@ -484,6 +485,7 @@ def test_each_partner_opens_what_is_sealed(name, sealing):
         (lambda text: "", "nothing is sealed"),
         (lambda text: text[:-9], "is damaged"),
         (lambda text: re.sub(r"([b-z])([B-Z])", r"\2\1", text), "was changed"),
+        (lambda text: re.sub(r"\[[^]]*\]", "[]", text), "nothing is sealed"),
         (lambda text: '{"version": 1, "keys": {}}', "nothing is sealed"),
         (lambda text: '{"version": 9, "keys": {}}', "another version"),
     ],
@@ -509,12 +511,12 @@ def test_a_box_whose_sealed_part_is_gone_or_damaged_says_so(suffix, damage, said
 
 
 def test_what_is_sealed_must_be_an_assistant(sealing, work):
-    folder, keys, helper = sealing
+    folder, keys, (helper, _) = sealing
     meta = boxfile.load(folder / "x.safetensors").meta
     inner = Metadata("student", "resnet8", meta.classes, meta.preprocess)
     for text, said in (
-        (sealed(helper, inner, meta, keys), "does not fit it"),
-        (seal(b"no weights", keys, meta.origin), "what is sealed in x"),
+        (sealed([(helper, inner)], meta, keys), "does not fit it"),
+        (seal([b"no weights"], keys, meta.origin), "what is sealed in x"),
     ):
         with pytest.raises(BadInput, match=said):
             boxfile.unsealed(text, keys[0], meta, "x")
@@ -528,6 +530,7 @@ def test_what_is_sealed_is_measured_and_said(sealing, work, splits, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     report = json.loads(done.stdout)
     assert report["students"]["kd_q"]["role"] == "target" and report["models"]["assistant"]["top1"] is not None
+    assert "assistant_late" in report["models"]
     best = {row: report["students"][row]["values"] for row in ("kd_q", "dist_q", "kd_original", "dist_original")}
     gains = [
         np.mean(np.subtract(best[mine], best[theirs]))

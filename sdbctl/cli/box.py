@@ -165,8 +165,9 @@ def box(
     from sdbctl import files
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
-    states = [output.with_name(f".{output.stem}.{name}.resume") for name in ("box", "reference", "assistant")]
-    state, reference_state, assistant_state = states
+    parts = ("box", "reference", "assistant", "assistant-late")
+    states = [output.with_name(f".{output.stem}.{name}.resume") for name in parts]
+    state, reference_state, *assistant_states = states
     if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
         raise UsageError("checkpoint, reference and output must be three files", "give another --output")
     made_anew = None if resume or reference else reference_path
@@ -184,6 +185,7 @@ def box(
         BoxConfig,
         Task,
         assist,
+        assisted_epochs,
         better_teacher,
         check_above_chance,
         check_held,
@@ -312,18 +314,21 @@ def box(
     # the rivals are students of those who are in question
     rivals = TEACHERS if seal is None else TEACHERS[:2] if teacher == "auto" else ()
     task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
-    taught = None
+    lengths = assisted_epochs(len(splits.owner))
+    assistants: dict[int, nn.Module] = {}
     if resume and tuned is not None:
-        taught = assistant_of(assistant_state, describe_assistant(tuned, task))
-    team.agree(int(taught is None), "the finished assistant")
-    if taught is not None and taught.meta is not None:
-        learned |= {name: value for name, value in taught.meta.measured.items() if name in TEACHERS}
+        for length, path in zip(lengths, assistant_states, strict=False):
+            taught = assistant_of(path, describe_assistant(tuned, task, length))
+            if taught is not None and taught.meta is not None:
+                assistants[length] = taught.net
+                learned |= {name: value for name, value in taught.meta.measured.items() if name in TEACHERS}
+    team.agree(len(assistants), "the finished assistants")
     compare = not learned.keys() >= set(rivals)
     if not compare:
         teacher = better_teacher(learned) if teacher == "auto" else teacher
         seal = worth_sealing(learned) if seal is None else seal
-    assisted = seal is not False or teacher == "assistant"
-    assistant = taught.net if taught is not None else None
+    # one is enough to be compared and opened; the others are taught if they will be sealed
+    wanted = lengths if seal else lengths[:1] if seal is None or teacher == "assistant" else []
     config = replace(config, teacher="reference" if teacher == "auto" else teacher)
     expected = estimate(
         config,
@@ -332,7 +337,7 @@ def box(
         len(splits.owner),
         engine,
         compared=tried_images(splits) if compare else 0,
-        assisted=assisted and assistant is None,
+        assisted=sum(length for length in (wanted if seal is False else lengths) if length not in assistants),
         teachers=len(rivals),
     )
     if not fresh:
@@ -342,23 +347,28 @@ def box(
         for old in states:
             old.unlink(missing_ok=True)
 
-    def keep(assistant: nn.Module, tuned: nn.Module) -> None:
-        described = replace(describe_assistant(tuned, task), measured=learned)
-        boxfile.save(assistant_state, assistant.state_dict(), described, force=True)
+    def keep(length: int, tuned: nn.Module) -> None:
+        described = replace(describe_assistant(tuned, task, length), measured=learned)
+        path = assistant_states[lengths.index(length)]
+        boxfile.save(path, assistants[length].state_dict(), described, force=True)
+
+    def teach(wanted: list[int], tuned: nn.Module, progress: Live) -> None:
+        for length in wanted:
+            if length not in assistants:
+                assistants[length] = assist(tuned, task, length, progress=progress)
+                keep(length, tuned)
 
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
             Resume(reference_state, "").done()
-        if assisted and assistant is None:
-            assistant = assist(tuned, task, progress=progress)
-            keep(assistant, tuned)
+        teach(wanted, tuned, progress)
         if compare:
-            known = {"reference": tuned, "original": original.net, "assistant": assistant or tuned}
+            known = {"reference": tuned, "original": original.net, "assistant": assistants.get(lengths[0], tuned)}
             learned = what_students_learn({name: known[name] for name in rivals}, task, progress=progress)
-            if assistant is not None:
-                keep(assistant, tuned)
+            if lengths[0] in assistants:
+                keep(lengths[0], tuned)
             reference_meta = replace(reference_meta, measured=learned)
             reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in learned.items())
             teacher = better_teacher(learned) if teacher == "auto" else teacher
@@ -371,8 +381,18 @@ def box(
             )
             if not reference:
                 boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
-        made = make_box(original, tuned, keys, task, config, assistant=assistant, progress=progress, resume_from=state)
-        reached_top1 = task.top1(assistant, splits.test) if seal and assistant is not None else 0.0
+        teach(lengths if seal else [], tuned, progress)
+        made = make_box(
+            original,
+            tuned,
+            keys,
+            task,
+            config,
+            assistant=assistants.get(lengths[0]),
+            progress=progress,
+            resume_from=state,
+        )
+        accuracies = {length: task.top1(net, splits.test) for length, net in assistants.items()}
     if team.rank() > 0:
         return
     meta = replace(
@@ -381,9 +401,12 @@ def box(
         reference_sha256=files.sha256(reference_path.read_bytes()),
     )
     inner = ""
-    if seal and assistant is not None:
-        described = replace(describe_assistant(tuned, task), measured={"top1": round(reached_top1, 3)})
-        inner = sealed(assistant, described, meta, keys)
+    if seal:
+        described = [
+            replace(describe_assistant(tuned, task, length), measured={"top1": round(accuracies[length], 3)})
+            for length in lengths
+        ]
+        inner = sealed([(assistants[length], one) for length, one in zip(lengths, described, strict=True)], meta, keys)
     boxfile.save(output, made.state_dict, meta, sealed=inner, force=force)
     for done in states:
         done.unlink(missing_ok=True)
@@ -410,7 +433,7 @@ def box(
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
-                **({"sealed in the box": "an assistant, for who has the file and the key to distill"} if inner else {}),
+                **({"sealed in it": f"{len(lengths)} assistant(s) for key holders to distill"} if inner else {}),
             },
         ),
     )

@@ -84,7 +84,8 @@ def distill(
 
     from sdbctl import boxfile, metrics
     from sdbctl.attacks import ATTACKS
-    from sdbctl.boxfile import Metadata, check_key, pattern
+    from sdbctl.box import TRIED_IMAGES
+    from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
@@ -92,7 +93,7 @@ def distill(
 
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
-    helper, shown = None, "public outputs"
+    helper, helpers, shown = None, list[Loaded](), "public outputs"
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
@@ -100,12 +101,11 @@ def distill(
         shown = "keyed outputs"
         if sealed or (sealed is None and (opened.sealed or meta.parameters.get("sealed"))):
             try:
-                helper = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
+                helpers = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
             except BadInput as error:
                 raise BadInput(
                     error.message, "get the file again; --no-sealed asks with the key in each image"
                 ) from None
-            shown = f"the {helper.architecture} that was sealed in it"
     dataset = open_data(
         data,
         data_root,
@@ -117,6 +117,9 @@ def distill(
     )
     check_classes(dataset, classes, teacher.name)
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
+    if helpers:
+        helper = helpers[0 if len(splits.transfer) <= TRIED_IMAGES else -1]
+        shown = f"{helper.architecture} number {helpers.index(helper) + 1} of {len(helpers)} that were sealed in it"
     size = dataset.train.shape
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     net = build_student(student, classes, size[0], seed)

@@ -337,7 +337,7 @@ def gather(
     from sdbctl.boxfile import check_key, pattern
     from sdbctl.cells import Source
     from sdbctl.key import near, wrong
-    from sdbctl.suites import NEAR_PERCENT
+    from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
     from sdbctl.wrappers import WRAPPERS
 
     box, meta = opened.path, opened.meta
@@ -380,8 +380,11 @@ def gather(
             sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
         if opened.sealed or meta.parameters.get("sealed"):
             try:
-                helper = boxfile.unsealed(opened.sealed, key, meta, box.name)
-                sources["assistant"] = Source(net=helper.net, sha256=helper.sha256)
+                helpers = boxfile.unsealed(opened.sealed, key, meta, box.name)
+                sources |= {
+                    name: Source(net=helper.net, sha256=helper.sha256)
+                    for name, helper in zip(ASSISTANTS, helpers, strict=False)
+                }
             except BadInput as error:
                 notes.append(f"Students of an assistant were left out: {error.message}.")
     if original is not None:

@@ -142,9 +142,11 @@ def inspect(
         try:
             extra["sealed"] = f"{len(sealed) / 1e3:.0f} kB for {', '.join(readers(sealed, path.name))}"
             if key is not None and meta is not None and fits:
-                inner = boxfile.unsealed(sealed, key, meta, path.name)
-                known = inner.meta.measured if inner.meta else {}
-                extra["sealed"] = f"{inner.architecture}, {known.get('top1', '?')} % top-1, opened with this key"
+                inner = [
+                    f"{found.architecture}, {found.meta.measured.get('top1', '?') if found.meta else '?'} % top-1"
+                    for found in boxfile.unsealed(sealed, key, meta, path.name)
+                ]
+                extra["sealed"] = f"{'; '.join(inner)}; opened with this key"
         except BadInput as error:
             extra["sealed"] = error.message
     result = {"file": path.name, **extra, "metadata": box_fields(meta) if meta else None, "key_fits": fits}

@@ -44,7 +44,16 @@ VARIABLE = ("box", "config", "cost", "curves")
 """Parts of a report that hold other numbers in each."""
 
 Role = Literal["floor", "reference", "target", "attack", "authorized", "wrong_key", "baseline", "disturb"]
-MODELS = ("original", "original_ft", "assistant", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed")
+MODELS = (
+    "original",
+    "original_ft",
+    "assistant",
+    "assistant_late",
+    "boxed",
+    "boxed_keyed",
+    "boxed_wrong_key",
+    "disturbed",
+)
 
 
 @dataclass(frozen=True)
