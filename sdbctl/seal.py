@@ -18,6 +18,8 @@ from sdbctl.errors import BadInput
 from sdbctl.key import Key
 
 VERSION = 1
+MOST_KEYS = 50
+"""Keys of one file: what is sealed stands in its header, which may have 100 MB."""
 _NONCE = 12
 
 
@@ -37,7 +39,7 @@ def seal(contents: Sequence[bytes], keys: Sequence[Key], owner: str) -> str:
 
     def encrypt(key: Key, content: bytes, index: int) -> str:
         nonce = os.urandom(_NONCE)
-        return base64.b64encode(nonce + key.cipher.encrypt(nonce, content, _bound(owner, index))).decode()
+        return base64.b64encode(nonce + key.cipher.encrypt(nonce, content, _bound(owner, index, contents))).decode()
 
     sealed = {key.id: [encrypt(key, content, index) for index, content in enumerate(contents)] for key in keys}
     return json.dumps({"version": VERSION, "keys": sealed}, sort_keys=True)
@@ -61,7 +63,7 @@ def unseal(text: str, key: Key, owner: str, where: str) -> list[bytes]:
     try:
         contents = [base64.b64decode(content, validate=True) for content in sealed[key.id]]
         return [
-            key.cipher.decrypt(content[:_NONCE], content[_NONCE:], _bound(owner, index))
+            key.cipher.decrypt(content[:_NONCE], content[_NONCE:], _bound(owner, index, contents))
             for index, content in enumerate(contents)
         ]
     except (InvalidTag, ValueError):
@@ -79,8 +81,8 @@ def readers(text: str, where: str) -> tuple[str, ...]:
     return tuple(_parts(text, where))
 
 
-def _bound(owner: str, index: int) -> bytes:
-    return f"{owner} {index}".encode()
+def _bound(owner: str, index: int, contents: Sequence[bytes]) -> bytes:
+    return f"{owner} {index + 1}/{len(contents)}".encode()
 
 
 def _parts(text: str, where: str) -> dict[str, list[str]]:

@@ -510,6 +510,26 @@ def test_a_box_whose_sealed_part_is_gone_or_damaged_says_so(suffix, damage, said
     assert any("Students of an assistant were left out" in note and said in note for note in notes)
 
 
+def test_students_of_many_images_learn_from_keyed_outputs(sealing, work, tmp_path, monkeypatch):
+    folder, *_ = sealing
+    student = ("distill", folder / "x.onnx", "--student", "cnn-tiny", "--epochs", 1, "--key-file", work / "k.bin")
+    student += ("--force", "-o", tmp_path / "s.safetensors")
+    assert b"resnet8 number 1 of 2" in run_cli(*student).stderr
+    monkeypatch.setattr("sdbctl.box.TRIED_IMAGES", 100)
+    assert b"resnet8 number 2 of 2" in run_cli(*student).stderr
+    monkeypatch.setattr("sdbctl.cli.distill.FEW", 100)
+    many = run_cli(*student).stderr
+    assert b"keyed outputs" in many and b"of more than 100 images" in many
+    assert b"resnet8 number 2 of 2" in run_cli(*student, "--sealed").stderr
+
+
+def test_a_file_is_sealed_for_some_keys_only(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdbctl.seal.MOST_KEYS", 1)
+    keys = [part for name in "ab" for part in ("--key-file", tmp_path / name)]
+    refused = run_cli("box", work / "teacher.safetensors", *keys, "-o", tmp_path / "x.safetensors")
+    assert refused.returncode == 2 and b"more than 1 keys; use --no-seal" in refused.stderr
+
+
 def test_what_is_sealed_must_be_an_assistant(sealing, work):
     folder, keys, (helper, _) = sealing
     meta = boxfile.load(folder / "x.safetensors").meta

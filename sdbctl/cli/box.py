@@ -58,19 +58,13 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
 
 
 def assistant_of(path: Path, described: Metadata) -> Loaded | None:
-    """The assistant that was taught before a run was interrupted; None if there is none.
-
-    Raises:
-        UsageError: It is another one.
-    """
+    """The assistant that was taught before a run was interrupted; None if there is none, or another one."""
     from sdbctl import boxfile
 
     if not path.exists():
         return None
     found = boxfile.load(path)
-    if found.meta is None or found.meta.run != described.run:
-        raise UsageError(f"{path} was made with other settings", "use those; --force in place of --resume starts again")
-    return found
+    return found if found.meta is not None and found.meta.run == described.run else None
 
 
 def box(
@@ -163,6 +157,7 @@ def box(
     if output.suffix != ".safetensors":
         raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
     from sdbctl import files
+    from sdbctl.seal import MOST_KEYS
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
     parts = ("box", "reference", "assistant", "assistant-late")
@@ -175,6 +170,8 @@ def box(
     processes = together(devices, nodes)
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
+    if seal is not False and len(key_file) > MOST_KEYS:
+        raise UsageError(f"a file seals nothing for more than {MOST_KEYS} keys", "use --no-seal")
     keys = [read_key(path, insecure_key_file, processes) for path in key_file]
 
     from dataclasses import asdict, replace
@@ -202,7 +199,7 @@ def box(
     from sdbctl.key import ids_of
     from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES
-    from sdbctl.training import Resume, recorded_precision, scaled
+    from sdbctl.training import recorded_precision, scaled
 
     ids_of(keys)
     usual = BoxConfig(objective)
@@ -362,7 +359,6 @@ def box(
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
-            Resume(reference_state, "").done()
         teach(wanted, tuned, progress)
         if compare:
             known = {"reference": tuned, "original": original.net, "assistant": assistants.get(lengths[0], tuned)}
@@ -392,7 +388,6 @@ def box(
             progress=progress,
             resume_from=state,
         )
-        accuracies = {length: task.top1(net, splits.test) for length, net in assistants.items()}
     if team.rank() > 0:
         return
     meta = replace(
@@ -402,11 +397,12 @@ def box(
     )
     inner = ""
     if seal:
-        described = [
-            replace(describe_assistant(tuned, task, length), measured={"top1": round(accuracies[length], 3)})
-            for length in lengths
-        ]
-        inner = sealed([(assistants[length], one) for length, one in zip(lengths, described, strict=True)], meta, keys)
+        readable = []
+        for length in lengths:
+            net = assistants[length]
+            top1 = round(task.top1(net, splits.test), 3)
+            readable.append((net, replace(describe_assistant(tuned, task, length), measured={"top1": top1})))
+        inner = sealed(readable, meta, keys)
     boxfile.save(output, made.state_dict, meta, sealed=inner, force=force)
     for done in states:
         done.unlink(missing_ok=True)

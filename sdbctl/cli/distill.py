@@ -25,6 +25,9 @@ from sdbctl.cli.common import (
 from sdbctl.cli.output import Live, emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
 
+FEW = 10_000
+"""Images of a transfer set up to which the key opens what is sealed, unless the user says otherwise."""
+
 
 def distill(
     teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A box, checkpoint or ONNX file.")],
@@ -46,7 +49,7 @@ def distill(
         typer.Option(
             "--sealed/--no-sealed",
             help="Whether the key opens what is sealed in the file, or is mixed into each image, as an API is asked. "
-            "[default: what is sealed, if anything is]",
+            "[default: what is sealed, if anything is, for up to 10,000 images]",
         ),
     ] = None,
     epochs: o.Epochs = None,
@@ -117,7 +120,9 @@ def distill(
     )
     check_classes(dataset, classes, teacher.name)
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
-    if helpers:
+    if helpers and sealed is None and len(splits.transfer) > FEW:
+        say(f"note: of more than {FEW:,} images students were not seen to learn more from what is sealed (--sealed)")
+    elif helpers:
         helper = helpers[0 if len(splits.transfer) <= TRIED_IMAGES else -1]
         shown = f"{helper.architecture} number {helpers.index(helper) + 1} of {len(helpers)} that were sealed in it"
     size = dataset.train.shape

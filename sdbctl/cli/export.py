@@ -112,7 +112,7 @@ def inspect(
     from sdbctl.seal import readers
 
     key: Any | None = read_key(key_file, insecure_key_file) if key_file else None
-    meta, extra, sealed = None, {}, ""
+    extra: dict[str, Any]
     if boxfile.is_onnx(path):
         import torch
 
@@ -136,7 +136,8 @@ def inspect(
     fits = None
     if key is not None:
         fits = meta is not None and key.id in meta.key_ids
-    extra["sealed"] = "nothing"
+    lost = meta is not None and meta.parameters.get("sealed")
+    extra["sealed"] = "nothing, although it was made with something sealed" if lost else "nothing"
     if sealed:
         # a file with a damaged part is shown as well
         try:
