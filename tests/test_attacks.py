@@ -757,7 +757,7 @@ def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, patte
     made = replace(made, config=replace(made.config, recipe=replace(made.config.recipe, epochs=80), tune=4))
     protocol.choose(made, None, Silent())
     teachers = ("original", "authorized")
-    alone = {f"dkd_{name}" for name in teachers} | {f"dist_{name}" for name in (*teachers, "q")}
+    alone = {f"{kind}_{name}" for kind in ("dkd", "dist") for name in (*teachers, "q")}
     alone |= {"kd_original", "kd_q", "authorized"}
     assert all(seen[name] == {40} for name in alone)
     assert all(10 in epochs for name, epochs in seen.items() if name not in alone)
