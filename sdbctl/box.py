@@ -50,9 +50,10 @@ PGD_EPSILON = 0.3
 TEACHERS = ("reference", "original", "assistant")
 """Whose answers the key may open."""
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
-"""Training of the small students that compare the first two."""
+"""Training of the small students that compare them."""
 TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
-"""Their architecture, images and number, and by how many points the original must teach better to be taken."""
+"""Their architecture, images and number, and by how many points the original must teach better than the reference, an
+assistant than both, to be taken."""
 ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = (150_000, 300_000), 40, 20_000
 """Images that an assistant for students of few images, and one for those of more, see, in how many epochs at most, and
 a seed that no student has."""

@@ -136,7 +136,7 @@ class Box(nn.Module):
     Args:
         net: The network, which takes normalised images [B, C, H, W].
         meta: The metadata.
-        sealed: An assistant that only key holders can read, from :func:`sdbctl.seal.seal`, or "".
+        sealed: Assistants that only key holders can read, from :func:`sdbctl.seal.seal`, or "".
     """
 
     def __init__(self, net: nn.Module, meta: Metadata, sealed: str = "") -> None:
@@ -320,8 +320,7 @@ def load(path: Path, *, arch: str | None = None, trust: bool = False) -> Loaded:
 
 
 def _loaded(content: checkpoint.Checkpoint, where: str, arch: str | None) -> Loaded:
-    text = content.metadata.get(METADATA_KEY)
-    meta = Metadata.from_json(text, where) if text is not None else None
+    meta = metadata_in(content.metadata, where)
     try:
         named = arch or (meta.architecture if meta else None)
         found = models.match(named, content.state_dict) if named else models.identify(content.state_dict)
@@ -425,10 +424,13 @@ def is_onnx(path: Path) -> bool:
 
 def read_metadata(path: Path) -> Metadata | None:
     """Metadata of a safetensors, torch or ONNX file; None if sdbctl did not write it."""
-    if not is_onnx(path):
-        return load(path).meta
-    text = properties(path).get(METADATA_KEY)
-    return Metadata.from_json(text, path.name) if text is not None else None
+    return metadata_in(properties(path), path.name) if is_onnx(path) else load(path).meta
+
+
+def metadata_in(said: Mapping[str, str], where: str) -> Metadata | None:
+    """Metadata among what a file says of itself; None if sdbctl did not write it."""
+    text = said.get(METADATA_KEY)
+    return Metadata.from_json(text, where) if text is not None else None
 
 
 def shows(net: nn.Module) -> str:

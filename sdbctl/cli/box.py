@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,16 @@ def assistant_of(path: Path, described: Metadata) -> Loaded | None:
         return None
     found = boxfile.load(path)
     return found if found.meta is not None and found.meta.run == described.run else None
+
+
+def decided(teacher: str, seal: bool | None, learned: Mapping[str, float]) -> tuple[str, bool]:
+    """Whom the key opens and whether something is sealed: as asked for, else by what students learned."""
+    from sdbctl.box import better_teacher, worth_sealing
+
+    return (
+        better_teacher(learned) if teacher == "auto" else teacher,
+        worth_sealing(learned) if seal is None else seal,
+    )
 
 
 def box(
@@ -183,7 +194,6 @@ def box(
         Task,
         assist,
         assisted_epochs,
-        better_teacher,
         check_above_chance,
         check_held,
         describe_assistant,
@@ -192,7 +202,6 @@ def box(
         sealed,
         tried_images,
         what_students_learn,
-        worth_sealing,
     )
     from sdbctl.box import box as make_box
     from sdbctl.boxfile import Metadata
@@ -322,8 +331,7 @@ def box(
     team.agree(len(assistants), "the finished assistants")
     compare = not learned.keys() >= set(rivals)
     if not compare:
-        teacher = better_teacher(learned) if teacher == "auto" else teacher
-        seal = worth_sealing(learned) if seal is None else seal
+        teacher, seal = decided(teacher, seal, learned)
     # one is enough to be compared and opened; the others are taught if they will be sealed
     wanted = lengths if seal else lengths[:1] if seal is None or teacher == "assistant" else []
     config = replace(config, teacher="reference" if teacher == "auto" else teacher)
@@ -361,14 +369,15 @@ def box(
             boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
         teach(wanted, tuned, progress)
         if compare:
-            known = {"reference": tuned, "original": original.net, "assistant": assistants.get(lengths[0], tuned)}
+            known = {"reference": tuned, "original": original.net}
+            if lengths[0] in assistants:
+                known["assistant"] = assistants[lengths[0]]
             learned = what_students_learn({name: known[name] for name in rivals}, task, progress=progress)
             if lengths[0] in assistants:
                 keep(lengths[0], tuned)
             reference_meta = replace(reference_meta, measured=learned)
             reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in learned.items())
-            teacher = better_teacher(learned) if teacher == "auto" else teacher
-            seal = worth_sealing(learned) if seal is None else seal
+            teacher, seal = decided(teacher, seal, learned)
             team.agree(2 * TEACHERS.index(teacher) + seal, "the better teacher")
             config = replace(config, teacher=teacher)
             progress.note(

@@ -264,8 +264,9 @@ def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool 
 
     if boxfile.is_onnx(path):
         served = OnnxTeacher(path, pick_device(device))
-        sealed = boxfile.properties(path).get(boxfile.SEALED_KEY, "")
-        return Opened(path, boxfile.read_metadata(path), served.classes, served.shape, None, served, sealed)
+        said = boxfile.properties(path)
+        meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
+        return Opened(path, meta, served.classes, served.shape, None, served, sealed)
     loaded = boxfile.load(path, arch=arch, trust=trust)
     shape = loaded.meta.preprocess.size if loaded.meta else None
     return Opened(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)

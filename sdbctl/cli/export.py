@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, check_known, preset, read_key
+from sdbctl.cli.common import box_fields, check_known, open_model, preset, read_key
 from sdbctl.cli.output import emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
 
@@ -112,26 +112,19 @@ def inspect(
     from sdbctl.seal import readers
 
     key: Any | None = read_key(key_file, insecure_key_file) if key_file else None
+    opened = open_model(path, "cpu", arch=arch, trust=trust)
+    meta, sealed, loaded = opened.meta, opened.sealed, opened.loaded
     extra: dict[str, Any]
-    if boxfile.is_onnx(path):
-        import torch
-
-        from sdbctl.teacher import OnnxTeacher
-
-        meta = boxfile.read_metadata(path)
-        teacher, sealed = OnnxTeacher(path, torch.device("cpu")), boxfile.properties(path).get(boxfile.SEALED_KEY, "")
-        extra = {"format": "ONNX", "input": list(teacher.shape), "outputs": teacher.classes}
+    if loaded is None:
+        extra = {"format": "ONNX", "input": list(opened.shape or ()), "outputs": opened.classes}
         if meta is not None:
             extra["serves"] = boxfile.serves(path)
     else:
-        loaded = boxfile.load(path, arch=arch, trust=trust)
-        meta, sealed = loaded.meta, loaded.sealed
-        parameters = sum(parameter.numel() for parameter in loaded.net.parameters())
         extra = {
             "format": "torch",
             "architecture": loaded.architecture,
             "outputs": loaded.classes,
-            "parameters": parameters,
+            "parameters": sum(parameter.numel() for parameter in loaded.net.parameters()),
         }
     fits = None
     if key is not None:
