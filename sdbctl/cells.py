@@ -144,10 +144,6 @@ MOST_PASSES = 4
 """How many times more epochs a student of few images is trained at most."""
 
 
-FOREIGN = ("knockoff", "copycat")
-"""Attacks that need a surrogate data set."""
-
-
 def on_key(attack: str) -> bool:
     """Whether an attack looks for the key."""
     return attack.endswith(("_key", "_keys"))
@@ -238,11 +234,10 @@ class Bench:
             possible = (bool(teachers) or not row.teachers) and (
                 row.access == "api" or (boxed is not None and boxed.weights is not None)
             )
-            foreign = row.attack in FOREIGN
             if (
                 possible
                 and (self.strength > 0 or not on_key(row.attack))
-                and (self.surrogate is not None or not foreign)
+                and (self.surrogate is not None or not ATTACKS[row.attack].surrogate)
             ):
                 rows.append(replace(row, teachers=teachers))
         return rows
@@ -266,7 +261,8 @@ class Bench:
         """Content hash of a cell, under which its outcome is kept."""
         source = self.sources[cell.teacher].sha256 if cell.teacher else ""
         attack = BY_NAME[cell.row].attack
-        images = [self.transfer, self.validation, self.test, self.surrogate]
+        foreign = self.surrogate if ATTACKS[attack].surrogate else None
+        images = [self.transfer, self.validation, self.test, foreign]
         parts = [
             boxfile.versions(),
             code(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import FOREIGN, Bench, Cell, run_cells
+from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
 from sdbctl.key import correlation, embed, near
 from sdbctl.report import (
@@ -56,7 +56,7 @@ def budgets(bench: Bench) -> list[tuple[str, int]]:
 
 def _rival(row: Row) -> bool:
     # who asks about other images than these has another budget
-    own = row.attack not in (*FOREIGN, "data_free")
+    own = row.attack != "data_free" and not ATTACKS[row.attack].surrogate
     return row.role == "attack" and row.access == "api" and row.name not in BUDGET_ROWS and own
 
 

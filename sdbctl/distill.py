@@ -97,7 +97,7 @@ def distill(
         oracle=oracle,
         labels=attack.labels,
         weights=copy.deepcopy(weights) if attack.access == Access.WEIGHTS else None,
-        surrogate=surrogate.unlabelled() if surrogate is not None else None,
+        surrogate=surrogate.unlabelled() if surrogate is not None and attack.surrogate else None,
         strength=strength,
         views=views,
         progress=progress,

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from sdbctl import boxfile, metrics
-from sdbctl.cells import FOREIGN, Bench, on_key, workers
+from sdbctl.attacks import ATTACKS
+from sdbctl.cells import Bench, on_key, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, taught_by_keys
 from sdbctl.protocol import accuracies, best_of, paired, train_students, validations_of, with_all_seeds
 from sdbctl.report import (
@@ -284,8 +285,10 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         tried = suite(bench.config.suite).rows if bench.config.suite else ()
         if bench.strength == 0 and any(on_key(row.attack) for row in tried):
             notes.append("No key: the model has none to look for, so attacks on the key were left out.")
-        if bench.surrogate is None and any(row.attack in FOREIGN for row in tried):
-            notes.append("Queries of another data set, as Knockoff Nets and Copycat send them, need --surrogate.")
+        if bench.surrogate is None and any(ATTACKS[row.attack].surrogate for row in tried):
+            notes.append(
+                "Attackers had no images of another data set; with --surrogate they have, and often learn much more."
+            )
         notes.append(
             f"Students see {len(bench.transfer):,} transfer images for {bench.config.recipe.epochs} epochs; short "
             "training exaggerates what distillation gives."

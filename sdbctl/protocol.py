@@ -81,12 +81,13 @@ def plan(bench: Bench) -> Plan:
     held, screened = 0.0, 0
     for name, found in groups.items():
         left, places, before = len(found), _places(found), sum(cells)
+        each = [ATTACKS[option.row.attack].runs for option in found]
         for epochs in (lengths := rungs(bench, found[0].row)):
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
-                cells += [epochs / config.recipe.epochs] * left
+                cells += [float(np.mean(each)) * epochs / config.recipe.epochs] * left
                 screened += left
                 left = goal
-        cells += [1.0] * (_seeds(bench, name) * places)
+        cells += [max(each)] * (_seeds(bench, name) * places)
         held += sum(cells) - before if found[0].row.access == "file" else 0.0
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet

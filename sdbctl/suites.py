@@ -89,7 +89,7 @@ CORE = (
     Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
-DECOUPLED = (
+ALSO = (
     Row("dkd_original", "DKD from the original", "reference", "dkd", ("reference", "original")),
     Row(
         "dkd_original_unlabelled",
@@ -100,6 +100,28 @@ DECOUPLED = (
     ),
     Row("dkd_q", "DKD from the assistant", "target", "dkd", ASSISTANTS),
     Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", ("keyed",)),
+    Row(
+        "pretrained_original",
+        "another data set first, by the original",
+        "reference",
+        "pretrained",
+        ("reference", "original"),
+    ),
+    Row(
+        "pretrained_original_unlabelled",
+        "another data set first, by the original, no labels",
+        "reference",
+        "pretrained_unlabelled",
+        ("reference", "original"),
+    ),
+    Row("pretrained_q", "another data set first, by the assistant", "target", "pretrained", ASSISTANTS),
+    Row(
+        "pretrained_authorized",
+        "another data set first, by the box with the key",
+        "authorized",
+        "pretrained",
+        ("keyed",),
+    ),
 )
 """What an attacker may do with the box, owners and key holders may do, too."""
 NEAR = (
@@ -117,7 +139,7 @@ EXTRA = tuple(
     for name, attack in ATTACKS.items()
     if name not in {row.attack for row in CORE}
 )
-ALL = (*CORE, *DECOUPLED, *NEAR, *WRAPPED, *EXTRA)
+ALL = (*CORE, *ALSO, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
 MINOR = {row.name for row in (*NEAR, *WRAPPED)}
 """Rows that are no headline."""
@@ -144,6 +166,10 @@ TWINS: Mapping[str, str] = {
     "scm": "hard_sequence",
     "skeptical": "hard_skeptical",
     "markov": "label_smoothing",
+    "pretrained": "pretrained_hard",
+    "pretrained_unlabelled": "pretrained_hard_unlabelled",
+    "pretrained_held": "pretrained_hard",
+    "pretrained_held_unlabelled": "pretrained_hard_unlabelled",
     "two_stage": "hard_mixed",
     "recalibrated": "hard_mixed",
     "repaired": "hard_mixed",
@@ -246,11 +272,19 @@ SUITES: Mapping[str, Suite] = {
         "what decides most standard evaluations: the floor, KD, DIST and DKD, and the attacks on files that won one",
         (
             *CORE,
-            *DECOUPLED,
+            *ALSO,
             *_named(
                 *(
                     f"{name}{who}"
-                    for name in ("dkd", "dkd_hard", "amplified", "reestimated")
+                    for name in (
+                        "dkd",
+                        "dkd_hard",
+                        "amplified",
+                        "reestimated",
+                        "pretrained",
+                        "pretrained_hard",
+                        "pretrained_held",
+                    )
                     for who in ("", "_unlabelled")
                 ),
                 "pruned",

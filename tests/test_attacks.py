@@ -12,7 +12,7 @@ import torch
 
 from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, base, file, inverse, keys, queries, soft
-from sdbctl.cells import FOREIGN, Bench, Cell, EvalConfig, Outcome, Source, as_worker
+from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker
 from sdbctl.cli.common import open_model
 from sdbctl.cli.evaluate import gather, stand_in
 from sdbctl.data import like, view
@@ -54,6 +54,10 @@ def teacher(boxed):
     return TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device)
 
 
+FOREIGN = {row.name for row in ALL if ATTACKS[row.attack].surrogate}
+"""Rows of attackers who have images of another data set."""
+
+
 @pytest.fixture(scope="module")
 def transfer(splits):
     return splits.transfer.take(range(64))
@@ -84,6 +88,42 @@ def test_every_attack_trains_a_student_and_leaves_the_teacher_alone(name, teache
         assert done.queries == 0
     elif ATTACKS[name].access < Access.WEIGHTS:
         assert done.queries > 0
+
+
+def test_foreign_images_are_asked_about_once_and_own_ones_as_ever(teacher, boxed, transfer, splits):
+    """Knockoff sends no more queries than distillation, and others in each epoch while there are any."""
+    foreign = splits.validation.take(range(150))
+    assert attack_with("knockoff", teacher, boxed, transfer, surrogate=foreign).queries == RECIPE.epochs * 64
+    done = attack_with("pretrained", teacher, boxed, transfer, surrogate=foreign)
+    assert done.queries == 150 + RECIPE.epochs * 64
+
+
+def test_other_images_of_the_same_kind_teach_most_of_what_they_know(work, splits, boxed, transfer):
+    """With the original's answers to many images a student is better than with its own few alone."""
+    original = boxfile.load(work / "teacher.safetensors")
+    teacher = TorchTeacher(original.net, 10, ENGINE.autocast, ENGINE.device)
+    few, recipe = splits.transfer.take(range(40)), Recipe(epochs=40, batch_size=20)
+
+    def accuracy(name):
+        attack = ATTACKS[name]
+        made = distill(
+            attack, attack.grid[0], teacher, "cnn-tiny", 10, few, original.meta.preprocess, recipe, ENGINE,
+            surrogate=splits.validation.unlabelled(),
+        )  # fmt: skip
+        outputs = training.predict(made.student, splits.test, original.meta.preprocess, ENGINE)
+        return metrics.top1(outputs, splits.test.labels)
+
+    assert min(accuracy("pretrained"), accuracy("pretrained_unlabelled")) > accuracy("kd") + 5
+
+
+def test_who_asks_about_own_images_alone_gets_no_others(teacher, boxed, transfer, splits):
+    seen = []
+    attack = replace(ATTACKS["kd"], train=lambda attacker, config: seen.append(attacker.surrogate))
+    distill(
+        attack, {}, teacher, "cnn-tiny", 10, transfer, boxed.meta.preprocess, RECIPE, ENGINE,
+        surrogate=splits.validation,
+    )  # fmt: skip
+    assert seen == [None]
 
 
 def test_the_defence_that_answers_passed_is_found_and_undone(monkeypatch):
@@ -647,8 +687,6 @@ def test_results_are_kept_apart_by_all_that_decides_them(work, splits, boxed, pa
     shifted = replace(plain.preprocess, mean=(0.4,))
     changes = [
         {"preprocess": shifted},
-        {"surrogate": splits.test.take(range(20))},
-        {"surrogate": splits.test.take(range(20, 40))},
         {"transfer": splits.transfer.take(range(1, 41))},
         {"sources": {**plain.sources, "boxed": held}},
         {"sources": {**plain.sources, "keyed": other}},
@@ -656,6 +694,10 @@ def test_results_are_kept_apart_by_all_that_decides_them(work, splits, boxed, pa
     cell = Cell("searched_key", "boxed", {}, 0, True)
     keys_ = [replace(plain, **change).key(cell) for change in ({}, *changes)]
     assert len(set(keys_)) == len(keys_)
+    foreign = [replace(plain, surrogate=splits.test.take(range(start, start + 20))) for start in (0, 20)]
+    assert all(one.key(cell) == keys_[0] for one in foreign)
+    knockoff = replace(cell, row="knockoff")
+    assert len({one.key(knockoff) for one in (plain, *foreign)}) == 3
     again = replace(plain, transfer=plain.transfer.alone())
     assert again.key(cell) == replace(again, transfer=splits.transfer.take(range(40)).alone()).key(cell)
 
@@ -981,7 +1023,8 @@ def test_who_has_nothing_but_the_onnx_file_trains_its_weights(work, teacher, box
     assert boxed_.held_sha256 and boxed_.weights is boxed_.held
     for name, attack in ATTACKS.items():
         if attack.access == Access.WEIGHTS:
-            done = attack_with(name, teacher, boxed, transfer, weights=boxed_.held)
+            foreign = splits.validation.take(range(48))
+            done = attack_with(name, teacher, boxed, transfer, weights=boxed_.held, surrogate=foreign)
             assert all(torch.isfinite(parameter).all() for parameter in done.student.parameters())
     # and who cannot is told why
     with_unknown_operator(path)

@@ -218,6 +218,8 @@ class Attack:
         labels: Whether it needs the labels of the transfer set; they are withheld otherwise.
         grid: Configurations to choose from on validation data.
         train: What it does.
+        surrogate: Whether it asks about images of another data set; they are withheld otherwise.
+        runs: What one student takes, in plain students.
     """
 
     summary: str
@@ -227,6 +229,8 @@ class Attack:
     labels: bool
     grid: tuple[Config, ...]
     train: Train
+    surrogate: bool = False
+    runs: float = 1.0
 
 
 def without_labels(attack: Attack) -> Attack:

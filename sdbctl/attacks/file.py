@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
+from sdbctl.attacks.queries import PRETRAINED, PRETRAINING, pretrained
 from sdbctl.attacks.soft import DIST, DKD, EITHER, info_nce, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
@@ -61,6 +62,12 @@ def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
 def stripped(attacker: Attacker, config: Config) -> None:
     """Distillation from the weights as they are: whatever the graph does behind the network is left out."""
     _from(attacker, [held(attacker)], config)
+
+
+def pretrained_held(attacker: Attacker, config: Config) -> None:
+    """Images of another data set first, then the transfer set, by what the bare weights say, amplified."""
+    net = held(attacker)
+    pretrained(attacker, config, soft_loss, lambda images: amplified(outputs(attacker, net, images), config["scale"]))
 
 
 def _train_box(
@@ -278,6 +285,17 @@ FINE_TUNED = _attack(
 PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, *({**config, "share": 0.3} for config in _ANY))
 NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _ANY))
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, _AMPLIFIED[0])
+PRETRAINED_HELD = replace(
+    _attack(
+        "another data set first, then the transfer set, by the bare weights, amplified",
+        "own",
+        pretrained_held,
+        *({**config, "scale": 1.0} for config in PRETRAINING),
+    ),
+    surrogate=True,
+    runs=1 + PRETRAINED,
+)
+PRETRAINED_HELD_UNLABELLED = without_labels(PRETRAINED_HELD)
 AMPLIFIED_UNLABELLED, NOISY_UNLABELLED, REESTIMATED_UNLABELLED, STRIPPED_DIST_UNLABELLED = map(
     without_labels, (AMPLIFIED, NOISY, REESTIMATED, STRIPPED_DIST)
 )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, without_labels
 from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
 from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.soft import DIST, DKD, from_top1, soft_loss
 from sdbctl.data import Batch, ImageSet, like
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
+from sdbctl.training import scaled
 
 AVERAGED = 4
 """Answers that are averaged into one."""
@@ -126,14 +130,13 @@ def mixed_hard(mix: Mix) -> Train:
 
 def knockoff(attacker: Attacker, config: Config) -> None:
     """Knockoff Nets with random selection: soft answers to images of another data set (Orekondy et al., CVPR 2019)."""
-    _kd(attacker, config, sets=lambda epoch: attacker.augmented(_foreign(attacker), epoch))
+    _kd(attacker, config, sets=lambda epoch: _some_foreign(attacker, epoch))
 
 
 def copycat(attacker: Attacker, config: Config) -> None:
     """Copycat CNN: top-1 answers to images of another data set (Correia-Silva et al., IJCNN 2018)."""
     attacker.learn(
-        lambda z, answer, y: hard_label(z, answer, None, config),
-        sets=lambda epoch: attacker.augmented(_foreign(attacker), epoch),
+        lambda z, answer, y: hard_label(z, answer, None, config), sets=lambda epoch: _some_foreign(attacker, epoch)
     )
 
 
@@ -141,6 +144,50 @@ def _foreign(attacker: Attacker) -> ImageSet:
     if attacker.surrogate is None:
         raise UsageError("this attack asks about images of another data set", "give --surrogate SPEC")
     return attacker.surrogate
+
+
+def _some_foreign(attacker: Attacker, epoch: int) -> ImageSet:
+    """As many images of the other data set as the transfer set has, others in each epoch while there are any."""
+    foreign = _foreign(attacker)
+    size = min(len(attacker.images), len(foreign))
+    return attacker.augmented(foreign.take((epoch * size + torch.arange(size)) % len(foreign)), epoch)
+
+
+PRETRAINED = 3.0
+"""Foreign images that a student sees for each that it sees of its transfer set."""
+TUNED = 0.25
+"""Of the learning rate, for what was trained before."""
+
+
+def pretrained(
+    attacker: Attacker, config: Config, loss: Loss, tell: Callable[[ImageSet], Tensor] | None = None
+) -> None:
+    """Images of another data set first, then the transfer set: ``loss`` of the answers, with labels where there are.
+
+    Foreign images are plentiful, so each is asked about once, as it is, and learned from as augmented as the others
+    (Knockoff Nets, Orekondy et al., CVPR 2019, then a second stage on the attacker's own images).
+
+    Args:
+        attacker: Who trains.
+        config: Settings of the loss.
+        loss: Of a batch.
+        tell: Answers to a set; None for :meth:`Attacker.ask`.
+    """
+    foreign, tell = _foreign(attacker), tell or attacker.ask
+    told = tell(foreign)
+    seen = PRETRAINED * attacker.recipe.epochs * len(attacker.images)
+    attacker.learn(
+        lambda z, answer, y: loss(z, answer, None, config),
+        sets=lambda epoch: attacker.augmented(foreign, epoch),
+        targets=lambda images: told,
+        recipe=scaled(attacker.recipe, epochs=max(1, round(seen / len(foreign)))),
+    )
+    attacker.learn(
+        lambda z, answer, y: loss(z, answer, y, config),
+        sets=attacker.view,
+        targets=tell,
+        recipe=scaled(attacker.recipe, lr=TUNED * attacker.recipe.lr),
+    )
 
 
 SCALES = (2, 3, 4, 6, 8, 16, 32)
@@ -243,13 +290,16 @@ HARD_MIXUP, HARD_CUTMIX = (
     Attack(f"top-1 answers to queries {how}", source, "floor", Access.LABELS, False, CONSTANTS[:2], mixed_hard(mix))
     for mix, how, source in _MIXES
 )
-KNOCKOFF = _attack(
-    "Knockoff Nets: soft answers on another data set",
-    "Orekondy et al., CVPR 2019",
-    knockoff,
-    False,
-    {"temperature": 1.0, "alpha": 1.0},
-    _ALONE,
+KNOCKOFF = replace(
+    _attack(
+        "Knockoff Nets: soft answers on another data set",
+        "Orekondy et al., CVPR 2019",
+        knockoff,
+        False,
+        {"temperature": 1.0, "alpha": 1.0},
+        _ALONE,
+    ),
+    surrogate=True,
 )
 COPYCAT = Attack(
     "Copycat CNN: top-1 answers on another data set",
@@ -259,7 +309,28 @@ COPYCAT = Attack(
     False,
     ({},),
     copycat,
+    surrogate=True,
 )
+PRETRAINING = ({"temperature": 4.0, "alpha": 0.5}, DKD.grid[0], DIST.grid[2])
+"""Settings of :func:`pretrained`."""
+_THEN_OWN, _FIRST = "another data set first, then the transfer set", "after Orekondy et al., CVPR 2019"
+PRETRAINED_SOFT = replace(
+    _attack(_THEN_OWN, _FIRST, partial(pretrained, loss=soft_loss), True, *PRETRAINING),
+    surrogate=True,
+    runs=1 + PRETRAINED,
+)
+PRETRAINED_HARD = Attack(
+    f"top-1 answers to {_THEN_OWN}",
+    _FIRST,
+    "floor",
+    Access.LABELS,
+    True,
+    tuple({**config, "confidence": 0.4} for config in PRETRAINING),
+    partial(pretrained, loss=partial(from_top1, soft_loss)),
+    surrogate=True,
+    runs=1 + PRETRAINED,
+)
+PRETRAINED_SOFT_UNLABELLED, PRETRAINED_HARD_UNLABELLED = map(without_labels, (PRETRAINED_SOFT, PRETRAINED_HARD))
 DATA_FREE = _attack(
     "queries from a generator of random fields",
     "own, after Baradad et al., NeurIPS 2021",

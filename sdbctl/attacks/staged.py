@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -189,11 +190,17 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 
 
 TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
-SCM = _attack(
-    "SCM, a chain of two students",
-    "after Jandial et al., ECCV 2022",
-    scm,
-    *({**config, "contrast": weight} for config, weight in ((_HALF, 0.0), (_HALF, 0.1), (_HALF1, 0.0), (_TAU4, 0.0))),
+SCM = replace(
+    _attack(
+        "SCM, a chain of two students",
+        "after Jandial et al., ECCV 2022",
+        scm,
+        *(
+            {**config, "contrast": weight}
+            for config, weight in ((_HALF, 0.0), (_HALF, 0.1), (_HALF1, 0.0), (_TAU4, 0.0))
+        ),
+    ),
+    runs=2.0,
 )
 HARD_SEQUENCE = Attack(
     "a chain of two students from top-1 answers",
@@ -203,6 +210,7 @@ HARD_SEQUENCE = Attack(
     True,
     HARD_MIXED.grid[:3],
     hard_sequence,
+    runs=2.0,
 )
 SKEPTICAL = _attack(
     "skeptical student",

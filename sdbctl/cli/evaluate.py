@@ -122,6 +122,7 @@ def evaluate(
     import torch
 
     from sdbctl import evaluate, files
+    from sdbctl.attacks.base import COPY_BYTES
     from sdbctl.cells import Bench, EvalConfig, as_worker
     from sdbctl.curves import listening
     from sdbctl.data import load as load_data
@@ -172,13 +173,15 @@ def evaluate(
         part.alone() if part is splits.transfer or part.in_memory else part
         for part in (splits.transfer, splits.validation, splits.test)
     )
+    recipe = scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr)
     if other_images is not None:
-        # drawn at random, since files may be sorted by class, and as many as the transfer set has: the same budget
+        # drawn at random, since files may be sorted by class, and as many as queries are sent about the transfer set
         order = torch.randperm(len(other_images), generator=torch.Generator().manual_seed(0))
-        other_images = other_images.take(order[: len(transfer)]).alone()
+        queries = min(len(transfer) * recipe.epochs, COPY_BYTES // math.prod(other_images.shape))
+        other_images = other_images.take(order[:queries]).alone()
     config = EvalConfig(
         student=student,
-        recipe=scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr),
+        recipe=recipe,
         seeds=seeds,
         tune=tune,
         jobs=jobs,
