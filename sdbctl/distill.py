@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def distill(
     views: int | None = None,
     record: Record | None = None,
     progress: Progress | None = None,
-    resume_from: Resume | None = None,
+    resume_from: Sequence[Resume] = (),
 ) -> Distilled:
     """Train a student.
 
@@ -78,7 +79,7 @@ def distill(
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         record: Where answers are kept for other students.
         progress: Where progress goes.
-        resume_from: Where the state is kept from which an interrupted run goes on.
+        resume_from: Where the state of each run of the student is kept from which it goes on if it was interrupted.
 
     Raises:
         UsageError: The attack needs what there is not, such as weights.

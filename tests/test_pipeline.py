@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sdbctl import boxfile, data, evaluate, losses, metrics, models, training
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
+from sdbctl.attacks.soft import METHODS
 from sdbctl.box import (
     PGD_EPSILON,
     TEACHERS,
@@ -267,6 +268,57 @@ def test_a_state_that_takes_long_to_keep_is_kept_less_often(splits, tmp_path, mo
     monkeypatch.setattr(training, "SAVED_SHARE", 1e-9)
     train(splits, Recipe(epochs=4, batch_size=64), tmp_path / "state")
     assert kept == [1, 4]
+
+
+def test_a_student_of_two_data_sets_goes_on_in_either_of_its_runs(work, boxed, splits, tmp_path):
+    teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
+
+    class Stop(Silent):
+        def __init__(self, runs):
+            self.runs = runs
+
+        def start(self, name, steps):
+            self.runs -= 1
+            if self.runs == 0:
+                raise KeyboardInterrupt
+
+    def student(states=(), stop=None):
+        return distill(
+            ATTACKS["pretrained"], METHODS["dist"], teacher, "cnn-tiny", 10, splits.transfer.take(range(64)),
+            boxed.meta.preprocess, Recipe(epochs=2, batch_size=32), ENGINE, surrogate=splits.validation.unlabelled(),
+            progress=stop, resume_from=[Resume(state, "run") for state in states],
+        ).student.state_dict()  # fmt: skip
+
+    whole, states = student(), [tmp_path / "1", tmp_path / "2"]
+    for interrupted in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            student(states, Stop(interrupted))
+        assert states[0].exists() == (interrupted == 2) and not states[1].exists()
+    resumed = student(states)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_distillation_with_another_loss_and_with_another_data_set(work, splits, tmp_path):
+    np.savez(tmp_path / "foreign.npz", images=splits.validation.pixels.numpy(), labels=splits.validation.labels.numpy())
+    out = tmp_path / "x.safetensors"
+    common = ("distill", work / "boxed.onnx", "--student", "cnn-tiny", "--data", "digits", "--epochs", 2, "-o", out)
+    queries = {}
+    for extra, name in (
+        (("--method", "dist"), "dist"),
+        (("--method", "dkd", "--no-labels"), "dkd_unlabelled"),
+        (("--surrogate", f"npz:{tmp_path}/foreign.npz"), "pretrained"),
+    ):
+        done = run_cli(*common, *extra, "--json", "--force")
+        assert done.returncode == 0, done.stderr.decode()
+        said, meta = json.loads(done.stdout), boxfile.read_metadata(out)
+        assert said["method"] == meta.objective == name
+        queries[name] = said["queries"]
+        assert bool(meta.parameters["surrogate"]) == (name == "pretrained")
+        assert list(tmp_path.glob(".*")) == []
+    foreign = int(re.search(rb"surrogate: ([\d,]+) images", done.stderr)[1].replace(b",", b""))
+    assert said["queries"] == queries["dist"] + foreign
+    unknown = run_cli(*common, "--method", "magic", "--force")
+    assert unknown.returncode == 2 and b"unknown method magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
 
 
 class StopAfterTwo(Silent):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,7 +43,7 @@ class Attacker:
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         progress: Where progress goes.
         name: What the progress display calls the student.
-        resume_from: Where the state is kept from which an interrupted run goes on.
+        resume_from: Where the state of each run of the student is kept from which it goes on if it was interrupted.
 
     Attributes:
         seconds: Time spent training.
@@ -67,7 +67,7 @@ class Attacker:
         views: int | None = None,
         progress: Progress | None = None,
         name: str = "student",
-        resume_from: Resume | None = None,
+        resume_from: Sequence[Resume] = (),
     ) -> None:
         self.student, self.build, self.preprocess, self.recipe, self.engine = student, build, preprocess, recipe, engine
         self.oracle, self.labels, self.weights, self.surrogate = oracle, labels, weights, surrogate
@@ -76,7 +76,7 @@ class Attacker:
         self.views = views or recipe.epochs
         self.seconds = 0.0
         self.guess: Tensor | None = None
-        self._progress, self._name, self._resume_from = progress, name, resume_from
+        self._progress, self._name, self._resume_from = progress, name, list(resume_from)
         self._asked: dict[str, Tensor | None] = {}
         self._room = REMEMBERED_BYTES
 
@@ -117,6 +117,7 @@ class Attacker:
 
         With ``record`` a GPU may replay it: see :class:`sdbctl.training.Updater` for what it then must not do.
         """
+        resume_from = self._resume_from.pop(0) if net is self.student and self._resume_from else None
         self.seconds += fit(
             net,
             lambda model, batch: {"loss": step(model, batch)},
@@ -126,7 +127,7 @@ class Attacker:
             self.engine,
             name=self._name,
             progress=self._progress,
-            resume_from=self._resume_from if net is self.student else None,
+            resume_from=resume_from,
             record=record,
         )
 

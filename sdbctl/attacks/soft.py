@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -63,6 +63,14 @@ def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> 
 def soft_loss(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """The loss that the configuration has settings of: :func:`dist`, :func:`dkd`, else plain distillation."""
     return (dist if "weight" in config else dkd if "beta" in config else soft_labels)(z, answer, y, config)
+
+
+METHODS: Mapping[str, Config] = {
+    "kd": {"temperature": 4.0, "alpha": 0.9},
+    "dkd": {"temperature": 4.0, "beta": 1.0},
+    "dist": {"temperature": 4.0, "weight": 1.0},
+}
+"""Usual settings of the attacks whose losses :func:`soft_loss` knows, by name."""
 
 
 def from_label(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:

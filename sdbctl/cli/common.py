@@ -100,6 +100,21 @@ def open_data(
     return dataset
 
 
+def open_surrogate(spec: str, root: Path, shape: tuple[int, int, int], most: int, *, download: bool) -> ImageSet:
+    """Images of another data set, at most as many as queries are sent about the transfer set, in memory."""
+    import torch
+
+    from sdbctl import data
+    from sdbctl.attacks.base import COPY_BYTES
+
+    images = data.load(spec, root=root, size=shape[1], channels=shape[0], download=download, notice=say).train
+    # at random, since files may be sorted by class
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    some = images.take(order[: min(most, COPY_BYTES // math.prod(shape))]).alone()
+    say(f"surrogate: {len(some):,} images")
+    return some
+
+
 def check_classes(dataset: Dataset, classes: int, what: str) -> None:
     """Refuse data whose number of classes is not the model's."""
     if len(dataset.classes) != classes:

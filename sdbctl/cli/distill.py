@@ -14,6 +14,7 @@ from sdbctl.cli.common import (
     check_classes,
     open_data,
     open_model,
+    open_surrogate,
     pick,
     preprocess_for,
     preset,
@@ -41,9 +42,13 @@ def distill(
     test_size: o.TestSize = None,
     arch: o.Arch = None,
     normalize: o.Normalize = None,
+    method: Annotated[
+        str, typer.Option("--method", help="Loss: kd, dkd or dist, which often teaches more.", metavar="NAME")
+    ] = "kd",
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
-    alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels.")] = 0.9,
+    alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels, of kd.")] = 0.9,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")] = True,
+    surrogate: o.Surrogate = None,
     sealed: Annotated[
         bool | None,
         typer.Option(
@@ -77,8 +82,9 @@ def distill(
     if not 0 < temperature < 1e4:
         raise UsageError(f"temperature is {temperature:g}", "use a number above 0, such as 4")
     processes = together(devices, nodes)
-    state = output.with_name(f".{output.stem}.resume")
-    begin([state], [output, profile], resume=resume, force=force)
+    # a student of two data sets is trained in two runs
+    states = [output.with_name(f".{output.stem}{part}.resume") for part in ("", "-2")]
+    begin(states, [output, profile], resume=resume, force=force)
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
     if sealed and key is None:
         raise UsageError("only a key opens what is sealed", "give --key-file, or leave out --sealed")
@@ -87,6 +93,7 @@ def distill(
 
     from sdbctl import boxfile, metrics
     from sdbctl.attacks import ATTACKS
+    from sdbctl.attacks.soft import METHODS
     from sdbctl.box import TRIED_IMAGES
     from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
     from sdbctl.distill import build_student
@@ -94,6 +101,8 @@ def distill(
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
     from sdbctl.training import Recipe, Resume, image_seconds, predict, recorded_precision
 
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method}", f"use one of: {', '.join(METHODS)}")
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     helper, helpers, shown = None, list[Loaded](), "public outputs"
@@ -127,6 +136,14 @@ def distill(
         shown = f"{helper.architecture} number {helpers.index(helper) + 1} of {len(helpers)} that were sealed in it"
     size = dataset.train.shape
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    foreign = None
+    if surrogate is not None:
+        most = len(splits.transfer) * recipe.epochs
+        foreign = open_surrogate(surrogate, data_root, size, most, download=download)
+    name = f"{method if foreign is None else 'pretrained'}{'' if labels else '_unlabelled'}"
+    attack, config = ATTACKS[name], {**METHODS[method], "temperature": temperature}
+    if "alpha" in config:
+        config["alpha"] = alpha if labels else 1.0
     net = build_student(student, classes, size[0], seed)
     engine = pick(
         device,
@@ -138,7 +155,7 @@ def distill(
         nodes=nodes,
         strategy=strategy,
         profile=profile,
-        kept=recorded_precision(state) if resume else None,
+        kept=recorded_precision(*states) if resume else None,
     )
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     net_asked = helper or loaded
@@ -153,22 +170,22 @@ def distill(
     accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = image_seconds(net, recipe.batch_size, size, engine)
-    announce({"student": 4 / 3 * one * len(splits.transfer) * recipe.epochs}, dry_run=dry_run)
-    attack = ATTACKS["kd" if labels else "kd_unlabelled"]
-    config = {"temperature": temperature, "alpha": alpha if labels else 1.0}
+    announce({"student": 4 / 3 * one * attack.runs * len(splits.transfer) * recipe.epochs}, dry_run=dry_run)
     if not resume:
-        state.unlink(missing_ok=True)
+        for state in states:
+            state.unlink(missing_ok=True)
     made = Metadata(
         kind="student",
         architecture=student,
         classes=dataset.classes,
         preprocess=preprocess,
-        objective="kd" if labels else "kd_unlabelled",
+        objective=name,
         parameters={
             **config,
             "recipe": vars(recipe),
             "authorized": key is not None,
             "sealed": helper is not None,
+            "surrogate": foreign.digest if foreign is not None else "",
             "key_id": key.id if key else "",
             "teacher_sha256": boxfile.identity(teacher),
         },
@@ -186,11 +203,13 @@ def distill(
             preprocess,
             recipe,
             engine,
+            surrogate=foreign,
             progress=progress,
-            resume_from=Resume(state, made.run),
+            resume_from=[Resume(state, made.run) for state in states],
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
-    queries = len(splits.transfer) * recipe.epochs  # before an interruption, too
+    # before an interruption, too
+    queries = len(splits.transfer) * recipe.epochs + (len(foreign) if foreign is not None else 0)
     measured = {
         "top1": round(top1, 3),
         "n": len(splits.test),
@@ -198,10 +217,12 @@ def distill(
         "queries": queries,
     }
     boxfile.save(output, net.state_dict(), replace(made, measured=measured), force=force)
-    Resume(state, made.run).done()
+    for state in states:
+        Resume(state, made.run).done()
     result: dict[str, Any] = {
         "student": str(output),
         "sealed": helper is not None,
+        "method": name,
         "teacher_top1": round(accuracy, 3),
         **measured,
         **config,
@@ -209,7 +230,8 @@ def distill(
     rows = {
         "student": f"{student}: {top1:.2f} % top-1 on {len(splits.test):,} test images",
         "teacher": f"{accuracy:.2f} % (validation), {shown}, {asked.where}",
-        "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries",
+        "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries"
+        f"{f', {len(foreign):,} of them about another data set, first' if foreign is not None else ''}",
         "time": f"{seconds:.0f} s, {len(splits.transfer) * recipe.epochs / max(seconds, 1e-9):.0f} images/s",
         "written": output,
     }

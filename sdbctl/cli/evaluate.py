@@ -17,6 +17,7 @@ from sdbctl.cli.common import (
     check_classes,
     open_data,
     open_model,
+    open_surrogate,
     pick,
     preprocess_for,
     read_key,
@@ -72,9 +73,7 @@ def evaluate(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
     suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "standard",
-    surrogate: Annotated[
-        str | None, typer.Option("--surrogate", metavar="SPEC", help="Other images, for attackers without yours.")
-    ] = None,
+    surrogate: o.Surrogate = None,
     tune: Annotated[
         int | None,
         typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing. [default: the suite's]"),
@@ -122,10 +121,8 @@ def evaluate(
     import torch
 
     from sdbctl import evaluate, files
-    from sdbctl.attacks.base import COPY_BYTES
     from sdbctl.cells import Bench, EvalConfig, as_worker
     from sdbctl.curves import listening
-    from sdbctl.data import load as load_data
     from sdbctl.distill import build_student
     from sdbctl.protocol import plan
     from sdbctl.report.render import FORMATS
@@ -160,9 +157,6 @@ def evaluate(
     )
     check_classes(dataset, opened.classes, box.name)
     size = dataset.train.shape
-    other_images = None
-    if surrogate is not None:
-        other_images = load_data(surrogate, root=data_root, size=size[1], channels=size[0], download=download).train
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
         jobs = torch.get_num_threads()
@@ -174,11 +168,10 @@ def evaluate(
         for part in (splits.transfer, splits.validation, splits.test)
     )
     recipe = scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr)
-    if other_images is not None:
-        # drawn at random, since files may be sorted by class, and as many as queries are sent about the transfer set
-        order = torch.randperm(len(other_images), generator=torch.Generator().manual_seed(0))
-        queries = min(len(transfer) * recipe.epochs, COPY_BYTES // math.prod(other_images.shape))
-        other_images = other_images.take(order[:queries]).alone()
+    foreign = None
+    if surrogate is not None:
+        most = len(transfer) * recipe.epochs
+        foreign = open_surrogate(surrogate, data_root, size, most, download=download)
     config = EvalConfig(
         student=student,
         recipe=recipe,
@@ -204,7 +197,7 @@ def evaluate(
         len(dataset.classes),
         dataset.fingerprint,
         answers=cache / "answers" if attack else None,
-        surrogate=other_images,
+        surrogate=foreign,
         strength=meta.strength if meta else 0.0,
     )
     cells = cache / "cells"

@@ -40,6 +40,15 @@ TransferSize = Annotated[
     int | None,
     typer.Option("--transfer-size", metavar="N", min=1, help="Images of the attacker's split.", rich_help_panel=DATA),
 ]
+Surrogate = Annotated[
+    str | None,
+    typer.Option(
+        "--surrogate",
+        metavar="SPEC",
+        help="Images of another data set, which are asked about, too.",
+        rich_help_panel=DATA,
+    ),
+]
 OwnerSize = Annotated[
     int | None,
     typer.Option("--owner-size", metavar="N", min=1, help="Images of the owner's split.", rich_help_panel=DATA),
