@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
+from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -81,19 +81,26 @@ def plan(bench: Bench) -> Plan:
     held, screened = 0.0, 0
     for name, found in groups.items():
         left, places, before = len(found), _places(found), sum(cells)
-        each = [ATTACKS[option.row.attack].runs for option in found]
         for epochs in (lengths := rungs(bench, found[0].row)):
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
-                cells += [float(np.mean(each)) * epochs / config.recipe.epochs] * left
+                cells += [float(np.mean([_runs(bench, option.row.name, epochs) for option in found]))] * left
                 screened += left
                 left = goal
-        cells += [max(each)] * (_seeds(bench, name) * places)
+        # the longest may win
+        longest = sorted((_runs(bench, row, config.recipe.epochs) for row in _rows(found)), reverse=True)
+        cells += longest[:places] * _seeds(bench, name)
         held += sum(cells) - before if found[0].row.access == "file" else 0.0
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += [1.0] * _spare(bench)
     teachers = {option.teacher for found in groups.values() for option in found} - {""}
     return Plan(len(cells), len(cells) - screened, sum(cells), held, len(teachers))
+
+
+def _runs(bench: Bench, row: str, epochs: int) -> float:
+    """How many whole runs on the transfer set a student takes."""
+    whole, own = (len(bench.transfer) * count for count in (bench.config.recipe.epochs, epochs))
+    return (own + ATTACKS[BY_NAME[row].attack].extra(own)) / whole
 
 
 def _competing(bench: Bench) -> list[list[Option]]:

@@ -220,7 +220,7 @@ class Attack:
         grid: Configurations to choose from on validation data.
         train: What it does.
         surrogate: Whether it asks about images of another data set; they are withheld otherwise.
-        runs: What one student takes, in plain students.
+        extra: Images that its students see beside a run on the transfer set, given how many that run has.
     """
 
     summary: str
@@ -231,7 +231,7 @@ class Attack:
     grid: tuple[Config, ...]
     train: Train
     surrogate: bool = False
-    runs: float = 1.0
+    extra: Callable[[float], float] = lambda run: 0.0
 
 
 def without_labels(attack: Attack) -> Attack:

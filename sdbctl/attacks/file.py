@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
-from sdbctl.attacks.queries import PRETRAINED, PRETRAINING, pretrained
+from sdbctl.attacks.queries import PRETRAINING, first_foreign, pretrained
 from sdbctl.attacks.soft import DIST, DKD, EITHER, info_nce, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
@@ -293,7 +293,7 @@ PRETRAINED_HELD = replace(
         *({**config, "scale": 1.0} for config in PRETRAINING),
     ),
     surrogate=True,
-    runs=1 + PRETRAINED,
+    extra=first_foreign,
 )
 PRETRAINED_HELD_UNLABELLED = without_labels(PRETRAINED_HELD)
 AMPLIFIED_UNLABELLED, NOISY_UNLABELLED, REESTIMATED_UNLABELLED, STRIPPED_DIST_UNLABELLED = map(

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate, one_hot
 from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, without_labels
 from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
 from sdbctl.attacks.kd import soft_labels
-from sdbctl.attacks.soft import DIST, DKD, from_top1, soft_loss
+from sdbctl.attacks.soft import DIST, from_top1, soft_loss
 from sdbctl.data import Batch, ImageSet, like
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
@@ -153,10 +153,15 @@ def _some_foreign(attacker: Attacker, epoch: int) -> ImageSet:
     return attacker.augmented(foreign.take((epoch * size + torch.arange(size)) % len(foreign)), epoch)
 
 
-PRETRAINED = 3.0
-"""Foreign images that a student sees for each that it sees of its transfer set."""
+PRETRAINED, PASSES = 150_000, 40
+"""Images of another data set that a student sees before those of its transfer set, and how often the same at most."""
 TUNED = 0.25
 """Of the learning rate, for what was trained before."""
+
+
+def first_foreign(run: float) -> float:
+    """Images at most that a student sees before its transfer set, however many that has."""
+    return float(PRETRAINED)
 
 
 def pretrained(
@@ -175,12 +180,11 @@ def pretrained(
     """
     foreign, tell = _foreign(attacker), tell or attacker.ask
     told = tell(foreign)
-    seen = PRETRAINED * attacker.recipe.epochs * len(attacker.images)
     attacker.learn(
         lambda z, answer, y: loss(z, answer, None, config),
         sets=lambda epoch: attacker.augmented(foreign, epoch),
         targets=lambda images: told,
-        recipe=scaled(attacker.recipe, epochs=max(1, round(seen / len(foreign)))),
+        recipe=scaled(attacker.recipe, epochs=min(PASSES, max(1, round(PRETRAINED / len(foreign))))),
     )
     attacker.learn(
         lambda z, answer, y: loss(z, answer, y, config),
@@ -311,13 +315,13 @@ COPYCAT = Attack(
     copycat,
     surrogate=True,
 )
-PRETRAINING = ({"temperature": 4.0, "alpha": 0.5}, DKD.grid[0], DIST.grid[2])
+PRETRAINING = (DIST.grid[2],)
 """Settings of :func:`pretrained`."""
 _THEN_OWN, _FIRST = "another data set first, then the transfer set", "after Orekondy et al., CVPR 2019"
 PRETRAINED_SOFT = replace(
     _attack(_THEN_OWN, _FIRST, partial(pretrained, loss=soft_loss), True, *PRETRAINING),
     surrogate=True,
-    runs=1 + PRETRAINED,
+    extra=first_foreign,
 )
 PRETRAINED_HARD = Attack(
     f"top-1 answers to {_THEN_OWN}",
@@ -328,7 +332,7 @@ PRETRAINED_HARD = Attack(
     tuple({**config, "confidence": 0.4} for config in PRETRAINING),
     partial(pretrained, loss=partial(from_top1, soft_loss)),
     surrogate=True,
-    runs=1 + PRETRAINED,
+    extra=first_foreign,
 )
 PRETRAINED_SOFT_UNLABELLED, PRETRAINED_HARD_UNLABELLED = map(without_labels, (PRETRAINED_SOFT, PRETRAINED_HARD))
 DATA_FREE = _attack(

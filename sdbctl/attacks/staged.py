@@ -189,6 +189,10 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
     return Attack(summary, source, "attack", Access.PROBABILITIES, True, grid or (_TAU4,), train)
 
 
+def _twice(run: float) -> float:
+    return run
+
+
 TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
 SCM = replace(
     _attack(
@@ -200,7 +204,7 @@ SCM = replace(
             for config, weight in ((_HALF, 0.0), (_HALF, 0.1), (_HALF1, 0.0), (_TAU4, 0.0))
         ),
     ),
-    runs=2.0,
+    extra=_twice,
 )
 HARD_SEQUENCE = Attack(
     "a chain of two students from top-1 answers",
@@ -210,7 +214,7 @@ HARD_SEQUENCE = Attack(
     True,
     HARD_MIXED.grid[:3],
     hard_sequence,
-    runs=2.0,
+    extra=_twice,
 )
 SKEPTICAL = _attack(
     "skeptical student",

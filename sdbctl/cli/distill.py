@@ -170,7 +170,8 @@ def distill(
     accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = image_seconds(net, recipe.batch_size, size, engine)
-    announce({"student": 4 / 3 * one * attack.runs * len(splits.transfer) * recipe.epochs}, dry_run=dry_run)
+    run = len(splits.transfer) * recipe.epochs
+    announce({"student": 4 / 3 * one * (run + attack.extra(run))}, dry_run=dry_run)
     if not resume:
         for state in states:
             state.unlink(missing_ok=True)
