@@ -285,6 +285,13 @@ class Bench:
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    def runs(self, row: str, epochs: int | None = None) -> float:
+        """How many whole runs on the transfer set a student takes."""
+        whole = len(self.transfer) * self.config.recipe.epochs
+        own = len(self.transfer) * (epochs or self.config.recipe.epochs)
+        foreign = len(self.surrogate) if self.surrogate is not None else 0
+        return (own + ATTACKS[BY_NAME[row].attack].extra(own, foreign)) / whole
+
     @property
     def secret(self) -> Tensor | None:
         """The secret pattern [C, H, W] in [0, 1], to judge what attackers found."""
@@ -359,7 +366,7 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         progress.advance(1, {"validation": outcome.validation})
 
     # those who hold weights train more than one network: begun last, they would be waited for
-    todo.sort(key=lambda cell: -ATTACKS[BY_NAME[cell.row].attack].access)
+    todo.sort(key=lambda cell: (-bench.runs(cell.row, cell.epochs), -ATTACKS[BY_NAME[cell.row].attack].access))
     jobs = min(bench.config.jobs, len(todo))
     if bench.config.cluster and todo:
         assert folder is not None

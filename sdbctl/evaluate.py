@@ -133,6 +133,7 @@ def evaluate(
             "tuned_configurations": bench.config.tuned,
             "recipe": asdict(bench.config.recipe),
             "transfer_images": len(bench.transfer),
+            "surrogate_images": len(bench.surrogate) if bench.surrogate is not None else 0,
             "validation_images": len(bench.validation),
             "test_images": len(bench.test),
             "data_fingerprint": bench.fingerprint,
@@ -301,7 +302,8 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
 
 
 def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict[str, object]:
-    trained = [student for student in students.values() if student.seconds]
+    plain = [row.name for row in bench.rows() if bench.runs(row.name) == 1]
+    trained = [students[name] for name in plain if name in students and students[name].seconds]
     images = len(bench.transfer) * bench.config.recipe.epochs
     rate = images / float(np.mean([student.seconds for student in trained])) if trained else None
     return {

@@ -7,7 +7,7 @@ the floor reaches, by the judgement of all other seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
+from sdbctl.suites import ALWAYS, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -76,31 +76,29 @@ class Plan:
 
 def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
-    groups, config = options(bench), bench.config
+    groups = options(bench)
     cells: list[float] = []
     held, screened = 0.0, 0
     for name, found in groups.items():
         left, places, before = len(found), _places(found), sum(cells)
         for epochs in (lengths := rungs(bench, found[0].row)):
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
-                cells += [float(np.mean([_runs(bench, option.row.name, epochs) for option in found]))] * left
+                # the longest may go on, and win
+                cells += _longest(bench, (option.row.name for option in found), epochs)[:left]
                 screened += left
                 left = goal
-        # the longest may win
-        longest = sorted((_runs(bench, row, config.recipe.epochs) for row in _rows(found)), reverse=True)
-        cells += longest[:places] * _seeds(bench, name)
+        cells += _longest(bench, _rows(found))[:places] * _seeds(bench, name)
         held += sum(cells) - before if found[0].row.access == "file" else 0.0
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
-    cells += [1.0] * _spare(bench)
+    cells += _spare(bench)
     teachers = {option.teacher for found in groups.values() for option in found} - {""}
     return Plan(len(cells), len(cells) - screened, sum(cells), held, len(teachers))
 
 
-def _runs(bench: Bench, row: str, epochs: int) -> float:
-    """How many whole runs on the transfer set a student takes."""
-    whole, own = (len(bench.transfer) * count for count in (bench.config.recipe.epochs, epochs))
-    return (own + ATTACKS[BY_NAME[row].attack].extra(own)) / whole
+def _longest(bench: Bench, rows: Iterable[str], epochs: int | None = None) -> list[float]:
+    """How many whole runs a student of each of some rows takes, from the longest."""
+    return sorted((bench.runs(row, epochs) for row in rows), reverse=True)
 
 
 def _competing(bench: Bench) -> list[list[Option]]:
@@ -114,10 +112,13 @@ def _controls(bench: Bench) -> dict[str, int]:
     return {name: bench.config.reported if name == "label_smoothing" else 1 for name in ALWAYS if name in rows}
 
 
-def _spare(bench: Bench) -> int:
-    """Students at most that are trained beside the winners, depending on who wins."""
-    twins = [min(_places(found), len(TWINS.keys() & _rows(found))) for found in _competing(bench)]
-    return sum(_controls(bench).values()) + sum(twins) * bench.config.reported
+def _spare(bench: Bench) -> list[float]:
+    """Runs at most of the students that are trained beside the winners, depending on who wins."""
+    runs = [1.0] * sum(_controls(bench).values())
+    for found in _competing(bench):
+        twins = _longest(bench, [TWINS[row] for row in TWINS.keys() & _rows(found)])
+        runs += twins[: _places(found)] * bench.config.reported
+    return runs
 
 
 def _rows(found: Sequence[Option]) -> set[str]:

@@ -269,7 +269,7 @@ SUITES: Mapping[str, Suite] = {
     ),
     "core": Suite("the floor and tuned distillation, without, with and with a wrong key", CORE),
     "strong": Suite(
-        "what decides most standard evaluations: the floor, KD, DIST and DKD, and the attacks on files that won one",
+        "what decides most standard evaluations: the floor, KD, DIST, DKD, pre-training, attacks on files that won one",
         (
             *CORE,
             *ALSO,

@@ -489,6 +489,15 @@ class Counting(Silent):
 def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
     # fine_tuned holds the file; the box, the original, the right and a wrong key answer
     assert protocol.plan(bench(work, splits, boxed, "quick", pattern)) == protocol.Plan(10, 10, 10.0, 1.0, 4)
+    foreign = splits.test.take(range(60, 85))
+    alone, more = (bench(work, splits, boxed, "strong", pattern, surrogate=one) for one in (None, foreign))
+    # 25 images seen 40 times before a run of 4 epochs of 40
+    assert [more.runs(row) for row in ("unauthorized", "scm", "pretrained", "pretrained_q")] == [1, 2, 7.25, 7.25]
+    assert more.runs("pretrained", epochs=2) == 6.75
+    assert queries.first_foreign(0, 30_000) == 150_000 and queries.first_foreign(0, 10**6) == 150_000
+    rows = [row for row in SUITES["strong"].rows if row.name in FOREIGN]
+    assert len(rows) == 10
+    assert protocol.plan(more).runs > protocol.plan(alone).runs + 7.25 * len(rows)
 
 
 def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch):
@@ -505,10 +514,11 @@ def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch)
 
 @pytest.mark.parametrize("suite", ["quick", "core", "strong", pytest.param("file", marks=pytest.mark.slow), "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
-    made, progress = bench(work, splits, boxed, suite, pattern), Counting()
+    foreign = splits.test.take(range(60, 85)) if suite == "strong" else None
+    made, progress = bench(work, splits, boxed, suite, pattern, surrogate=foreign), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
     assert progress.planned == protocol.plan(made).students
-    spared = protocol._spare(made)
+    spared = len(protocol._spare(made))
     assert progress.planned - spared <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
     again = Counting()
     resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
@@ -522,6 +532,11 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         assert "This is about who holds the file" in report.verdict or "Nothing to protect" in report.verdict
     if suite in ("file", "standard", "strong"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
+    if suite == "strong":
+        assert report.students.keys() >= FOREIGN - {"knockoff", "copycat"}
+        assert report.config["surrogate_images"] == 25
+        # what a claim is made for or against has all seeds
+        assert all(report.students[f"pretrained_{who}"].n == 2 for who in ("original", "q", "authorized"))
     if suite == "standard":
         assert set(report.students) >= {row.name for row in ALL if row not in NEAR} - {"disturbed", *FOREIGN}
         assert report.get("unauthorized_advantage.api.unlabelled.mean") is not None

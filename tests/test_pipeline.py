@@ -274,28 +274,39 @@ def test_a_student_of_two_data_sets_goes_on_in_either_of_its_runs(work, boxed, s
     teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
 
     class Stop(Silent):
-        def __init__(self, runs):
-            self.runs = runs
+        """Interrupts a run after so many of its losses were read, which is after each step here."""
+
+        def __init__(self, run, losses):
+            self.run, self.losses = run, losses
 
         def start(self, name, steps):
-            self.runs -= 1
-            if self.runs == 0:
-                raise KeyboardInterrupt
+            self.run -= 1
+
+        def advance(self, steps, metrics):
+            if self.run == 0:
+                self.losses -= 1
+                if self.losses == 0:
+                    raise KeyboardInterrupt
 
     def student(states=(), stop=None):
         return distill(
             ATTACKS["pretrained"], METHODS["dist"], teacher, "cnn-tiny", 10, splits.transfer.take(range(64)),
-            boxed.meta.preprocess, Recipe(epochs=2, batch_size=32), ENGINE, surrogate=splits.validation.unlabelled(),
+            boxed.meta.preprocess, Recipe(epochs=3, batch_size=32), ENGINE, surrogate=splits.validation.unlabelled(),
             progress=stop, resume_from=[Resume(state, "run") for state in states],
         ).student.state_dict()  # fmt: skip
 
-    whole, states = student(), [tmp_path / "1", tmp_path / "2"]
-    for interrupted in (1, 2):
+    whole, noted = student(), []
+    # in the second epoch of the first run, and of the second
+    for case, stop in enumerate((Stop(1, 10), Stop(2, 3))):
+        states = [tmp_path / f"{case}-1", tmp_path / f"{case}-2"]
         with pytest.raises(KeyboardInterrupt):
-            student(states, Stop(interrupted))
-        assert states[0].exists() == (interrupted == 2) and not states[1].exists()
-    resumed = student(states)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+            student(states, stop)
+        assert [state.exists() for state in states] == [True, case == 1]
+        going_on = Stop(0, 0)
+        going_on.note = noted.append
+        resumed = student(states, going_on)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert len(noted) == 3 and noted[0].startswith("resumed") and "after epoch 1 of 3" in noted[2]
 
 
 def test_distillation_with_another_loss_and_with_another_data_set(work, splits, tmp_path):
@@ -311,14 +322,24 @@ def test_distillation_with_another_loss_and_with_another_data_set(work, splits, 
         done = run_cli(*common, *extra, "--json", "--force")
         assert done.returncode == 0, done.stderr.decode()
         said, meta = json.loads(done.stdout), boxfile.read_metadata(out)
-        assert said["method"] == meta.objective == name
+        assert said["attack"] == meta.objective == name
         queries[name] = said["queries"]
         assert bool(meta.parameters["surrogate"]) == (name == "pretrained")
         assert list(tmp_path.glob(".*")) == []
     foreign = int(re.search(rb"surrogate: ([\d,]+) images", done.stderr)[1].replace(b",", b""))
     assert said["queries"] == queries["dist"] + foreign
     unknown = run_cli(*common, "--method", "magic", "--force")
-    assert unknown.returncode == 2 and b"unknown method magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
+    assert unknown.returncode == 2 and b"unknown method: magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
+    for wrong, said in (
+        (("--method", "dist", "--alpha", 0.5), b"dist has no --alpha"),
+        (("--surrogate", "digits"), b"--surrogate digits is the data set itself"),
+    ):
+        done = run_cli(*common, *wrong, "--force")
+        assert done.returncode == 2 and said in done.stderr
+    few = run_cli(
+        *common, "--surrogate", f"npz:{tmp_path}/foreign.npz", "--transfer-size", 20, "--epochs", 1, "--force"
+    )
+    assert b"surrogate: 20 images" in few.stderr and few.returncode == 0
 
 
 class StopAfterTwo(Silent):

@@ -220,7 +220,7 @@ class Attack:
         grid: Configurations to choose from on validation data.
         train: What it does.
         surrogate: Whether it asks about images of another data set; they are withheld otherwise.
-        extra: Images that its students see beside a run on the transfer set, given how many that run has.
+        extra: (images of a run on the transfer set, images of another data set) → how many more its students see.
     """
 
     summary: str
@@ -231,7 +231,7 @@ class Attack:
     grid: tuple[Config, ...]
     train: Train
     surrogate: bool = False
-    extra: Callable[[float], float] = lambda run: 0.0
+    extra: Callable[[float, int], float] = lambda run, foreign: 0.0
 
 
 def without_labels(attack: Attack) -> Attack:

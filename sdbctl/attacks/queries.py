@@ -14,7 +14,7 @@ from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, without_l
 from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.soft import DIST, from_top1, soft_loss
-from sdbctl.data import Batch, ImageSet, like
+from sdbctl.data import Batch, ImageSet, like, view
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
@@ -159,9 +159,10 @@ TUNED = 0.25
 """Of the learning rate, for what was trained before."""
 
 
-def first_foreign(run: float) -> float:
-    """Images at most that a student sees before its transfer set, however many that has."""
-    return float(PRETRAINED)
+def first_foreign(run: float, foreign: int) -> float:
+    """Images of another data set, of ``foreign`` many, that a student sees before its transfer set."""
+    some = min(foreign, PRETRAINED)
+    return float(some * min(PASSES, PRETRAINED // max(some, 1)))
 
 
 def pretrained(
@@ -176,19 +177,19 @@ def pretrained(
         attacker: Who trains.
         config: Settings of the loss.
         loss: Of a batch.
-        tell: Answers to a set; None for :meth:`Attacker.ask`.
+        tell: Answers to a set; None for what the oracle says.
     """
-    foreign, tell = _foreign(attacker), tell or attacker.ask
-    told = tell(foreign)
+    foreign = _foreign(attacker)
+    foreign = foreign.take(range(min(len(foreign), PRETRAINED)))
+    told = (tell or attacker.ask)(foreign)
     attacker.learn(
         lambda z, answer, y: loss(z, answer, None, config),
-        sets=lambda epoch: attacker.augmented(foreign, epoch),
+        sets=lambda epoch: view(foreign, epoch, attacker.recipe.augment),
         targets=lambda images: told,
-        recipe=scaled(attacker.recipe, epochs=min(PASSES, max(1, round(PRETRAINED / len(foreign))))),
+        recipe=scaled(attacker.recipe, epochs=round(first_foreign(0, len(foreign)) / len(foreign))),
     )
     attacker.learn(
         lambda z, answer, y: loss(z, answer, y, config),
-        sets=attacker.view,
         targets=tell,
         recipe=scaled(attacker.recipe, lr=TUNED * attacker.recipe.lr),
     )

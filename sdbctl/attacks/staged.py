@@ -189,7 +189,7 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
     return Attack(summary, source, "attack", Access.PROBABILITIES, True, grid or (_TAU4,), train)
 
 
-def _twice(run: float) -> float:
+def _twice(run: float, foreign: int) -> float:
     return run
 
 

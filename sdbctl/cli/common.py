@@ -100,17 +100,29 @@ def open_data(
     return dataset
 
 
-def open_surrogate(spec: str, root: Path, shape: tuple[int, int, int], most: int, *, download: bool) -> ImageSet:
-    """Images of another data set, at most as many as queries are sent about the transfer set, in memory."""
+def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, download: bool) -> ImageSet:
+    """Images of another data set, at most as many as queries are sent about the transfer set, in memory.
+
+    Of large images fewer: a gigabyte, but as many as the transfer set has.
+
+    Raises:
+        UsageError: It is the very data set that the transfer set is of.
+    """
     import torch
 
     from sdbctl import data
     from sdbctl.attacks.base import COPY_BYTES
 
-    images = data.load(spec, root=root, size=shape[1], channels=shape[0], download=download, notice=say).train
+    own = splits.transfer
+    channels, size, _ = own.shape
+    other = data.load(spec, root=root, size=size, channels=channels, download=download, notice=say)
+    if other.fingerprint == splits.fingerprint:
+        raise UsageError(f"--surrogate {spec} is the data set itself", "name another, whose images are not tested on")
+    images = other.train
     # at random, since files may be sorted by class
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    some = images.take(order[: min(most, COPY_BYTES // math.prod(shape))]).alone()
+    most = min(len(own) * epochs, max(len(own), COPY_BYTES // math.prod(own.shape)))
+    some = images.take(order[:most]).alone()
     say(f"surrogate: {len(some):,} images")
     return some
 

@@ -12,6 +12,7 @@ from sdbctl.cli.common import (
     announce,
     begin,
     check_classes,
+    check_known,
     open_data,
     open_model,
     open_surrogate,
@@ -46,7 +47,9 @@ def distill(
         str, typer.Option("--method", help="Loss: kd, dkd or dist, which often teaches more.", metavar="NAME")
     ] = "kd",
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
-    alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels, of kd.")] = 0.9,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels of kd. [default: 0.9]")
+    ] = None,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")] = True,
     surrogate: o.Surrogate = None,
     sealed: Annotated[
@@ -83,7 +86,7 @@ def distill(
         raise UsageError(f"temperature is {temperature:g}", "use a number above 0, such as 4")
     processes = together(devices, nodes)
     # a student of two data sets is trained in two runs
-    states = [output.with_name(f".{output.stem}{part}.resume") for part in ("", "-2")]
+    states = [output.with_name(f".{output.stem}{part}.resume") for part in ("", ".second")]
     begin(states, [output, profile], resume=resume, force=force)
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
     if sealed and key is None:
@@ -93,6 +96,7 @@ def distill(
 
     from sdbctl import boxfile, metrics
     from sdbctl.attacks import ATTACKS
+    from sdbctl.attacks.queries import PRETRAINED
     from sdbctl.attacks.soft import METHODS
     from sdbctl.box import TRIED_IMAGES
     from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
@@ -101,8 +105,7 @@ def distill(
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
     from sdbctl.training import Recipe, Resume, image_seconds, predict, recorded_precision
 
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method}", f"use one of: {', '.join(METHODS)}")
+    check_known("method", method, METHODS)
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     helper, helpers, shown = None, list[Loaded](), "public outputs"
@@ -138,12 +141,15 @@ def distill(
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     foreign = None
     if surrogate is not None:
-        most = len(splits.transfer) * recipe.epochs
-        foreign = open_surrogate(surrogate, data_root, size, most, download=download)
+        foreign = open_surrogate(surrogate, data_root, splits, recipe.epochs, download=download)
     name = f"{method if foreign is None else 'pretrained'}{'' if labels else '_unlabelled'}"
     attack, config = ATTACKS[name], {**METHODS[method], "temperature": temperature}
-    if "alpha" in config:
-        config["alpha"] = alpha if labels else 1.0
+    if alpha is not None:
+        if "alpha" not in config:
+            raise UsageError(f"{method} has no --alpha", "leave it out, or use --method kd")
+        config["alpha"] = alpha
+    if "alpha" in config and not labels:
+        config["alpha"] = 1.0
     net = build_student(student, classes, size[0], seed)
     engine = pick(
         device,
@@ -170,9 +176,11 @@ def distill(
     accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
     say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = image_seconds(net, recipe.batch_size, size, engine)
-    run = len(splits.transfer) * recipe.epochs
-    announce({"student": 4 / 3 * one * (run + attack.extra(run))}, dry_run=dry_run)
-    if not resume:
+    queries = len(splits.transfer) * recipe.epochs
+    seen = queries + attack.extra(queries, len(foreign) if foreign is not None else 0)
+    announce({"student": 4 / 3 * one * seen}, dry_run=dry_run)
+    # the second is worth nothing without the first
+    if not (resume and states[0].exists()):
         for state in states:
             state.unlink(missing_ok=True)
     made = Metadata(
@@ -210,7 +218,7 @@ def distill(
         )
     top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
     # before an interruption, too
-    queries = len(splits.transfer) * recipe.epochs + (len(foreign) if foreign is not None else 0)
+    queries += min(len(foreign), PRETRAINED) if foreign is not None else 0
     measured = {
         "top1": round(top1, 3),
         "n": len(splits.test),
@@ -223,7 +231,8 @@ def distill(
     result: dict[str, Any] = {
         "student": str(output),
         "sealed": helper is not None,
-        "method": name,
+        "method": method,
+        "attack": name,
         "teacher_top1": round(accuracy, 3),
         **measured,
         **config,
@@ -233,7 +242,7 @@ def distill(
         "teacher": f"{accuracy:.2f} % (validation), {shown}, {asked.where}",
         "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries"
         f"{f', {len(foreign):,} of them about another data set, first' if foreign is not None else ''}",
-        "time": f"{seconds:.0f} s, {len(splits.transfer) * recipe.epochs / max(seconds, 1e-9):.0f} images/s",
+        "time": f"{seconds:.0f} s, {seen / max(seconds, 1e-9):.0f} images/s",
         "written": output,
     }
     emit(result, json_, pairs("", rows))

@@ -170,8 +170,7 @@ def evaluate(
     recipe = scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr)
     foreign = None
     if surrogate is not None:
-        most = len(transfer) * recipe.epochs
-        foreign = open_surrogate(surrogate, data_root, size, most, download=download)
+        foreign = open_surrogate(surrogate, data_root, splits, recipe.epochs, download=download)
     config = EvalConfig(
         student=student,
         recipe=recipe,
