@@ -186,6 +186,8 @@ TWINS: Mapping[str, str] = {
     "reestimated_unlabelled": "dist_hard_unlabelled",
     "noisy": "dist_hard",
     "noisy_unlabelled": "dist_hard_unlabelled",
+    "amplified_answers": "dkd_hard",
+    "amplified_answers_unlabelled": "dkd_hard_unlabelled",
     "amplified": "dkd_hard",
     "amplified_unlabelled": "dkd_hard_unlabelled",
 }
@@ -279,6 +281,7 @@ SUITES: Mapping[str, Suite] = {
                     for name in (
                         "dkd",
                         "dkd_hard",
+                        "amplified_answers",
                         "amplified",
                         "reestimated",
                         "pretrained",

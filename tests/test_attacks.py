@@ -903,9 +903,36 @@ def test_every_attack_on_answers_has_a_twin_without_them():
     assert all(rows[twin].role == "floor" and rows[twin].labels <= rows[name].labels for name, twin in TWINS.items())
 
 
+def test_answers_pressed_flat_teach_as_before_once_they_are_amplified(work, splits):
+    """A box that shrinks the other classes a thousandfold hides nothing from who brings them back to one size."""
+    original = boxfile.load(work / "teacher.safetensors")
+
+    class Pressed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = original.net
+
+        def forward(self, x):
+            z = self.net(x)
+            top = z.argmax(1, keepdim=True)
+            rest = z.scatter(1, top, 0.0).sum(1, keepdim=True) / 9
+            return (rest + 1e-3 * (z - rest)).scatter(1, top, z.gather(1, top))
+
+    images, config = splits.transfer.take(range(64)), {**soft.DKD.grid[0], "scale": 1.0}
+    answers = []
+    for net in (original.net, Pressed()):
+        z = training.predict(net, images, original.meta.preprocess, ENGINE).log_softmax(1)
+        answers.append(soft.amplified(z, config["scale"]))
+    others = answers[0].argmax(1)[:, None] != torch.arange(10)
+    assert torch.allclose(*(z.sub(z[others].view(64, 9).mean(1, keepdim=True))[others] for z in answers), atol=0.02)
+    student = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+    one, other = (soft.soft_loss(student, z, None, config) for z in answers)
+    assert one == pytest.approx(float(other), rel=0.05)
+
+
 def test_amplified_against_numpy():
     """One size for what is left of the other classes; the predicted class stays ahead and keeps its distance."""
-    found = file.amplified(torch.tensor([[5.0, 1.0, 1.2, 0.8], [0.1, 0.0, 0.3, 0.2]]), 3.0)
+    found = soft.amplified(torch.tensor([[5.0, 1.0, 1.2, 0.8], [0.1, 0.0, 0.3, 0.2]]), 3.0)
     rest = np.array([1.0, 1.2, 0.8])
     assert np.allclose(found[0], [4.0, *3 * (rest - rest.mean()) / rest.std()], atol=1e-5)
     low = np.array([0.1, 0.0, 0.2])

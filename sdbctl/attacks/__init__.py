@@ -28,6 +28,8 @@ ATTACKS: dict[str, Attack] = {
     "repaired": soft.REPAIRED,
     "htc": soft.HTC,
     "htc_unlabelled": soft.HTC_UNLABELLED,
+    "amplified_answers": soft.AMPLIFIED_ANSWERS,
+    "amplified_answers_unlabelled": soft.AMPLIFIED_ANSWERS_UNLABELLED,
     "averaged_views": queries.AVERAGED_VIEWS,
     "hard_views": queries.HARD_VIEWS,
     "averaged_noise": queries.AVERAGED_NOISE,

@@ -13,11 +13,10 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss, no
 from sdbctl.attacks.base import Attack, Attacker, Config, Train, without_labels
 from sdbctl.attacks.kd import KD, KD_UNLABELLED
 from sdbctl.attacks.queries import PRETRAINING, first_foreign, pretrained
-from sdbctl.attacks.soft import DIST, DKD, EITHER, info_nce, soft_loss
+from sdbctl.attacks.soft import AMPLIFYING, DIST, EITHER, info_nce, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
 from sdbctl.errors import UsageError
-from sdbctl.losses import split_target
 from sdbctl.models.stages import Stages, head
 from sdbctl.teacher import Access
 from sdbctl.training import place, scaled, seeded
@@ -35,26 +34,11 @@ def held(attacker: Attacker) -> nn.Module:
     return place(attacker.weights, attacker.engine.device)
 
 
-def amplified(z: Tensor, scale: float) -> Tensor:
-    """Logits [B, C] with whatever is left of the other classes brought to one size.
-
-    A box leaves little of them, but what is left may point the right way; how large it is says nothing. The non-target
-    logits of each image get the standard deviation ``scale`` (compare logit standardisation, Sun et al., CVPR 2024),
-    and the predicted class keeps its distance from their mean, or just leads.
-    """
-    target = z.argmax(1)
-    own, rest = split_target(z, target)
-    mean, size = rest.mean(1, keepdim=True), rest.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)
-    least = (scale * (rest - mean) / size).amax(1) + 0.1
-    return (scale * (z - mean) / size).scatter(1, target[:, None], (own - mean[:, 0]).maximum(least)[:, None])
-
-
 def _from(attacker: Attacker, nets: list[nn.Module], config: Config) -> None:
-    """Distil the student from the mean log-probabilities of boxes, amplified if the configuration has a scale."""
+    """Distil the student from the mean log-probabilities of boxes."""
 
     def targets(images: ImageSet) -> Tensor:
-        z = torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
-        return amplified(z, config["scale"]) if "scale" in config else z
+        return torch.stack([outputs(attacker, net, images) for net in nets]).mean(0)
 
     attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=targets)
 
@@ -67,7 +51,7 @@ def stripped(attacker: Attacker, config: Config) -> None:
 def pretrained_held(attacker: Attacker, config: Config) -> None:
     """Images of another data set first, then the transfer set, by what the bare weights say, amplified."""
     net = held(attacker)
-    pretrained(attacker, config, soft_loss, lambda images: amplified(outputs(attacker, net, images), config["scale"]))
+    pretrained(attacker, config, soft_loss, lambda images: outputs(attacker, net, images))
 
 
 def _train_box(
@@ -261,8 +245,7 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
 
 
 _GRID = (*EITHER, {"temperature": 8.0, "alpha": 1.0})
-_AMPLIFIED = tuple({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0))
-_ANY = (*EITHER, _AMPLIFIED[0])
+_ANY = (*EITHER, AMPLIFYING[0])
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
@@ -272,7 +255,7 @@ def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
 STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
 STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
 STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
-AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, *_AMPLIFIED)
+AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, *AMPLIFYING)
 REHEAD = _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead)
 FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
@@ -284,7 +267,7 @@ FINE_TUNED = _attack(
 )
 PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, *({**config, "share": 0.3} for config in _ANY))
 NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _ANY))
-REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, _AMPLIFIED[0])
+REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, AMPLIFYING[0])
 PRETRAINED_HELD = replace(
     _attack(
         "another data set first, then the transfer set, by the bare weights, amplified",

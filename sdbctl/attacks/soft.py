@@ -60,8 +60,28 @@ def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> 
     return cross_entropy(z, target) + config["weight"] * tau**2 * (apart(p, q, 1) + apart(p, q, 0))
 
 
+def amplified(z: Tensor, scale: float) -> Tensor:
+    """Logits [B, C] with whatever is left of the other classes brought to one size.
+
+    A box leaves little of them, but what is left may point the right way; how large it is says nothing. The non-target
+    logits of each image get the standard deviation ``scale`` (compare logit standardisation, Sun et al., CVPR 2024),
+    and the predicted class keeps its distance from their mean, or just leads.
+    """
+    target = z.argmax(1)
+    own, rest = split_target(z, target)
+    mean, size = rest.mean(1, keepdim=True), rest.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)
+    least = (scale * (rest - mean) / size).amax(1) + 0.1
+    return (scale * (z - mean) / size).scatter(1, target[:, None], (own - mean[:, 0]).maximum(least)[:, None])
+
+
 def soft_loss(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """The loss that the configuration has settings of: :func:`dist`, :func:`dkd`, else plain distillation."""
+    """The loss that the configuration has settings of: :func:`dist`, :func:`dkd`, else plain distillation.
+
+    With a ``scale`` the answers are :func:`amplified` first.
+    """
+    assert answer is not None
+    if "scale" in config:
+        answer = amplified(answer, config["scale"])
     return (dist if "weight" in config else dkd if "beta" in config else soft_labels)(z, answer, y, config)
 
 
@@ -186,6 +206,14 @@ DIST_CONSTANT, DIST_HARD = _without_soft(
 )
 EITHER = (KD.grid[0], DIST.grid[0])
 """Configurations of :func:`soft_loss` for attacks that have something else to set."""
+AMPLIFYING = tuple({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0))
+AMPLIFIED_ANSWERS = _attack(
+    "what answers still show of the other classes, amplified",
+    "own",
+    soft_loss,
+    *AMPLIFYING,
+    {**DIST.grid[2], "scale": 1.0},
+)
 CLIPPED = _attack(
     "top-k distillation",
     "a common repair of poisoned outputs",
@@ -210,3 +238,4 @@ HTC = _attack(
 DKD_UNLABELLED, DKD_HARD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, HTC_UNLABELLED = map(
     without_labels, (DKD, DKD_HARD, DIST, DIST_HARD, CLIPPED, HTC)
 )
+AMPLIFIED_ANSWERS_UNLABELLED = without_labels(AMPLIFIED_ANSWERS)
