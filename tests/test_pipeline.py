@@ -588,6 +588,12 @@ def test_students_of_many_images_learn_from_keyed_outputs(sealing, work, tmp_pat
     student = ("distill", folder / "x.onnx", "--student", "cnn-tiny", "--epochs", 1, "--key-file", work / "k.bin")
     student += ("--force", "-o", tmp_path / "s.safetensors")
     assert b"resnet8 number 1 of 2" in run_cli(*student).stderr
+    np.savez(
+        tmp_path / "foreign.npz",
+        images=np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8),
+        labels=np.arange(40) % 2,
+    )
+    assert b"resnet8 number 2 of 2" in run_cli(*student, "--surrogate", f"npz:{tmp_path}/foreign.npz").stderr
     monkeypatch.setattr("sdbctl.box.TRIED_IMAGES", 100)
     assert b"resnet8 number 2 of 2" in run_cli(*student).stderr
     monkeypatch.setattr("sdbctl.cli.distill.FEW", 100)

@@ -135,7 +135,8 @@ def distill(
     if helpers and sealed is None and len(splits.transfer) > FEW:
         say(f"note: of more than {FEW:,} images students were not seen to learn more from what is sealed (--sealed)")
     elif helpers:
-        helper = helpers[0 if len(splits.transfer) <= TRIED_IMAGES else -1]
+        # foreign images are many, too
+        helper = helpers[0 if len(splits.transfer) <= TRIED_IMAGES and surrogate is None else -1]
         shown = f"{helper.architecture} number {helpers.index(helper) + 1} of {len(helpers)} that were sealed in it"
     size = dataset.train.shape
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
