@@ -270,7 +270,7 @@ NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config,
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, AMPLIFYING[0])
 PRETRAINED_HELD = replace(
     _attack(
-        "another data set first, then the transfer set, by the bare weights, amplified",
+        "bare weights, amplified, surrogate set first, then own images",
         "own",
         pretrained_held,
         *({**config, "scale": 1.0} for config in PRETRAINING),

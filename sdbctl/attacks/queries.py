@@ -318,14 +318,14 @@ COPYCAT = Attack(
 )
 PRETRAINING = (DIST.grid[2],)
 """Settings of :func:`pretrained`."""
-_THEN_OWN, _FIRST = "another data set first, then the transfer set", "after Orekondy et al., CVPR 2019"
+_THEN_OWN, _FIRST = "surrogate set first, then own images", "after Orekondy et al., CVPR 2019"
 PRETRAINED_SOFT = replace(
     _attack(_THEN_OWN, _FIRST, partial(pretrained, loss=soft_loss), True, *PRETRAINING),
     surrogate=True,
     extra=first_foreign,
 )
 PRETRAINED_HARD = Attack(
-    f"top-1 answers to {_THEN_OWN}",
+    f"top-1 answers, {_THEN_OWN}",
     _FIRST,
     "floor",
     Access.LABELS,
