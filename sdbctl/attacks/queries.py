@@ -159,10 +159,14 @@ TUNED = 0.25
 """Of the learning rate, for what was trained before."""
 
 
+def _passes(foreign: int) -> int:
+    return min(PASSES, PRETRAINED // max(foreign, 1))
+
+
 def first_foreign(run: float, foreign: int) -> float:
     """Images of another data set, of ``foreign`` many, that a student sees before its transfer set."""
     some = min(foreign, PRETRAINED)
-    return float(some * min(PASSES, PRETRAINED // max(some, 1)))
+    return float(some * _passes(some))
 
 
 def pretrained(
@@ -186,7 +190,7 @@ def pretrained(
         lambda z, answer, y: loss(z, answer, None, config),
         sets=lambda epoch: view(foreign, epoch, attacker.recipe.augment),
         targets=lambda images: told,
-        recipe=scaled(attacker.recipe, epochs=round(first_foreign(0, len(foreign)) / len(foreign))),
+        recipe=scaled(attacker.recipe, epochs=_passes(len(foreign))),
     )
     attacker.learn(
         lambda z, answer, y: loss(z, answer, y, config),
