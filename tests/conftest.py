@@ -2,18 +2,18 @@
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("COLUMNS", "200")
+# tests run side by side, so each, and each command that one starts, keeps to one core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ def run_cli(*args, stdin=None, cwd=None):
     return Result(result.exit_code, result.stdout_bytes, result.stderr_bytes)
 
 
+@pytest.fixture
+def short_trials(monkeypatch):
+    """For tests of what `box` does with the small students that it compares teachers by, not of how good they are."""
+    from sdbctl import box
+
+    monkeypatch.setattr(box, "TRIED", replace(box.TRIED, epochs=1))
+
+
 @pytest.fixture(scope="session")
 def digits():
     from sdbctl import data
@@ -71,8 +79,6 @@ def with_unknown_operator(path):
 @pytest.fixture(scope="session")
 def work(tmp_path_factory, digits, splits):
     """Folder with k.bin, teacher.safetensors, boxed.safetensors, boxed.reference.safetensors, boxed.onnx."""
-    from dataclasses import replace
-
     from sdbctl import boxfile, files
     from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
     from sdbctl.boxfile import Metadata

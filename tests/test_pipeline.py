@@ -964,6 +964,7 @@ def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path
     assert answers and all(path.stat().st_mode & 0o077 == 0 for path in answers)
 
 
+@pytest.mark.usefixtures("short_trials")
 def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(work, tmp_path):
     out = tmp_path / "x.safetensors"
     box_ = (
@@ -996,6 +997,7 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     assert wrong.returncode == 4 and b"is no reference of this checkpoint" in wrong.stderr
 
 
+@pytest.mark.usefixtures("short_trials")
 def test_published_presets_add_nothing_of_ours(work, tmp_path):
     published = [p for o in OBJECTIVES.values() for name, p in o.presets.items() if name != "default"]
     assert {preset.wrong_share for preset in published} == {0.0}

@@ -79,6 +79,7 @@ def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
 FOLDER = "hide=8_confidence-class"
 
 
+@pytest.mark.usefixtures("short_trials")
 def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     out, wrapper = tmp_path / "sweep", "wrapper uniform-nontarget"
     usual, exact = "hide=8, confidence class", "hide=8, confidence exact"
