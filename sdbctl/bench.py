@@ -91,8 +91,8 @@ def measure(
             onnx[name] = OnnxTeacher(path, engine.device)
     exact = Engine(engine.device)
     teachers: dict[str, Teacher] = {
-        "torch": TorchTeacher(net, classes, engine.autocast, engine.device),
-        "torch, fp32": TorchTeacher(net, classes, exact.autocast, engine.device),
+        "torch": TorchTeacher(net, classes, engine),
+        "torch, fp32": TorchTeacher(net, classes, exact),
     }
     if onnx["ONNX"].device.type == engine.device.type:
         teachers |= onnx

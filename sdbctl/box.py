@@ -182,7 +182,9 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
     """
     accuracy = metrics.top1(predict(place(net, engine.device), images, preprocess, engine), images.labels)
     chance = 100 / classes
-    if accuracy < chance + max(5.0 * chance**0.5 / len(images) ** 0.5 * 10, 1.0):
+    # five standard deviations of guessing, but of few images half of what there is to know
+    clearly = max(5 * (chance * (100 - chance) / len(images)) ** 0.5, 1.0)
+    if accuracy < chance + min(clearly, (100 - chance) / 2):
         raise BadInput(
             f"the original is at chance: {accuracy:.1f} % top-1 on {len(images)} images, guessing gives {chance:.1f} %",
             "check --data, --arch and --normalize",
@@ -314,7 +316,7 @@ def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress 
     return distill(
         attack,
         attack.grid[0],
-        TorchTeacher(reference, len(task.classes), task.engine.autocast, task.engine.device),
+        TorchTeacher(reference, len(task.classes), task.engine),
         TRIED_STUDENT,
         len(task.classes),
         images,
@@ -357,7 +359,7 @@ def what_students_learn(
     some, others = images.take(range(count)).alone(), images.take(range(count, len(images)))
     learned = {}
     for name, net in teachers.items():
-        teacher = TorchTeacher(net, len(task.classes), task.engine.autocast, task.engine.device)
+        teacher = TorchTeacher(net, len(task.classes), task.engine)
         students = [
             distill(
                 attack,

@@ -68,7 +68,7 @@ class Source:
         teacher: Teacher
         net = self.stand_in or self.net
         if net is not None:
-            teacher = TorchTeacher(net, classes, Engine(device).autocast, device)
+            teacher = TorchTeacher(net, classes, Engine(device))
         else:
             assert self.onnx is not None
             teacher = OnnxTeacher(self.onnx, device)
@@ -457,10 +457,8 @@ def _on_cluster(bench: Bench, todo: Sequence[Cell], folder: Path, finish: Callab
     The jobs read images, networks and the key's pattern from a folder that only its owner can read and that is
     removed at the end.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'") from None
+    import submitit
+
     with tempfile.TemporaryDirectory(prefix=".cluster-", dir=folder.parent) as private:
         shared = Path(private) / "bench"
         shared.touch(mode=0o600)

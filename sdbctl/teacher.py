@@ -57,20 +57,20 @@ class Teacher(Protocol):
 class TorchTeacher:
     """A torch module as a teacher."""
 
-    def __init__(self, model: nn.Module, classes: int, engine_autocast: Callable[[], Any], device: torch.device):
+    def __init__(self, model: nn.Module, classes: int, engine: Engine) -> None:
         # a network that other processes get stays on the CPU
-        net = model if device.type == "cpu" else copy.deepcopy(model)
-        self.model = net.to(device).to(memory_format=torch.channels_last).eval()
+        net = model if engine.device.type == "cpu" else copy.deepcopy(model)
+        self.model = net.to(engine.device).to(memory_format=torch.channels_last).eval()
         self.classes = classes
-        self.where = f"torch on {device}"
-        self._autocast = engine_autocast
+        self.where = f"torch on {engine.device}"
+        self._engine = engine
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
         # on a GPU, TF32 would be less than full precision
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else contextlib.nullcontext()
-        with exact, self._autocast():
+        with exact, self._engine.autocast():
             return self.model(x).float()  # type: ignore[no-any-return]
 
 

@@ -150,17 +150,16 @@ def pick_device(name: str) -> torch.device:
         EnvironmentFailure: CUDA was asked for and torch sees none.
         UsageError: Another name.
     """
-    kind = name.split(":")[0]
-    if kind not in ("auto", "cpu", "cuda"):
+    kind, _, number = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise UsageError(f"unknown device {name}", "use auto, cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure("device cuda was asked for, but torch sees no GPU", "use --device cpu")
+    if number and int(number) >= torch.cuda.device_count():
+        raise EnvironmentFailure(f"there is no GPU number {number}", f"torch sees {torch.cuda.device_count()}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device {name}", "use auto, cpu or cuda") from None
+    return torch.device(name)
 
 
 @torch.no_grad()
@@ -469,6 +468,8 @@ def fit(
     set_of = images if callable(images) else lambda _: images
     size = len(set_of(0))
     per_epoch = steps_per_epoch(size, recipe.batch_size, fabric.world_size)
+    if not per_epoch:
+        raise UsageError(f"{size} image cannot be trained on", "at least two are needed")
     total = recipe.epochs * per_epoch
     identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
     identity["run"] = resume_from.run if resume_from else ""

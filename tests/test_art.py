@@ -47,7 +47,7 @@ def theirs(kind, box, splits, seed):
 
 def ours(kind, box, splits, seed):
     recipe = Recipe(epochs=EPOCHS, batch_size=32, lr=0.1, augment="none", seed=seed)
-    teacher, config = TorchTeacher(box.net, 10, ENGINE.autocast, ENGINE.device), ATTACKS[kind].grid[0]
+    teacher, config = TorchTeacher(box.net, 10, ENGINE), ATTACKS[kind].grid[0]
     # the toolbox, too, is asked about images without labels
     known = {"surrogate": splits.transfer.unlabelled()}
     done = distill(

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
-from sdbctl.attacks import ATTACKS, base, file, inverse, keys, queries, soft
+from sdbctl.attacks import ATTACKS, Attacker, base, file, inverse, keys, queries, soft
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker
 from sdbctl.cli.common import open_model
 from sdbctl.cli.evaluate import gather, stand_in
-from sdbctl.data import like, view
+from sdbctl.data import changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
@@ -51,7 +51,7 @@ def pattern(work, boxed):
 
 @pytest.fixture(scope="module")
 def teacher(boxed):
-    return TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device)
+    return TorchTeacher(boxed.net, 10, ENGINE)
 
 
 FOREIGN = {row.name for row in ALL if ATTACKS[row.attack].surrogate}
@@ -101,7 +101,7 @@ def test_foreign_images_are_asked_about_once_and_own_ones_as_ever(teacher, boxed
 def test_other_images_of_the_same_kind_teach_most_of_what_they_know(work, splits, boxed, transfer):
     """With the original's answers to many images a student is better than with its own few alone."""
     original = boxfile.load(work / "teacher.safetensors")
-    teacher = TorchTeacher(original.net, 10, ENGINE.autocast, ENGINE.device)
+    teacher = TorchTeacher(original.net, 10, ENGINE)
     few, recipe = splits.transfer.take(range(40)), Recipe(epochs=40, batch_size=20)
 
     def accuracy(name):
@@ -143,7 +143,7 @@ def test_the_defence_that_answers_passed_is_found_and_undone(monkeypatch):
 
 def test_a_student_who_has_seen_no_image_is_far_above_chance(work, splits):
     original = boxfile.load(work / "teacher.safetensors")
-    teacher = TorchTeacher(original.net, 10, ENGINE.autocast, ENGINE.device)
+    teacher = TorchTeacher(original.net, 10, ENGINE)
     attack, preprocess, images = ATTACKS["data_free"], original.meta.preprocess, splits.transfer.take(range(128))
     recipe = Recipe(epochs=60, batch_size=32)
     made = distill(attack, attack.grid[0], teacher, "cnn-tiny", 10, images, preprocess, recipe, ENGINE)
@@ -296,7 +296,8 @@ def test_views_are_fixed_and_differ(transfer):
     assert not torch.equal(view(transfer, 3).pixels, view(transfer, 4).pixels)
     assert torch.equal(view(transfer, 3, "none").pixels, transfer.pixels)
     assert view(transfer, 3).digest != view(transfer, 4).digest
-    assert torch.equal(like(transfer, transfer.pixels + 300.0).pixels, torch.full_like(transfer.pixels, 255))
+    brighter = changed(transfer, lambda some, _: some + 300.0)
+    assert torch.equal(brighter.pixels, torch.full_like(transfer.pixels, 255))
 
 
 def test_attacks_on_the_file_need_the_file(teacher, boxed, transfer):
@@ -957,11 +958,11 @@ def test_a_changed_attack_is_run_again(work, splits, boxed, monkeypatch):
 @pytest.mark.parametrize("name", ["stripped", "stripped_dist", "stripped_unlabelled"])
 def test_who_holds_the_file_distils_what_the_graph_would_not_show(name, work, splits, boxed, transfer):
     """Bare weights teach another student than the served outputs, without a query."""
-    flat = WrappedTeacher(TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device), "top1")
+    flat = WrappedTeacher(TorchTeacher(boxed.net, 10, ENGINE), "top1")
     bare = attack_with(name, flat, boxed, transfer)
     config = ATTACKS[name].grid[0]
     api = {"stripped": "kd", "stripped_dist": "dist", "stripped_unlabelled": "kd_unlabelled"}[name]
-    plain = TorchTeacher(boxed.net, 10, ENGINE.autocast, ENGINE.device)
+    plain = TorchTeacher(boxed.net, 10, ENGINE)
     same = attack_with(api, plain, boxed, transfer, config)
     assert bare.queries == 0
     x = splits.validation.pixels[:20].float() / 255
@@ -1128,3 +1129,18 @@ def test_a_gpu_without_onnx_runtime_asks_what_the_file_serves(option, work, boxe
     assert stand_in(opened, held, gpu, notes) is None and "asked on the CPU" in notes[1]
     foreign = replace(held, net=build_student("resnet8", 5, 3, 0), classes=5)
     assert stand_in(opened, foreign, gpu, notes) is None and "asked on the CPU" in notes[2]
+
+
+def test_queries_are_made_piece_by_piece_as_all_at_once(transfer, boxed, monkeypatch):
+    attacker = Attacker(boxed.net, lambda seed: boxed.net, transfer, boxed.meta.preprocess, Recipe(epochs=2), ENGINE)
+    seen = attacker.view(1)
+    monkeypatch.setattr(Attacker, "view", lambda self, epoch: seen)
+
+    def made():
+        mixed = [mix(attacker, 1).pixels for mix in (queries.between, queries.pasted)]
+        return torch.stack([*mixed, keys.keyed(transfer, torch.full(transfer.shape, 0.5), 0.7).pixels])
+
+    whole = made()
+    assert len(transfer) % 7
+    monkeypatch.setattr("sdbctl.data.batching.VIEW_CHUNK", 7)
+    assert torch.equal(made(), whole)

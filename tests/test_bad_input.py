@@ -284,8 +284,31 @@ def test_unknown_names(work, tmp_path):
     check(run_cli(*box, "--set", "hide"), 2, "NAME=NUMBER")
     check(run_cli(*box, "--preset", "none"), 2, "default")
     check(run_cli(*box, "--normalize", "imagnet"), 2, "half")
-    check(run_cli(*box, "--device", "tpu"), 2, "auto, cpu or cuda")
+    for device in ("tpu", "cpu:0", "cuda:x", "cuda:"):
+        check(run_cli(*box, "--device", device), 2, "auto, cpu or cuda")
     check(run_cli(*box, "--epochs", "1", "--strength", "1.5"), 2, "between 0 and 1")
+
+
+def test_a_box_is_asked_with_the_normalisation_it_was_boxed_with(work, tmp_path):
+    for command in ("distill", "eval"):
+        wrong = run_cli(command, work / "boxed.onnx", "--normalize", "none", cwd=tmp_path)
+        check(wrong, 2, "boxed with another normalisation", "leave --normalize out")
+    planned = run_cli("distill", work / "boxed.onnx", "--normalize", "half", "--dry-run", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr.decode()
+
+
+def test_one_image_is_nothing_to_train_on(tmp_path):
+    train = ("train", "--arch", "cnn-tiny", "--data", "digits", "--owner-size", 1, "-o", tmp_path / "x.safetensors")
+    check(run_cli(*train), 2, "cannot be trained on", "at least two")
+    assert parts(tmp_path) == [] and not (tmp_path / "x.safetensors").exists()
+
+
+def test_names_that_are_no_text_are_shown_all_the_same(work, tmp_path):
+    loaded = boxfile.load(work / "teacher.safetensors")
+    names = ("\ud800", "\x9b31m", *loaded.meta.classes[2:])
+    boxfile.save(tmp_path / "x.safetensors", loaded.net.state_dict(), replace(loaded.meta, classes=names))
+    shown = run_cli("inspect", tmp_path / "x.safetensors", "--json")
+    assert shown.returncode == 0 and b"\\ud800" in shown.stdout and b"\x9b" not in shown.stdout
 
 
 def test_usage_errors_exit_with_2(work):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdbctl import data
+from sdbctl.cli.common import open_data
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
@@ -626,3 +627,10 @@ def test_a_download_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tv.CIFAR10, "download", refuse)
     with pytest.raises(EnvironmentFailure, match="cannot get cifar10"):
         data.load("cifar10", root=tmp_path, download=True)
+
+
+def test_images_that_are_not_square_stay_as_they_are(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (40, 8, 16, 1), dtype=np.uint8)
+    np.savez(tmp_path / "wide.npz", images=images, labels=np.arange(40) % 4)
+    found = open_data(f"npz:{tmp_path}/wide.npz", tmp_path, download=False, classes=4, shape=(1, 8, 16))
+    assert found.train.shape == (1, 8, 16)

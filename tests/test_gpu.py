@@ -163,7 +163,7 @@ def test_every_attack_trains_on_a_gpu(name, boxed, splits, monkeypatch):
 
     monkeypatch.setattr(Updater, "_record", watched)
     net = copy.deepcopy(boxed.net)
-    teacher = TorchTeacher(copy.deepcopy(boxed.net), 10, engine.autocast, GPU) if attack.access > Access.NONE else None
+    teacher = TorchTeacher(copy.deepcopy(boxed.net), 10, engine) if attack.access > Access.NONE else None
     config = {key: min(value, 4.0) if key in ("tries", "rounds") else value for key, value in attack.grid[0].items()}
     student = distill(
         attack, config, teacher, "cnn-tiny", 10, splits.transfer.take(range(96)), boxed.meta.preprocess,
@@ -177,7 +177,7 @@ def test_every_attack_trains_on_a_gpu(name, boxed, splits, monkeypatch):
 @pytest.mark.parametrize("name", ["kd", "averaged_noise", "scm"])
 def test_a_recorded_attack_learns_from_the_answers_of_every_epoch(name, boxed, splits, monkeypatch):
     engine, attack, trained = Engine(GPU), ATTACKS[name], []
-    teacher = TorchTeacher(copy.deepcopy(boxed.net), 10, engine.autocast, GPU)
+    teacher = TorchTeacher(copy.deepcopy(boxed.net), 10, engine)
     for record in (True, False):
         if not record:
             monkeypatch.setattr(Updater, "_record", lambda self, batch: None)

@@ -11,6 +11,7 @@ from sdbctl import losses
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.floor import constant_logits
+from sdbctl.attacks.queries import vector_scaling
 from sdbctl.errors import UsageError
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
@@ -288,7 +289,7 @@ def test_class_constant_against_numpy():
     teacher = np.full((7, 5), 0.2 / 4)
     teacher[np.arange(7), Y] = 0.8
     expected = 16 * (teacher * (np.log(teacher) - log_softmax(Z / 4, 1))).sum(1).mean()
-    config = {"confidence": 0.8, "temperature": 4.0}
+    config = {"confidence": 0.8, "temperature": 4.0, "alpha": 1.0}
     assert ATTACKS["class_constant"].train.loss(tensor(Z), None, tensor(Y), config).item() == pytest.approx(expected)
     assert ATTACKS["hard_constant"].train.loss(tensor(Z), tensor(Y), None, config).item() == pytest.approx(expected)
 
@@ -305,3 +306,30 @@ def test_disturbed_targets_keep_the_prediction(classes, strength, seed):
     rest = offset.scatter(1, predicted[:, None], float("-inf")).softmax(1) * (1 - kept[:, None])
     assert (kept > rest.max(1).values).all()
     assert (kept < 1).all()
+
+
+@pytest.mark.parametrize("name", ["clipped", "clipped_unlabelled"])
+def test_the_tail_of_a_very_sure_answer_is_a_number(name):
+    answer = tensor(np.array([[0.0, 300.0, -20.0, -400.0, -500.0]] * 7))
+    labels = None if name.endswith("unlabelled") else tensor(Y)
+    z = tensor(Z).requires_grad_()
+    for config in ATTACKS[name].grid:
+        loss = ATTACKS[name].train.loss(z, answer, labels, config)
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("margin", [2.0, 15.0, 100.0])
+def test_vector_scaling_finds_the_least_loss_however_sure_the_answers_are(margin):
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 10, 100)
+    told = np.where(draws.random(100) < 0.8, labels, draws.integers(0, 10, 100))
+    z, y = tensor(margin * np.eye(10)[told] + draws.normal(size=(100, 10))), tensor(labels)
+
+    def loss(scale, bias):
+        return float(losses.cross_entropy(z * scale + bias, y) + 1e-2 * bias.square().mean())
+
+    scale, bias = vector_scaling(z, y)
+    found = loss(scale, bias)
+    assert scale > 0 and found <= loss(torch.ones(1), torch.zeros(10))
+    assert all(found <= loss(other * scale, bias) + 1e-3 for other in (0.5, 0.9, 1.1, 2.0))

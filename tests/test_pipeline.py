@@ -1,11 +1,13 @@
 """Train, box, export, distil and evaluate for real, on digits."""
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import multiprocessing
 import re
+import sys
 import time
 from dataclasses import replace
 
@@ -30,6 +32,7 @@ from sdbctl.box import (
     better_teacher,
     box,
     box_step,
+    check_above_chance,
     digest,
     fine_tune,
     plain_step,
@@ -41,6 +44,7 @@ from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import open_model, split_like
 from sdbctl.cli.evaluate import gather
+from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
 from sdbctl.key import Key, embed
@@ -189,7 +193,7 @@ def test_metadata_round_trip(boxed):
 
 
 def test_an_oracle_shows_its_level_and_counts(boxed, images):
-    teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
+    teacher = TorchTeacher(boxed.net, 10, ENGINE)
     logits = teacher.logits(images.x)
     labels, probabilities = Oracle(teacher, Access.LABELS), Oracle(teacher, Access.PROBABILITIES)
     assert torch.equal(labels(images.x), logits.argmax(1))
@@ -208,7 +212,7 @@ def test_labels_are_withheld_from_attacks_that_do_not_declare_them(boxed, splits
         seen.append((answer, y))
         return z.square().mean()
 
-    teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
+    teacher = TorchTeacher(boxed.net, 10, ENGINE)
     for name, attack in ATTACKS.items():
         seen.clear()
         spied = replace(attack, train=PerBatch(spy))
@@ -271,7 +275,7 @@ def test_a_state_that_takes_long_to_keep_is_kept_less_often(splits, tmp_path, mo
 
 
 def test_a_student_of_two_data_sets_goes_on_in_either_of_its_runs(work, boxed, splits, tmp_path):
-    teacher = TorchTeacher(boxed.net, 10, ENGINE.autocast, CPU)
+    teacher = TorchTeacher(boxed.net, 10, ENGINE)
 
     class Stop(Silent):
         """Interrupts a run after so many of its losses were read, which is after each step here."""
@@ -433,7 +437,7 @@ def test_adversarial_copies_mislead_within_their_bound(work, digits, splits):
     assert found.shape == owner.pixels.shape
     assert (found.int() - owner.pixels.int()).abs().max() <= round(255 * PGD_EPSILON) + 1
     assert task.top1(original.net, owner) > 90
-    assert task.top1(original.net, data.like(owner, found)) < 30
+    assert task.top1(original.net, data.changed(owner, lambda some, p: found[p])) < 30
     assert all(p.grad is None for p in original.net.parameters())
 
 
@@ -886,6 +890,37 @@ def test_eval_takes_models_that_are_no_box(work, tmp_path):
     keyed = run_cli("eval", work / "teacher.safetensors", *common, "--key-file", work / "k.bin")
     assert keyed.returncode == 4
     assert b"is no box" in keyed.stderr
+    # an original beside its box is not taken for the box
+    for name, written in (("teacher", "t"), ("boxed.reference", "t.boxed.reference")):
+        (tmp_path / f"{written}.safetensors").write_bytes((work / f"{name}.safetensors").read_bytes())
+    alone = run_cli("eval", tmp_path / "t.safetensors", "--data", "digits", "--report", tmp_path / "a", "--json")
+    assert list(json.loads(alone.stdout)["models"]) == ["boxed"]
+
+
+def test_no_cluster_is_said_before_work_starts(work, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    box = ("eval", work / "boxed.onnx", "--attack", "--cluster", "slurm", "--report", tmp_path / "r")
+    missing = run_cli(*box)
+    assert missing.returncode == 6 and b"--cluster needs submitit" in missing.stderr
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "hits", "known"),
+    [(2, 20, 20, True), (2, 20, 12, False), (10, 30, 9, False), (10, 30, 20, True), (10, 2000, 300, True)],
+)
+def test_an_original_must_know_more_than_chance(classes, images, hits, known):
+    labels = torch.arange(images) % classes
+    pixels = torch.where(torch.arange(images) < hits, labels, (labels + 1) % classes)
+    made = ImageSet.of(pixels.to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8), labels)
+
+    class Reads(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot((255 * x[:, 0, 0, 0]).round().long(), classes).float()
+
+    preprocess = Preprocess((0.0,), (1.0,), (1, 8, 8))
+    with contextlib.nullcontext() if known else pytest.raises(BadInput, match="at chance"):
+        assert check_above_chance(Reads(), made, preprocess, ENGINE, classes) == pytest.approx(100 * hits / images)
 
 
 def test_eval_finds_the_only_box(work, tmp_path):
@@ -1047,6 +1082,18 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
         assert torch.allclose(public, raw, atol=1e-3) is (confidence == "exact")
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
         assert same.float().mean() > 0.95
+    # one that shows the same to everybody cannot be told apart, which nobody may overlook
+    loaded = boxfile.load(work / "boxed.safetensors")
+    leaky = {
+        name: value for name, value in loaded.meta.measured.items() if "confidence" not in name and "flat" not in name
+    }
+    boxfile.save(tmp_path / "leaky.safetensors", loaded.file_state(loaded.net), replace(loaded.meta, measured=leaky))
+    served = run_cli("export", tmp_path / "leaky.safetensors", "--json")
+    assert json.loads(served.stdout)["serves"] == "all outputs"
+    assert b"warning: this box is served with ALL that it shows" in served.stderr
+    assert (
+        b"warning" not in run_cli("export", tmp_path / "leaky.safetensors", "--force", "--confidence", "exact").stderr
+    )
     out = ("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx")
     for options, said in (
         (("--confidence", "none"), b"use one of: class, rough, exact"),

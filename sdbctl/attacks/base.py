@@ -234,6 +234,11 @@ class Attack:
     extra: Callable[[float, int], float] = lambda run, foreign: 0.0
 
 
+def one_more(run: float, foreign: int) -> float:
+    """``extra`` of an attack that trains another network for as long as the student."""
+    return run
+
+
 def without_labels(attack: Attack) -> Attack:
     """The same attack by somebody who has no labels, which its loss must allow."""
     return replace(attack, summary=f"no labels: {attack.summary}", labels=False)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import product
 
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sdbctl.attacks.base import Attack, Config, PerBatch
-from sdbctl.losses import cross_entropy, kd
+from sdbctl.attacks.base import Attack, Config, Loss, PerBatch
+from sdbctl.attacks.kd import soft_labels
+from sdbctl.losses import cross_entropy
 from sdbctl.teacher import Access
 
 
@@ -19,26 +21,11 @@ def label_smoothing(z: Tensor, answer: Tensor | None, y: Tensor | None, config: 
     return cross_entropy(z, y, label_smoothing=config.get("smoothing", 0.0))
 
 
-def class_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """KD from a teacher that knows nothing but the label: logits m·onehot(y), τ²·KL(p_T^τ ‖ p_S^τ).
-
-    The margin m gives the label the probability ``confidence`` at temperature τ, whatever the number of
-    classes: m = τ·(log(c / (1 − c)) + log(C − 1)). It is the regularisation of distillation without any
-    information (compare teacher-free KD, Yuan et al., CVPR 2020). With α < 1, (1 − α)·CE is added as in KD.
-    """
-    assert y is not None
-    return _from_constant(z, y, y, config)
-
-
-def _from_constant(z: Tensor, told: Tensor, y: Tensor, config: Config) -> Tensor:
-    alpha, soft = config.get("alpha", 1.0), kd(z, constant_logits(told, z.shape[1], config), config["temperature"])
-    return soft if alpha == 1.0 else alpha * soft + (1 - alpha) * cross_entropy(z, y)
-
-
 def constant_logits(y: Tensor, classes: int, config: Config) -> Tensor:
     """Logits m·onehot(y) [B, C], whose label has probability ``confidence`` at ``temperature``.
 
-    With few classes that is at least half as much again as chance: it must favour the label.
+    The margin is m = τ·(log(c / (1 − c)) + log(C − 1)), whatever the number of classes. With few classes c is at least
+    half as much again as chance: it must favour the label.
     """
     tau, share = config["temperature"], max(config["confidence"], min(1.5 / classes, 0.9))
     margin = tau * (math.log(share / (1 - share)) + math.log(classes - 1))
@@ -51,16 +38,24 @@ def hard_label(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Confi
     return cross_entropy(z, answer, label_smoothing=config.get("smoothing", 0.0))
 
 
-def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """:func:`class_constant` with the teacher's top-1 answers in place of labels."""
+def from_label(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Another loss, from constant logits of the label: what it gives without any information.
+
+    Of KD that is its regularisation (compare teacher-free KD, Yuan et al., CVPR 2020).
+    """
+    assert y is not None
+    return loss(z, constant_logits(y, z.shape[1], config), y, config)
+
+
+def from_top1(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """Another loss, from constant logits of the teacher's top-1 answers."""
     assert answer is not None
-    return _from_constant(z, answer, answer, config)
+    return loss(z, constant_logits(answer, z.shape[1], config), y, config)
 
 
-def hard_mixed(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """α·KD from constant logits of the teacher's top-1 answers + (1 − α)·CE(z, y): KD's mixture."""
-    assert answer is not None and y is not None
-    return _from_constant(z, answer, y, config)
+def hard_constant(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
+    """KD from constant logits of the teacher's top-1 answers, which are the labels, too."""
+    return from_top1(soft_labels, z, answer, answer, config)
 
 
 # with the mixtures below as many as distillation has to choose from, or the floor would be too low
@@ -101,7 +96,7 @@ CLASS_CONSTANT = Attack(
     Access.NONE,
     True,
     CONSTANTS,
-    PerBatch(class_constant),
+    PerBatch(partial(from_label, soft_labels)),
 )
 HARD_LABEL = Attack(
     "the teacher's top-1 answers as labels",
@@ -128,5 +123,5 @@ HARD_MIXED = Attack(
     Access.LABELS,
     True,
     (*_FIRST, *(config for config in _MIXED if config not in _FIRST)),
-    PerBatch(hard_mixed),
+    PerBatch(partial(from_top1, soft_labels)),
 )

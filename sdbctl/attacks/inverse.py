@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sdbctl.attacks.base import Attack, Attacker, Config
+from sdbctl.attacks.base import Attack, Attacker, Config, one_more
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
@@ -137,4 +137,5 @@ RESTORED = Attack(
     True,
     tuple({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (1.0, 0.9))),
     restored,
+    extra=one_more,
 )

@@ -11,6 +11,14 @@ from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
 
 
+def target_of(answer: Tensor | None, y: Tensor | None) -> Tensor:
+    """Classes [B]: the labels, or without them the teacher's own predictions."""
+    if y is not None:
+        return y
+    assert answer is not None
+    return answer.argmax(1)
+
+
 def soft_labels(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """α·τ²·KL(p_T^τ ‖ p_S^τ) + (1 − α)·CE(p_S, y) (Hinton et al., arXiv 1503.02531); α = 1 without labels."""
     assert answer is not None

@@ -5,6 +5,8 @@ The box's λ is public, so that whoever has a pattern K' can ask about λx + (1 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from sdbctl.attacks.base import Attack, Attacker, Config, Train
 from sdbctl.attacks.file import held
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
-from sdbctl.data import ImageSet, like
+from sdbctl.data import ImageSet, changed
 from sdbctl.key import embed
 from sdbctl.losses import conceal_spread, cross_entropy
 from sdbctl.teacher import Access
@@ -28,7 +30,7 @@ SMOOTHED = 4
 
 def keyed(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
     """Images mixed with a pattern, as pixels: λx + (1 − λ)·255·K'."""
-    return like(images, embed(images.pixels.float(), 255 * pattern, strength))
+    return changed(images, lambda some, _: embed(some.float(), 255 * pattern, strength))
 
 
 def opened(z: Tensor, y: Tensor) -> Tensor:
@@ -39,11 +41,11 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
     return conceal_spread(z, z.detach().argmax(1)) - cross_entropy(z, y)
 
 
-def _with(attacker: Attacker, pattern: Tensor, config: Config) -> None:
+def _with(attacker: Attacker, pattern: Tensor, config: Config, ask: Callable[[ImageSet], Tensor] | None = None) -> None:
     attacker.guess = pattern
     attacker.learn(
         lambda z, answer, y: soft_loss(z, answer, y, config),
-        targets=lambda images: attacker.ask(keyed(images, pattern, attacker.strength)),
+        targets=lambda images: (ask or attacker.ask)(keyed(images, pattern, attacker.strength)),
     )
 
 
@@ -112,11 +114,7 @@ def inverted(attacker: Attacker, config: Config) -> None:
         starts = [torch.randn(attacker.preprocess.size, device=device).requires_grad_() for _ in range(STARTS)]
         free = max(starts, key=lambda start: climb(start, max(1, rounds // (2 * STARTS))))
         climb(free, rounds // 2)
-    attacker.guess = pattern = free.detach().sigmoid().cpu()
-    attacker.learn(
-        lambda z, answer, y: soft_loss(z, answer, y, config),
-        targets=lambda images: outputs(attacker, net, keyed(images, pattern, attacker.strength)),
-    )
+    _with(attacker, free.detach().sigmoid().cpu(), config, lambda images: outputs(attacker, net, images))
 
 
 def _attack(summary: str, source: str, train: Train, config: Config, access: Access = Access.PROBABILITIES) -> Attack:

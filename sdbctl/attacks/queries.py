@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, without_labels
-from sdbctl.attacks.floor import CONSTANTS, hard_constant, hard_label
-from sdbctl.attacks.kd import soft_labels
-from sdbctl.attacks.soft import DIST, from_top1, soft_loss
-from sdbctl.data import Batch, ImageSet, like, view
+from sdbctl.attacks.floor import CONSTANTS, from_top1, hard_constant, hard_label
+from sdbctl.attacks.kd import KD, KD_UNLABELLED, soft_labels
+from sdbctl.attacks.soft import METHODS, soft_loss
+from sdbctl.data import Batch, ImageSet, changed, view
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
@@ -55,37 +55,41 @@ def averaged_noise(attacker: Attacker, config: Config) -> None:
 
     The budget is that of the other attacks: fewer augmented copies, each asked about several times.
     """
-    copies = max(1, attacker.views // AVERAGED)
+    copies, sigma = max(1, attacker.views // AVERAGED), 255 * config["noise"]
 
     def mean(images: ImageSet) -> Tensor:
         answers = []
         for number in range(AVERAGED):
             generator = torch.Generator().manual_seed(number)
-            noise = config["noise"] * 255 * torch.randn(images.pixels.shape, generator=generator)
-            answers.append(attacker.ask(like(images, images.pixels + noise)))
+
+            def noisy(some: Tensor, _: slice, generator: torch.Generator = generator) -> Tensor:
+                return some + sigma * torch.randn(some.shape, generator=generator)
+
+            answers.append(attacker.ask(changed(images, noisy)))
         return torch.stack(answers).mean(0)
 
     _kd(attacker, config, sets=lambda epoch: attacker.view(epoch % copies), targets=mean)
 
 
-def recalibrated(attacker: Attacker, config: Config) -> None:
-    """KD from answers whose temperature and class biases are refitted on a handful of labelled images.
-
-    Scale and biases minimise the cross-entropy of the handful (vector scaling, Guo et al., ICML 2017).
-    """
-    few = attacker.images.take(range(min(HANDFUL, len(attacker.images))))
-    known, classes = attacker.ask(few), attacker.ask(few).shape[1]
-    scale, bias = torch.ones(1, requires_grad=True), torch.zeros(classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS([scale, bias], max_iter=50)
+def vector_scaling(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale [1] and class biases [C] with which logits [N, C] have the least cross-entropy (Guo et al., ICML 2017)."""
+    scale, bias = torch.ones(1, requires_grad=True), torch.zeros(z.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([scale, bias], max_iter=50, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = cross_entropy(known * scale + bias, few.labels) + 1e-2 * bias.square().mean()
+        loss = cross_entropy(z * scale + bias, y) + 1e-2 * bias.square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
-    a, b = scale.detach(), bias.detach()
+    return scale.detach(), bias.detach()
+
+
+def recalibrated(attacker: Attacker, config: Config) -> None:
+    """KD from answers whose temperature and class biases are refitted on a handful of labelled images."""
+    few = attacker.images.take(range(min(HANDFUL, len(attacker.images))))
+    a, b = vector_scaling(attacker.ask(few), few.labels)
     _kd(attacker, config, targets=lambda images: attacker.ask(images) * a + b)
 
 
@@ -94,23 +98,27 @@ def between(attacker: Attacker, epoch: int) -> ImageSet:
     images = attacker.view(epoch)
     generator = torch.Generator().manual_seed(epoch % attacker.views)
     share = torch.rand(len(images), 1, 1, 1, generator=generator)
-    other = images.pixels[torch.randperm(len(images), generator=generator)]
-    return like(images, share * images.pixels + (1 - share) * other)
+    other = torch.randperm(len(images), generator=generator)
+    return changed(images, lambda some, p: share[p] * some + (1 - share[p]) * images.pixels[other[p]])
 
 
 def pasted(attacker: Attacker, epoch: int) -> ImageSet:
     """Images with a rectangle of another image (CutMix, Yun et al., ICCV 2019)."""
     images = attacker.view(epoch)
     generator = torch.Generator().manual_seed(epoch % attacker.views)
-    n, _, h, w = images.pixels.shape
+    n, (_, h, w) = len(images), images.shape
     side = (1 - torch.rand(n, generator=generator)).sqrt()
     top, left = (torch.rand(n, generator=generator) * (1 - side) for _ in range(2))
     rows, columns = torch.arange(h)[None] / h, torch.arange(w)[None] / w
     inside_rows = (rows >= top[:, None]) & (rows < (top + side)[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < (left + side)[:, None])
-    inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-    other = images.pixels[torch.randperm(n, generator=generator)]
-    return like(images, torch.where(inside, other, images.pixels))
+    other = torch.randperm(n, generator=generator)
+
+    def paste(some: Tensor, p: slice) -> Tensor:
+        inside = (inside_rows[p, :, None] & inside_columns[p, None, :])[:, None]
+        return torch.where(inside, images.pixels[other[p]], some)
+
+    return changed(images, paste)
 
 
 Mix = Callable[[Attacker, int], ImageSet]
@@ -263,8 +271,7 @@ def data_free(attacker: Attacker, config: Config) -> None:
     attacker.fit(attacker.student, step, attacker.images, record=False)
 
 
-_TAU4 = {"temperature": 4.0, "alpha": 0.9}
-_ALONE = {"temperature": 4.0, "alpha": 1.0}
+_TAU4, _ALONE = KD.grid[0], KD_UNLABELLED.grid[0]
 
 
 def _attack(summary: str, source: str, train: Train, labels: bool, *grid: Config) -> Attack:
@@ -320,7 +327,7 @@ COPYCAT = Attack(
     copycat,
     surrogate=True,
 )
-PRETRAINING = (DIST.grid[2],)
+PRETRAINING = (METHODS["dist"],)
 """Settings of :func:`pretrained`."""
 _THEN_OWN, _FIRST = "surrogate set first, then own images", "after Orekondy et al., CVPR 2019"
 PRETRAINED_SOFT = replace(

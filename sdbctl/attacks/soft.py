@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, one_hot
 
 from sdbctl.attacks.base import Attack, Config, Loss, PerBatch, without_labels
-from sdbctl.attacks.floor import constant_logits
-from sdbctl.attacks.kd import KD, soft_labels
+from sdbctl.attacks.floor import from_label, from_top1
+from sdbctl.attacks.kd import KD, soft_labels, target_of
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
 
@@ -36,7 +36,7 @@ def dkd(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> T
     """
     assert answer is not None
     tau = config["temperature"]
-    target = answer.argmax(1) if y is None else y
+    target = target_of(answer, y)
     (own_s, rest_s), (own_t, rest_t) = split_target(z / tau, target), split_target(answer / tau, target)
     pair_s, pair_t = (torch.stack([own, rest.logsumexp(1)], 1) for own, rest in ((own_s, rest_s), (own_t, rest_t)))
     soft = kd(pair_s, pair_t, 1.0) + config["beta"] * kd(rest_s, rest_t, 1.0)
@@ -56,7 +56,7 @@ def dist(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> 
         a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
         return 1 - torch.nn.functional.cosine_similarity(a, b, dim=dim, eps=1e-8).mean()
 
-    target = answer.argmax(1) if y is None else y
+    target = target_of(answer, y)
     return cross_entropy(z, target) + config["weight"] * tau**2 * (apart(p, q, 1) + apart(p, q, 0))
 
 
@@ -85,26 +85,6 @@ def soft_loss(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config
     return (dist if "weight" in config else dkd if "beta" in config else soft_labels)(z, answer, y, config)
 
 
-METHODS: Mapping[str, Config] = {
-    "kd": {"temperature": 4.0, "alpha": 0.9},
-    "dkd": {"temperature": 4.0, "beta": 1.0},
-    "dist": {"temperature": 4.0, "weight": 1.0},
-}
-"""Usual settings of the attacks whose losses :func:`soft_loss` knows, by name."""
-
-
-def from_label(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """Another loss, from constant logits of the label: what it gives without any information."""
-    assert y is not None
-    return loss(z, constant_logits(y, z.shape[1], config), y, config)
-
-
-def from_top1(loss: Loss, z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
-    """Another loss, from constant logits of the teacher's top-1 answers."""
-    assert answer is not None
-    return loss(z, constant_logits(answer, z.shape[1], config), y, config)
-
-
 def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """:func:`kd` from the ``top`` best classes; the others share the remaining probability evenly.
 
@@ -115,8 +95,9 @@ def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) 
     p = answer.softmax(1)
     best = p.topk(top, 1)
     rest = (1 - best.values.sum(1, keepdim=True)).clamp(min=1e-6) / (answer.shape[1] - top)
-    target = rest.expand_as(p).scatter(1, best.indices, best.values).log()
-    return _mixed(z, target, y, config)
+    # of an answer that is very sure, what is not zero is as good as zero
+    target = rest.expand_as(p).scatter(1, best.indices, best.values).clamp(min=torch.finfo(p.dtype).tiny).log()
+    return soft_labels(z, target, y, config)
 
 
 def repaired(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -124,7 +105,7 @@ def repaired(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config)
     assert answer is not None and y is not None
     best = answer.argmax(1, keepdim=True)
     highest, own = answer.gather(1, best), answer.gather(1, y[:, None])
-    return _mixed(z, answer.scatter(1, best, own).scatter(1, y[:, None], highest), y, config)
+    return soft_labels(z, answer.scatter(1, best, own).scatter(1, y[:, None], highest), y, config)
 
 
 def htc(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
@@ -134,7 +115,7 @@ def htc(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> T
     high temperature, while the prediction is put back by hand. The composition is ours.
     """
     assert answer is not None
-    target = answer.argmax(1) if y is None else y
+    target = target_of(answer, y)
     soft = torch.stack([(answer / tau).softmax(1) for tau in (4.0, 20.0, 50.0)]).mean(0)
     share = config["share"]
     mixed = share * one_hot(target, answer.shape[1]).float() + (1 - share) * soft
@@ -147,12 +128,6 @@ def info_nce(a: Tensor, b: Tensor) -> Tensor:
     Van den Oord et al., arXiv 1807.03748.
     """
     return cross_entropy(normalize(a) @ normalize(b).T / 0.1, torch.arange(len(a), device=a.device))
-
-
-def _mixed(z: Tensor, target: Tensor, y: Tensor | None, config: Config) -> Tensor:
-    loss = kd(z, target, config["temperature"])
-    alpha = config.get("alpha", 1.0)
-    return loss if y is None or alpha == 1.0 else alpha * loss + (1 - alpha) * cross_entropy(z, y)
 
 
 def _attack(summary: str, source: str, loss: Loss, *grid: Config, labels: bool = True) -> Attack:
@@ -204,6 +179,8 @@ DIST_CONSTANT, DIST_HARD = _without_soft(
     {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
     {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
 )
+METHODS: Mapping[str, Config] = {"kd": KD.grid[0], "dkd": DKD.grid[0], "dist": DIST.grid[2]}
+"""Usual settings of the attacks whose losses :func:`soft_loss` knows, by name."""
 EITHER = (KD.grid[0], DIST.grid[0])
 """Configurations of :func:`soft_loss` for attacks that have something else to set."""
 AMPLIFYING = tuple({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train
-from sdbctl.attacks.floor import HARD_MIXED, constant_logits, hard_mixed
-from sdbctl.attacks.kd import soft_labels
+from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, one_more
+from sdbctl.attacks.floor import HARD_MIXED, constant_logits, from_top1
+from sdbctl.attacks.kd import KD, soft_labels, target_of
 from sdbctl.attacks.soft import HTC, htc, info_nce
 from sdbctl.data import ImageSet
 from sdbctl.losses import cross_entropy, kd
@@ -20,18 +21,11 @@ from sdbctl.teacher import Access
 from sdbctl.training import Engine, predict, scaled, seeded
 
 
-def _target(answer: Tensor | None, y: Tensor | None) -> Tensor:
-    if y is not None:
-        return y
-    assert answer is not None
-    return answer.argmax(1)
-
-
 def two_stage(attacker: Attacker, config: Config) -> None:
     """Hard labels for the first half of the epochs, soft ones for the second: what is poisoned comes late."""
     half = max(1, attacker.recipe.epochs // 2)
     attacker.learn(
-        lambda z, answer, y: cross_entropy(z, _target(answer, y)), recipe=scaled(attacker.recipe, epochs=half)
+        lambda z, answer, y: cross_entropy(z, target_of(answer, y)), recipe=scaled(attacker.recipe, epochs=half)
     )
     attacker.learn(
         lambda z, answer, y: soft_labels(z, answer, y, config),
@@ -55,7 +49,7 @@ def hard_sequence(attacker: Attacker, config: Config) -> None:
 
     What a chain gives without any soft answer (born-again networks, Furlanello et al., ICML 2018).
     """
-    _chain(attacker, hard_mixed, config)
+    _chain(attacker, partial(from_top1, soft_labels), config)
 
 
 def _chain(attacker: Attacker, loss: Loss, config: Config) -> None:
@@ -129,7 +123,7 @@ def skeptical(attacker: Attacker, config: Config) -> None:
     def loss(z: Tensor, answer: Tensor | None, y: Tensor | None) -> Tensor:
         assert answer is not None
         early, middle, final = z.unbind(1)
-        target = _target(answer, y)
+        target = target_of(answer, y)
         if "confidence" in config:
             answer = constant_logits(answer, early.shape[1], config)
         believed = alpha * kd(early, answer, tau) + (1 - alpha) * cross_entropy(early, target)
@@ -176,21 +170,17 @@ def markov(attacker: Attacker, config: Config) -> None:
         assert answer is not None
         seen = ((z / tau).softmax(1) @ net.matrix()).clamp(min=1e-8).log()
         soft = tau**2 * kl_div(seen, log_softmax(answer / tau, 1), log_target=True, reduction="batchmean")
-        hard = cross_entropy(z, _target(answer, y), label_smoothing=config.get("smoothing", 0.0))
+        hard = cross_entropy(z, target_of(answer, y), label_smoothing=config.get("smoothing", 0.0))
         return alpha * soft + (1 - alpha) * hard
 
     attacker.learn(loss, net=net)
 
 
-_TAU4, _HALF, _HALF1 = ({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (4.0, 0.5), (1.0, 0.5)))
+_TAU4, _HALF, _HALF1 = KD.grid[0], KD.grid[4], {"temperature": 1.0, "alpha": 0.5}
 
 
 def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
     return Attack(summary, source, "attack", Access.PROBABILITIES, True, grid or (_TAU4,), train)
-
-
-def _twice(run: float, foreign: int) -> float:
-    return run
 
 
 TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
@@ -204,7 +194,7 @@ SCM = replace(
             for config, weight in ((_HALF, 0.0), (_HALF, 0.1), (_HALF1, 0.0), (_TAU4, 0.0))
         ),
     ),
-    extra=_twice,
+    extra=one_more,
 )
 HARD_SEQUENCE = Attack(
     "a chain of two students from top-1 answers",
@@ -214,7 +204,7 @@ HARD_SEQUENCE = Attack(
     True,
     HARD_MIXED.grid[:3],
     hard_sequence,
-    extra=_twice,
+    extra=one_more,
 )
 SKEPTICAL = _attack(
     "skeptical student",

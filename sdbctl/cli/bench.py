@@ -27,9 +27,10 @@ def bench(
     """Time box, training and distillation steps here, beside the physical floor of each."""
     from sdbctl import bench as library
     from sdbctl import models
-    from sdbctl.training import environment
+    from sdbctl.training import check_takes, environment
 
     shape = (3, image_size, image_size)
+    check_takes(models.build(student, classes, 3), shape)
     engine = pick(device, precision, models.build(arch, classes, 3), shape, batch_size)
     timings = library.measure(arch, student, shape, classes, batch_size, engine, rounds)
     table = Table(title=f"{arch}, student {student}, {image_size}x{image_size}, batch {batch_size}, {engine.precision}")

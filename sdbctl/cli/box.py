@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from sdbctl.boxfile import Loaded, Metadata
 
+DEAR = 2.0
+"""Points of top-1 that a box may lose before its maker is warned."""
+
 
 def parse_parameters(given: list[str] | None) -> dict[str, float]:
     """Turn ``NAME=NUMBER`` options into a mapping."""
@@ -444,6 +447,8 @@ def box(
     )
     if measured["keyed_residual"] < 3 * measured["residual"]:
         say("warning: the key opens hardly more than everybody sees; train for more --epochs")
+    if cost > DEAR:
+        say(f"warning: the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
     if max_cost is not None and cost > max_cost:
         raise GateFailed(
             f"the box costs {cost:.2f} top-1 points, more than --max-cost {max_cost:g}", "the files were kept"

@@ -92,11 +92,12 @@ def open_data(
 
     spec = data.resolve(spec, recorded_name=recorded, classes=classes, shape=shape, root=root)
     channels = shape[0] if shape else None
-    dataset = data.load(
-        spec, root=root, size=size or (shape[1] if shape else None), channels=channels, download=download, notice=say
-    )
+    # images that are not square are taken as they are
+    square = shape[1] if shape and shape[1] == shape[2] else None
+    dataset = data.load(spec, root=root, size=size or square, channels=channels, download=download, notice=say)
     c, h, w = dataset.train.shape
-    say(f"data: {dataset.name}, {len(dataset.train):,} training images, {len(dataset.classes)} classes, {c}x{h}x{w}")
+    images = f"{len(dataset.train):,} {'' if dataset.test is None else 'training '}images"
+    say(f"data: {dataset.name}, {images}, {len(dataset.classes)} classes, {c}x{h}x{w}")
     return dataset
 
 
@@ -307,7 +308,9 @@ def preprocess_for(
 
     if opened.shape is not None and tuple(opened.shape) != tuple(size):
         raise UsageError(f"{opened.path.name} takes images {opened.shape}, the data has {size}", "use --image-size")
-    if opened.meta is not None and normalize is None:
+    if opened.meta is not None and (normalize is None or opened.meta.kind == "box"):
+        if normalize is not None and opened.meta.preprocess != preset(normalize, size):
+            raise UsageError(f"{opened.path.name} was boxed with another normalisation", "leave --normalize out")
         return opened.meta.preprocess
     if opened.loaded is not None:
         check_takes(opened.loaded.net, size)

@@ -167,7 +167,7 @@ def distill(
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     net_asked = helper or loaded
     if net_asked is not None:
-        asked: Teacher = TorchTeacher(net_asked.net, classes, engine.autocast, engine.device)
+        asked: Teacher = TorchTeacher(net_asked.net, classes, engine)
     else:
         assert opened.served is not None
         asked = opened.served

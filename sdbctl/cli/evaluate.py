@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -24,7 +25,7 @@ from sdbctl.cli.common import (
     split_like,
 )
 from sdbctl.cli.output import Live, duration, emit, say
-from sdbctl.errors import BadInput, GateFailed, UsageError
+from sdbctl.errors import BadInput, EnvironmentFailure, GateFailed, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +134,8 @@ def evaluate(
     student = student or chosen.student
     if cluster not in (None, "slurm", "local"):
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
+    if cluster and importlib.util.find_spec("submitit") is None:
+        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'")
     for item in FORMATS.values():
         if (report / item.file).exists() and not force:
             raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
@@ -181,8 +184,10 @@ def evaluate(
         suite=suite if attack else None,
     )
     net = build_student(student, len(dataset.classes), size[0], 0)
-    remembered = cache / "precision"
-    kept = remembered.read_text() if attack and remembered.exists() else None
+    # what an evaluation goes on with must not depend on what else the machine does
+    remembered = cache / f"precision-{pick_device(device).type}-{student}"
+    kept = remembered.read_text(errors="replace") if attack and remembered.exists() else None
+    kept = kept if kept in ("fp32", "bf16") else None
     engine = pick(device, precision, net, size, config.recipe.batch_size, kept=kept)
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     bench = Bench(
@@ -328,7 +333,7 @@ def gather(
 
     import torch
 
-    from sdbctl import boxfile
+    from sdbctl import boxfile, files
     from sdbctl.boxfile import check_key, pattern
     from sdbctl.cells import Source
     from sdbctl.key import near, wrong
@@ -389,7 +394,10 @@ def gather(
         if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
             raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
         sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
-    reference = reference or written_beside(box)
+    if reference is None and meta is not None and meta.kind == "box":
+        beside = box.with_suffix(".reference.safetensors")
+        if beside.exists() and files.sha256(files.read(beside, "reference")) == meta.reference_sha256:
+            reference = beside
     if reference is not None:
         loaded = boxfile.load(reference)
         check_alike(opened, loaded, reference)
@@ -402,12 +410,6 @@ def gather(
     if undefended is not None:
         sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
     return sources
-
-
-def written_beside(box: Path) -> Path | None:
-    """The reference that ``sdbctl box`` wrote beside a box, if it is there."""
-    usual = (box.with_suffix(".reference.safetensors"), box.with_suffix("").with_suffix(".boxed.reference.safetensors"))
-    return next((path for path in usual if path.exists()), None)
 
 
 def check_alike(opened: Opened, loaded: Loaded, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import box_fields, check_known, open_model, preset, read_key
 from sdbctl.cli.output import emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
+
+if TYPE_CHECKING:
+    from sdbctl.boxfile import Metadata
 
 
 def export(
@@ -77,7 +80,7 @@ def export(
         )
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
-        confidence = "exact" if wrapper else confidence or "class"
+        asked, confidence = confidence, "exact" if wrapper else confidence or "class"
         net = served(loaded.net, meta, confidence)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
@@ -88,8 +91,13 @@ def export(
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
             say(f"so are {meta.measured.get('keyed_flat', 0.0):.1%} of the outputs with the key, which are as flat")
-        elif meta.kind == "box" and meta.objective == "conceal" and confidence != "exact" and wrapper is None:
-            say("note: public and keyed outputs of this box overlap, so that it is served with all that it shows")
+        elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == "conceal"):
+            why = (
+                "two classes leave no others to hide"
+                if len(meta.classes) < 3
+                else "what it shows with and without the key cannot be told apart; train it for more --epochs"
+            )
+            say(f"warning: this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
@@ -158,7 +166,7 @@ def inspect(
             "objective": meta.objective or "-",
             "key": f"{', '.join(meta.key_ids)}, λ = {meta.strength:g}" if meta.key_ids else "none",
             "data": f"{meta.data.get('name', '-')}",
-            **{str(name): value for name, value in meta.measured.items() if name != "seconds"},
+            **_figures(meta),
             "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),
         }
     if fits is not None:
@@ -166,5 +174,13 @@ def inspect(
     emit(result, json_, pairs("", rows))
 
 
-def _short(values: tuple[float, ...]) -> str:
-    return "/".join(f"{value:g}" for value in values)
+def _figures(meta: Metadata) -> dict[str, str]:
+    """What was measured of a model; of a reference, what small students learned from each possible teacher."""
+    what = "small students of the {}, %" if meta.kind == "reference" else "{}"
+    return {what.format(name): _short(value) for name, value in meta.measured.items() if name != "seconds"}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "/".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

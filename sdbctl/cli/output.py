@@ -66,7 +66,7 @@ def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> No
         return
     try:
         if as_json:
-            typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+            typer.echo(json.dumps(result, indent=2))
         else:
             for item in human:
                 out.print(printable(item), markup=False) if isinstance(item, str) else out.print(item)

@@ -1,6 +1,6 @@
 """Images: where they come from, how they are split, normalised, augmented and batched."""
 
-from sdbctl.data.batching import AUGMENT, Augment, Batch, batches, default_augment, like, view
+from sdbctl.data.batching import AUGMENT, Augment, Batch, batches, changed, default_augment, view
 from sdbctl.data.images import MEMORY_LIMIT, Dataset, ImageSet, Memory, Shape, Stream
 from sdbctl.data.parquet import Flat, Rows
 from sdbctl.data.preprocess import PRESETS, Preprocess, presets
@@ -25,8 +25,8 @@ __all__ = [
     "Splits",
     "Stream",
     "batches",
+    "changed",
     "default_augment",
-    "like",
     "load",
     "presets",
     "resolve",

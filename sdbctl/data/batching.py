@@ -106,16 +106,19 @@ def view(images: ImageSet, number: int, augment: str | None = None) -> ImageSet:
     """
     change = AUGMENT[default_augment(images.name, images.shape) if augment is None else augment]
     generator = torch.Generator().manual_seed(number)
+    return changed(images, lambda some, _: change(some, generator))
+
+
+def changed(images: ImageSet, change: Callable[[Tensor, slice], Tensor]) -> ImageSet:
+    """A set in memory with the labels of another, made piece by piece, so that only bytes are ever held of all images.
+
+    Args:
+        images: The other set.
+        change: (pixels uint8 [B, C, H, W], where they are among all) → as many, of any type in [0, 255].
+    """
     pixels = images.pixels
-    moved = [
-        _bytes(change(pixels[start : start + VIEW_CHUNK], generator)) for start in range(0, len(pixels), VIEW_CHUNK)
-    ]
-    return like(images, torch.cat(moved))
-
-
-def like(images: ImageSet, pixels: Tensor) -> ImageSet:
-    """A set with the labels of another: pixels [N, C, H, W] of any type in [0, 255] are rounded to uint8."""
-    return ImageSet.of(_bytes(pixels), images.labels, images.name)
+    pieces = [slice(start, start + VIEW_CHUNK) for start in range(0, len(pixels), VIEW_CHUNK)]
+    return ImageSet.of(torch.cat([_bytes(change(pixels[p], p)) for p in pieces]), images.labels, images.name)
 
 
 def _bytes(pixels: Tensor) -> Tensor:
