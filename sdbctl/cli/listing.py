@@ -33,7 +33,8 @@ def entries(topic: str) -> dict[str, str]:
         from sdbctl.attacks import ATTACKS
 
         return {
-            name: f"{attack.summary} [{attack.access.name.lower()}{', labels' if attack.labels else ''}]"
+            name: f"{attack.summary} ({attack.source}) "
+            f"[{attack.access.name.lower()}{', labels' if attack.labels else ''}]"
             for name, attack in ATTACKS.items()
         }
     if topic == "suites":
