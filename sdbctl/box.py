@@ -30,6 +30,7 @@ from sdbctl.training import (
     Recipe,
     Resume,
     Step,
+    accuracy,
     fit,
     image_seconds,
     place,
@@ -167,7 +168,7 @@ def find_preprocess(
     tried = {}
     found = {name: Preprocess(mean, std, size) for name, (mean, std) in presets(size[0]).items()}
     for name, preprocess in found.items():
-        tried[name] = metrics.top1(predict(net, some, preprocess, engine), some.labels)
+        tried[name] = accuracy(net, some, preprocess, engine)
     return found[max(tried, key=lambda name: tried[name])], tried
 
 
@@ -180,16 +181,16 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
     Raises:
         BadInput: It is not clearly better than guessing.
     """
-    accuracy = metrics.top1(predict(place(net, engine.device), images, preprocess, engine), images.labels)
+    found = accuracy(place(net, engine.device), images, preprocess, engine)
     chance = 100 / classes
     # five standard deviations of guessing, but of few images half of what there is to know
     clearly = max(5 * (chance * (100 - chance) / len(images)) ** 0.5, 1.0)
-    if accuracy < chance + min(clearly, (100 - chance) / 2):
+    if found < chance + min(clearly, (100 - chance) / 2):
         raise BadInput(
-            f"the original is at chance: {accuracy:.1f} % top-1 on {len(images)} images, guessing gives {chance:.1f} %",
+            f"the original is at chance: {found:.1f} % top-1 on {len(images)} images, guessing gives {chance:.1f} %",
             "check --data, --arch and --normalize",
         )
-    return accuracy
+    return found
 
 
 def estimate(
@@ -249,9 +250,7 @@ class Task:
 
     def top1(self, model: nn.Module, images: ImageSet) -> float:
         """Accuracy of a model, which is moved to the device, in percent."""
-        return metrics.top1(
-            predict(place(model, self.engine.device), images, self.preprocess, self.engine), images.labels
-        )
+        return accuracy(place(model, self.engine.device), images, self.preprocess, self.engine)
 
 
 def fine_tune(

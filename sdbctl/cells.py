@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, files, metrics
+from sdbctl import boxfile, files
 from sdbctl.attacks import ATTACKS, Config
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
@@ -28,7 +28,7 @@ from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
 from sdbctl.suites import BY_NAME, USUAL, Row, suite
 from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
-from sdbctl.training import Engine, Progress, Recipe, predict, scaled
+from sdbctl.training import Engine, Progress, Recipe, accuracy, scaled
 from sdbctl.wrappers import WrappedTeacher
 
 
@@ -330,12 +330,10 @@ class Bench:
             progress=progress,
         )
 
-        def accuracy(images: ImageSet) -> float:
-            return metrics.top1(predict(student, images, self.preprocess, self.engine), images.labels)
-
-        test = accuracy(self.test) if cell.final else None
+        validation = accuracy(student, self.validation, self.preprocess, self.engine)
+        test = accuracy(student, self.test, self.preprocess, self.engine) if cell.final else None
         found = correlation(guess, self.secret) if guess is not None and self.secret is not None else None
-        return Outcome(accuracy(self.validation), test, seconds, queries, found)
+        return Outcome(validation, test, seconds, queries, found)
 
 
 def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[str, Outcome]:

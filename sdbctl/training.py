@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sdbctl import files, team
+from sdbctl import files, metrics, team
 from sdbctl.batchnorm import one_batch
 from sdbctl.data import Batch, ImageSet, Preprocess, batches
 from sdbctl.data.images import sized
@@ -681,6 +681,11 @@ def predict(
         with engine.autocast():
             outputs.append(model(batch.x).float())
     return torch.cat(outputs).cpu()
+
+
+def accuracy(model: Callable[[Tensor], Tensor], images: ImageSet, preprocess: Preprocess, engine: Engine) -> float:
+    """Top-1 accuracy of a model in percent, see :func:`predict`."""
+    return metrics.top1(predict(model, images, preprocess, engine), images.labels)
 
 
 def scaled(recipe: Recipe, **changes: Any) -> Recipe:

@@ -94,7 +94,7 @@ def distill(
 
     from dataclasses import replace
 
-    from sdbctl import boxfile, metrics
+    from sdbctl import boxfile
     from sdbctl.attacks import ATTACKS
     from sdbctl.attacks.queries import PRETRAINED
     from sdbctl.attacks.soft import METHODS
@@ -103,7 +103,7 @@ def distill(
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, Resume, image_seconds, predict, recorded_precision
+    from sdbctl.training import Recipe, Resume, accuracy, image_seconds, recorded_precision
 
     check_known("method", method, METHODS)
     opened = open_model(teacher, device, arch=arch, trust=trust)
@@ -174,8 +174,8 @@ def distill(
     if key is not None and meta is not None and helper is None:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
     say(f"teacher: {asked.where}, {shown}")
-    accuracy = metrics.top1(predict(asked.logits, splits.validation, preprocess, engine), splits.validation.labels)
-    say(f"teacher: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
+    taught = accuracy(asked.logits, splits.validation, preprocess, engine)
+    say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")
     one = image_seconds(net, recipe.batch_size, size, engine)
     queries = len(splits.transfer) * recipe.epochs
     seen = queries + attack.extra(queries, len(foreign) if foreign is not None else 0)
@@ -217,7 +217,7 @@ def distill(
             progress=progress,
             resume_from=[Resume(state, made.run) for state in states],
         )
-    top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
+    top1 = accuracy(net, splits.test, preprocess, engine)
     # before an interruption, too
     queries += min(len(foreign), PRETRAINED) if foreign is not None else 0
     measured = {
@@ -234,13 +234,13 @@ def distill(
         "sealed": helper is not None,
         "method": method,
         "attack": name,
-        "teacher_top1": round(accuracy, 3),
+        "teacher_top1": round(taught, 3),
         **measured,
         **config,
     }
     rows = {
         "student": f"{student}: {top1:.2f} % top-1 on {len(splits.test):,} test images",
-        "teacher": f"{accuracy:.2f} % (validation), {shown}, {asked.where}",
+        "teacher": f"{taught:.2f} % (validation), {shown}, {asked.where}",
         "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries"
         f"{f', {len(foreign):,} of them about another data set, first' if foreign is not None else ''}",
         "time": f"{seconds:.0f} s, {seen / max(seconds, 1e-9):.0f} images/s",
@@ -281,7 +281,7 @@ def train(
         raise UsageError(f"output {output} is not named .safetensors", "models are written as safetensors")
     if data is None:
         raise UsageError("no data to train on", "give --data SPEC, for example --data digits")
-    from sdbctl import boxfile, metrics
+    from sdbctl import boxfile
 
     processes = together(devices, nodes)
     state = output.with_name(f".{output.stem}.resume")
@@ -291,7 +291,7 @@ def train(
     from sdbctl.box import plain_step
     from sdbctl.boxfile import Metadata
     from sdbctl.distill import build_student
-    from sdbctl.training import Recipe, Resume, fit, image_seconds, predict, recorded_precision
+    from sdbctl.training import Recipe, Resume, accuracy, fit, image_seconds, recorded_precision
 
     dataset = open_data(data, data_root, download=download, size=image_size)
     splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)
@@ -337,10 +337,10 @@ def train(
             name=arch,
             progress=progress,
             resume_from=Resume(state, meta.run),
-            after_epoch=lambda _: {"validation": metrics.top1(predict(net, some, preprocess, engine), some.labels)},
+            after_epoch=lambda _: {"validation": accuracy(net, some, preprocess, engine)},
             record=True,
         )
-    top1 = metrics.top1(predict(net, splits.test, preprocess, engine), splits.test.labels)
+    top1 = accuracy(net, splits.test, preprocess, engine)
     measured = {"top1": round(top1, 3), "n": len(splits.test), "seconds": round(seconds, 1)}
     boxfile.save(output, net.state_dict(), replace(meta, measured=measured), force=force)
     Resume(state, meta.run).done()
