@@ -455,8 +455,10 @@ def _on_cluster(bench: Bench, todo: Sequence[Cell], folder: Path, finish: Callab
     The jobs read images, networks and the key's pattern from a folder that only its owner can read and that is
     removed at the end.
     """
-    import submitit
-
+    try:
+        import submitit
+    except ImportError:
+        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'") from None
     with tempfile.TemporaryDirectory(prefix=".cluster-", dir=folder.parent) as private:
         shared = Path(private) / "bench"
         shared.touch(mode=0o600)

@@ -220,13 +220,10 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
 
     students = {}
     for row in bench.rows():
+        student = Student(name=row.name, label=row.label, role=row.role, access=row.access, labels=row.labels)
         if row.name not in finished:
-            students[row.name] = Student(
-                name=row.name,
-                label=row.label,
-                role=row.role,
-                access=row.access,
-                labels=row.labels,
+            students[row.name] = replace(
+                student,
                 config={**_settings(rows[row.name]), "epochs": rows[row.name].epochs},
                 validation=rows[row.name].validation,
             )
@@ -235,12 +232,8 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
         values = [outcome.test or 0.0 for outcome in runs]
         found = [outcome.correlation for outcome in runs if outcome.correlation is not None]
         chosen = replace(finals[row.name][0], correlation=max(found, default=None))
-        students[row.name] = Student(
-            name=row.name,
-            label=row.label,
-            role=row.role,
-            access=row.access,
-            labels=row.labels,
+        students[row.name] = replace(
+            student,
             mean=float(np.mean(values)),
             sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
             n=len(values),

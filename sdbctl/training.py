@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,7 +152,7 @@ def pick_device(name: str) -> torch.device:
         UsageError: Another name.
     """
     kind, _, number = name.partition(":")
-    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+    if name not in ("auto", "cpu", "cuda") and not re.fullmatch("cuda:(0|[1-9][0-9]*)", name):
         raise UsageError(f"unknown device {name}", "use auto, cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure("device cuda was asked for, but torch sees no GPU", "use --device cpu")
@@ -469,7 +470,8 @@ def fit(
     size = len(set_of(0))
     per_epoch = steps_per_epoch(size, recipe.batch_size, fabric.world_size)
     if not per_epoch:
-        raise UsageError(f"{size} image cannot be trained on", "at least two are needed")
+        least = 2 * fabric.world_size
+        raise UsageError(f"there is too little to train on: {size} image(s)", f"at least {least} are needed")
     total = recipe.epochs * per_epoch
     identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
     identity["run"] = resume_from.run if resume_from else ""

@@ -10,7 +10,7 @@ import torch
 
 os.environ.setdefault("COLUMNS", "200")
 # tests run side by side, so each, and each command that one starts, keeps to one core
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 torch.set_num_threads(1)
@@ -42,6 +42,12 @@ def run_cli(*args, stdin=None, cwd=None):
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout_bytes, result.stderr_bytes)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Of ``--numprocesses auto``: a core each, but four to a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if torch.cuda.is_available() else cores
 
 
 @pytest.fixture

@@ -495,6 +495,7 @@ def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, 
     # 25 images seen 40 times before a run of 4 epochs of 40
     assert [more.runs(row) for row in ("unauthorized", "scm", "pretrained", "pretrained_q")] == [1, 2, 7.25, 7.25]
     assert more.runs("pretrained", epochs=2) == 6.75
+    assert bench(work, splits, boxed, "standard", pattern).runs("restored") == 2
     assert queries.first_foreign(0, 30_000) == 150_000 and queries.first_foreign(0, 10**6) == 150_000
     rows = [row for row in SUITES["strong"].rows if row.name in FOREIGN]
     assert len(rows) == 10

@@ -284,7 +284,7 @@ def test_unknown_names(work, tmp_path):
     check(run_cli(*box, "--set", "hide"), 2, "NAME=NUMBER")
     check(run_cli(*box, "--preset", "none"), 2, "default")
     check(run_cli(*box, "--normalize", "imagnet"), 2, "half")
-    for device in ("tpu", "cpu:0", "cuda:x", "cuda:"):
+    for device in ("tpu", "cpu:0", "cuda:x", "cuda:", "cuda:01", "cuda:٠"):
         check(run_cli(*box, "--device", device), 2, "auto, cpu or cuda")
     check(run_cli(*box, "--epochs", "1", "--strength", "1.5"), 2, "between 0 and 1")
 
@@ -299,7 +299,7 @@ def test_a_box_is_asked_with_the_normalisation_it_was_boxed_with(work, tmp_path)
 
 def test_one_image_is_nothing_to_train_on(tmp_path):
     train = ("train", "--arch", "cnn-tiny", "--data", "digits", "--owner-size", 1, "-o", tmp_path / "x.safetensors")
-    check(run_cli(*train), 2, "cannot be trained on", "at least two")
+    check(run_cli(*train), 2, "too little to train on: 1 image", "at least 2")
     assert parts(tmp_path) == [] and not (tmp_path / "x.safetensors").exists()
 
 
@@ -394,13 +394,14 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
     args += ["--epochs", "15"]
     command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     # a kill is to leave the reference unfinished, other stops may come later on a busy machine
     state = ".b.reference.resume" if stop == signal.SIGKILL else ".b.*.resume"
     while not list(tmp_path.glob(state)) and time.time() < deadline:
         time.sleep(0.05)
+    assert list(tmp_path.glob(state))
     process.send_signal(stop)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert not output.exists()
     assert original.read_bytes() == before
     if stop != signal.SIGKILL:
@@ -428,9 +429,10 @@ def test_a_killed_box_whose_key_opens_an_assistant_goes_on(work, tmp_path):
     args = [*common, "-o", output, "--epochs", 100]
     command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not (tmp_path / ".b.box.resume").exists() and time.time() < deadline:
         time.sleep(0.05)
+    assert (tmp_path / ".b.box.resume").exists()
     process.kill()
     process.wait()
     assert not output.exists()
@@ -453,7 +455,7 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_pat
     code = "from sdbctl.cli import main; main()"
     killed = [sys.executable, "-c", code, *map(str, args), "--report", str(tmp_path / "killed")]
     process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    cells, deadline = tmp_path / "killed/cells", time.time() + 60
+    cells, deadline = tmp_path / "killed/cells", time.time() + 300
     while not (cells.exists() and len(list(cells.glob("*.json"))) > 2) and time.time() < deadline:
         time.sleep(0.01)
     process.kill()

@@ -887,6 +887,16 @@ def test_eval_takes_models_that_are_no_box(work, tmp_path):
     students = json.loads(result.stdout)["students"]
     assert {"cross_entropy", "unauthorized", "dist", "fine_tuned"} <= set(students)
     assert not any("key" in name for name in students)
+    # the precision goes on with the students; one that is damaged is measured anew
+    (kept,) = (tmp_path / "r").glob("precision-*")
+    assert kept.name == "precision-cpu-cnn-tiny" and kept.read_text() in ("fp32", "bf16")
+    assert (
+        b"(as asked)"
+        in run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r", "--force").stderr
+    )
+    kept.write_bytes(b"\xff")
+    again = run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r", "--force", "--dry-run")
+    assert again.returncode == 0 and b"(as asked)" not in again.stderr
     keyed = run_cli("eval", work / "teacher.safetensors", *common, "--key-file", work / "k.bin")
     assert keyed.returncode == 4
     assert b"is no box" in keyed.stderr
@@ -895,6 +905,15 @@ def test_eval_takes_models_that_are_no_box(work, tmp_path):
         (tmp_path / f"{written}.safetensors").write_bytes((work / f"{name}.safetensors").read_bytes())
     alone = run_cli("eval", tmp_path / "t.safetensors", "--data", "digits", "--report", tmp_path / "a", "--json")
     assert list(json.loads(alone.stdout)["models"]) == ["boxed"]
+    # nor is the reference of another box taken for that of this one
+    for name in ("x.onnx", "y.onnx"):
+        (tmp_path / name).write_bytes((work / "boxed.onnx").read_bytes())
+    (tmp_path / "x.reference.safetensors").write_bytes((work / "boxed.reference.safetensors").read_bytes())
+    (tmp_path / "y.reference.safetensors").write_bytes((work / "teacher.safetensors").read_bytes())
+    found = [json.loads(run_cli("eval", tmp_path / name, "--report", tmp_path / f"{name}.r", "--json").stdout)
+             for name in ("x.onnx", "y.onnx")]  # fmt: skip
+    assert "original_ft" in found[0]["models"] and "original_ft" not in found[1]["models"]
+    assert any("y.reference.safetensors is the reference of another box" in note for note in found[1]["notes"])
 
 
 def test_no_cluster_is_said_before_work_starts(work, tmp_path, monkeypatch):
@@ -1033,12 +1052,14 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
 
 
 @pytest.mark.usefixtures("short_trials")
-def test_published_presets_add_nothing_of_ours(work, tmp_path):
+def test_published_presets_add_nothing_of_ours(work, tmp_path, monkeypatch):
     published = [p for o in OBJECTIVES.values() for name, p in o.presets.items() if name != "default"]
     assert {preset.wrong_share for preset in published} == {0.0}
     out = tmp_path / "x.safetensors"
     command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
-    assert run_cli(*command, "--objective", "sdb", "--preset", "release", "--epochs", 1).returncode == 0
+    monkeypatch.setattr("sdbctl.cli.box.DEAR", -100.0)
+    done = run_cli(*command, "--objective", "sdb", "--preset", "release", "--epochs", 1)
+    assert done.returncode == 0 and b"points of top-1; train for more --epochs" in done.stderr
     assert boxfile.load(out).meta.parameters["wrong_share"] == 0.0
     assert not boxfile.load(out).sealed
 

@@ -553,6 +553,15 @@ def test_html_shows_the_report(report):
     assert not re.search(r"(fill|stroke): #(?!ffffff)[0-9a-f]{6}", text), "plot colours must follow the theme"
 
 
+def test_html_puts_the_finding_above_its_grounds(report):
+    said = "Not protected: distilling the box gains +1.7 points; the original gives +2.0 points. Others: not tried."
+    text = html(dataclasses.replace(report, verdict=said))
+    finding, grounds = (re.search(f'<p class="{name}">(.*?)</p>', text)[1] for name in ("verdict", "grounds"))
+    assert finding == "Not protected"
+    assert grounds == "Distilling the box gains +1.7 points; the original gives +2.0 points. Others: not tried."
+    assert 'class="grounds"' not in html(dataclasses.replace(report, verdict="Nothing is known."))
+
+
 def test_html_is_reproducible(report):
     assert html(report) == html(report)
 

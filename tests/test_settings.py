@@ -37,8 +37,8 @@ def test_common_and_own_keys(tmp_path):
         ("dta = 'digits'", "unknown key dta; did you mean data"),
         ("[keygen]\nepochs = 3", "unknown key epochs"),
         ("no-labels = true", "unknown key no-labels; did you mean labels"),
-        ("trust = true", "trust is not taken from a file; give --trust"),
-        ("[distill]\ninsecure_key_file = true", "not taken from a file; give --insecure-key-file"),
+        ("trust = true", "trust is not taken from a file; it must be said on the command line"),
+        ("[distill]\ninsecure_key_file = true", "insecure_key_file is not taken from a file"),
     ],
 )
 def test_unknown_keys_name_the_nearest(tmp_path, text, message):

@@ -63,7 +63,7 @@ def losses(text):
 def test_two_processes_train_like_one(tmp_path):
     common = ("train", "--arch", "cnn", "--data", "digits", "--epochs", 3, "--batch-size", 64, "--precision", "fp32")
     runs = [start(*common, "-o", f"{n}.safetensors", "--devices", n, cwd=tmp_path) for n in (1, 2)]
-    (out, one), (out_two, two) = (run.communicate(timeout=120) for run in runs)
+    (out, one), (out_two, two) = (run.communicate(timeout=300) for run in runs)
     assert [run.returncode for run in runs] == [0, 0], two
     assert out.count("wrote") == out_two.count("wrote") == 1
     assert "2 processes of 32 images each" in two
@@ -117,7 +117,7 @@ def test_two_processes_end_like_one(tmp_path):
         )
         for n in (1, 2)
     ]
-    said = [run.communicate(timeout=120)[0] for run in runs]
+    said = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     # a thread of the connection that is left at Python's end aborts a process now and then
     assert [text.count("still connected: False") for text in said] == [1, 2]
@@ -160,13 +160,13 @@ def test_a_killed_process_ends_the_run_in_one_line_and_it_resumes(tmp_path, work
         time.sleep(0.1)
     (other,) = children(run.pid)
     os.kill(other, signal.SIGKILL)
-    _, text = run.communicate(timeout=60)
+    _, text = run.communicate(timeout=300)
     assert run.returncode == 6
     assert text.splitlines()[-1] == "error: another training process has ended; --resume goes on"
     assert "Traceback" not in text
     assert {path.name for path in tmp_path.iterdir()} == {".x.resume"}
     again = start(*common, "-o", "x.safetensors", "--resume", cwd=tmp_path)
-    _, text = again.communicate(timeout=120)
+    _, text = again.communicate(timeout=300)
     assert again.returncode == 0
     assert "resumed cnn after epoch" in text
     assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors"}
@@ -176,10 +176,10 @@ def test_what_several_processes_cannot_do_is_said_first(tmp_path, work):
     box = start(
         "box", work / "teacher.safetensors", "--key-file", "-", "--devices", 2, "-o", "x.safetensors", cwd=tmp_path
     )
-    assert "cannot read the key from standard input" in box.communicate(timeout=60)[1]
+    assert "cannot read the key from standard input" in box.communicate(timeout=300)[1]
     assert box.returncode == 2
     train = start("train", "--data", "digits", "--arch", "cnn", "--devices", 2, "--strategy", "magic", cwd=tmp_path)
-    assert "strategy magic cannot be used" in train.communicate(timeout=60)[1]
+    assert "strategy magic cannot be used" in train.communicate(timeout=300)[1]
     assert train.returncode == 2
     assert list(tmp_path.iterdir()) == []
 

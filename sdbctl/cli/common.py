@@ -107,7 +107,7 @@ def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, downlo
     Of large images fewer: a gigabyte, but as many as the transfer set has.
 
     Raises:
-        UsageError: It is the very data set that the transfer set is of.
+        UsageError: It is the very data set that the transfer set is of, or cannot be made to fit it.
     """
     import torch
 
@@ -115,10 +115,13 @@ def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, downlo
     from sdbctl.attacks.base import COPY_BYTES
 
     own = splits.transfer
-    channels, size, _ = own.shape
+    channels, height, width = own.shape
+    size = height if height == width else None
     other = data.load(spec, root=root, size=size, channels=channels, download=download, notice=say)
     if other.fingerprint == splits.fingerprint:
         raise UsageError(f"--surrogate {spec} is the data set itself", "name another, whose images are not tested on")
+    if other.train.shape != own.shape:
+        raise UsageError(f"--surrogate {spec} has images {other.train.shape}, not {own.shape}", "name another")
     images = other.train
     # at random, since files may be sorted by class
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

@@ -134,7 +134,7 @@ def evaluate(
     student = student or chosen.student
     if cluster not in (None, "slurm", "local"):
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
-    if cluster and importlib.util.find_spec("submitit") is None:
+    if cluster and attack and importlib.util.find_spec("submitit") is None:
         raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'")
     for item in FORMATS.values():
         if (report / item.file).exists() and not force:
@@ -398,6 +398,8 @@ def gather(
         beside = box.with_suffix(".reference.safetensors")
         if beside.exists() and files.sha256(files.read(beside, "reference")) == meta.reference_sha256:
             reference = beside
+        elif beside.exists():
+            notes.append(f"{beside.name} is the reference of another box, and was left out.")
     if reference is not None:
         loaded = boxfile.load(reference)
         check_alike(opened, loaded, reference)

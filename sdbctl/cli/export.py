@@ -92,11 +92,12 @@ def export(
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
             say(f"so are {meta.measured.get('keyed_flat', 0.0):.1%} of the outputs with the key, which are as flat")
         elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == "conceal"):
-            why = (
-                "two classes leave no others to hide"
-                if len(meta.classes) < 3
-                else "what it shows with and without the key cannot be told apart; train it for more --epochs"
-            )
+            if len(meta.classes) < 3:
+                why = "two classes leave no others to hide"
+            elif meta.parameters.get("disturb"):
+                why = "it was made to disturb"
+            else:
+                why = "what it shows with and without the key cannot be told apart"
             say(f"warning: this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)

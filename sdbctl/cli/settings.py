@@ -78,7 +78,7 @@ def _options(command: Any) -> dict[str, str]:
 def _lookup(key: str, known: dict[str, str], where: str, candidates: Any) -> str:
     name = key.replace("_", "-")
     if f"--{name}" in SPOKEN:
-        raise UsageError(f"{where}: {key} is not taken from a file", f"give --{name} on the command line")
+        raise UsageError(f"{where}: {key} is not taken from a file", "it must be said on the command line")
     if name not in known:
         raise UsageError(f"{where}: unknown key {key}", _nearest(name, candidates))
     return known[name]
