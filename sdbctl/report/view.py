@@ -264,9 +264,9 @@ def _cards(report: Report) -> Iterator[Card]:
     key = report.key_strength
     heard, searched = f"correlation {RECOVERED:g}", Interval(key.searched)
     for title, found, digits, unit, tries, words in (
-        ("A pattern opens half of the box", key.opens_at, 2, "correlation", "patterns", "with the key"),
-        ("Overheard, they give the key away", key.queries_to_recover, 0, "keyed queries", "eavesdroppers", heard),
-        ("Best guess of attacks on the key", searched, 2, "correlation", "", "with the key"),
+        ("Pattern that half opens the box", key.opens_at, 2, "correlation", "patterns", "with the key"),
+        ("Queries that give the key away", key.queries_to_recover, 0, "keyed queries", "eavesdroppers", heard),
+        ("Best key that attacks found", searched, 2, "correlation", "", "with the key"),
     ):
         if found.mean is not None:
             count = f"{found.n} {tries}" if (found.n or 0) > 1 else ""
