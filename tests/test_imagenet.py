@@ -48,6 +48,7 @@ def knowing(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_trials")
 @pytest.mark.parametrize("name", ["resnet50", "vit_b_16"])
 def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
     monkeypatch.setitem(data.load.__kwdefaults__, "memory_limit", 2**20)
