@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -449,16 +450,26 @@ def _work(cell: Cell) -> Outcome:
     return _bench.run(cell)
 
 
+def cluster_library() -> Any:
+    """The module submitit.
+
+    Raises:
+        EnvironmentFailure: It is not installed.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'") from None
+    return submitit
+
+
 def _on_cluster(bench: Bench, todo: Sequence[Cell], folder: Path, finish: Callable[[Cell, Outcome], None]) -> None:
     """Share the students among jobs of a cluster, which leave an outcome file each.
 
     The jobs read images, networks and the key's pattern from a folder that only its owner can read and that is
     removed at the end.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'") from None
+    submitit = cluster_library()
     with tempfile.TemporaryDirectory(prefix=".cluster-", dir=folder.parent) as private:
         shared = Path(private) / "bench"
         shared.touch(mode=0o600)

@@ -57,16 +57,12 @@ def averaged_noise(attacker: Attacker, config: Config) -> None:
     """
     copies, sigma = max(1, attacker.views // AVERAGED), 255 * config["noise"]
 
+    def noisy(images: ImageSet, number: int) -> ImageSet:
+        generator = torch.Generator().manual_seed(number)
+        return changed(images, lambda some, _: some + sigma * torch.randn(some.shape, generator=generator))
+
     def mean(images: ImageSet) -> Tensor:
-        answers = []
-        for number in range(AVERAGED):
-            generator = torch.Generator().manual_seed(number)
-
-            def noisy(some: Tensor, _: slice, generator: torch.Generator = generator) -> Tensor:
-                return some + sigma * torch.randn(some.shape, generator=generator)
-
-            answers.append(attacker.ask(changed(images, noisy)))
-        return torch.stack(answers).mean(0)
+        return torch.stack([attacker.ask(noisy(images, number)) for number in range(AVERAGED)]).mean(0)
 
     _kd(attacker, config, sets=lambda epoch: attacker.view(epoch % copies), targets=mean)
 

@@ -92,13 +92,16 @@ def open_data(
 
     spec = data.resolve(spec, recorded_name=recorded, classes=classes, shape=shape, root=root)
     channels = shape[0] if shape else None
-    # images that are not square are taken as they are
-    square = shape[1] if shape and shape[1] == shape[2] else None
-    dataset = data.load(spec, root=root, size=size or square, channels=channels, download=download, notice=say)
+    dataset = data.load(spec, root=root, size=size or _side(shape), channels=channels, download=download, notice=say)
     c, h, w = dataset.train.shape
     images = f"{len(dataset.train):,} {'' if dataset.test is None else 'training '}images"
     say(f"data: {dataset.name}, {images}, {len(dataset.classes)} classes, {c}x{h}x{w}")
     return dataset
+
+
+def _side(shape: tuple[int, int, int] | None) -> int | None:
+    """What others are resized to, to go with such images; those that are not square are taken as they are."""
+    return shape[1] if shape and shape[1] == shape[2] else None
 
 
 def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, download: bool) -> ImageSet:
@@ -115,9 +118,7 @@ def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, downlo
     from sdbctl.attacks.base import COPY_BYTES
 
     own = splits.transfer
-    channels, height, width = own.shape
-    size = height if height == width else None
-    other = data.load(spec, root=root, size=size, channels=channels, download=download, notice=say)
+    other = data.load(spec, root=root, size=_side(own.shape), channels=own.shape[0], download=download, notice=say)
     if other.fingerprint == splits.fingerprint:
         raise UsageError(f"--surrogate {spec} is the data set itself", "name another, whose images are not tested on")
     if other.train.shape != own.shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -25,7 +24,7 @@ from sdbctl.cli.common import (
     split_like,
 )
 from sdbctl.cli.output import Live, duration, emit, say
-from sdbctl.errors import BadInput, EnvironmentFailure, GateFailed, UsageError
+from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +121,7 @@ def evaluate(
     import torch
 
     from sdbctl import evaluate, files
-    from sdbctl.cells import Bench, EvalConfig, as_worker
+    from sdbctl.cells import Bench, EvalConfig, as_worker, cluster_library
     from sdbctl.curves import listening
     from sdbctl.distill import build_student
     from sdbctl.protocol import plan
@@ -134,8 +133,8 @@ def evaluate(
     student = student or chosen.student
     if cluster not in (None, "slurm", "local"):
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
-    if cluster and attack and importlib.util.find_spec("submitit") is None:
-        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'")
+    if cluster and attack:
+        cluster_library()
     for item in FORMATS.values():
         if (report / item.file).exists() and not force:
             raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
