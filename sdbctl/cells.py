@@ -27,7 +27,7 @@ from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
-from sdbctl.suites import BY_NAME, USUAL, Row, suite
+from sdbctl.suites import BY_NAME, Row, Suite, suite
 from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, accuracy, scaled
 from sdbctl.wrappers import WrappedTeacher
@@ -109,14 +109,19 @@ class EvalConfig:
     suite: str | None = "core"
 
     @property
+    def chosen(self) -> Suite:
+        """The suite, or one without rows."""
+        return suite(self.suite) if self.suite else Suite("no students", ())
+
+    @property
     def reported(self) -> int:
         """Students per reported row."""
-        return (suite(self.suite).seeds if self.suite else None) or self.seeds
+        return self.chosen.seeds or self.seeds
 
     @property
     def tuned(self) -> int:
         """Configurations per attack and teacher at most."""
-        return self.tune or (suite(self.suite).tune if self.suite else USUAL)
+        return self.tune or self.chosen.tune
 
 
 @functools.cache
@@ -143,11 +148,6 @@ def code() -> str:
 
 MOST_PASSES = 4
 """How many times more epochs a student of few images is trained at most."""
-
-
-def on_key(attack: str) -> bool:
-    """Whether an attack looks for the key."""
-    return attack.endswith(("_key", "_keys"))
 
 
 @dataclass(frozen=True)
@@ -226,22 +226,20 @@ class Bench:
 
     def rows(self) -> list[Row]:
         """The rows whose teachers are there, and which the attacker can try on them."""
-        if self.config.suite is None:
-            return []
-        boxed = self.sources.get("boxed")
-        rows = []
-        for row in suite(self.config.suite).rows:
-            teachers = tuple(name for name in row.teachers if name in self.sources)
-            possible = (bool(teachers) or not row.teachers) and (
-                row.access == "api" or (boxed is not None and boxed.weights is not None)
-            )
-            if (
-                possible
-                and (self.strength > 0 or not on_key(row.attack))
-                and (self.surrogate is not None or not ATTACKS[row.attack].surrogate)
-            ):
-                rows.append(replace(row, teachers=teachers))
-        return rows
+        return [
+            replace(row, teachers=tuple(name for name in row.teachers if name in self.sources))
+            for row in self.config.chosen.rows
+            if self._possible(row)
+        ]
+
+    def _possible(self, row: Row) -> bool:
+        boxed, attack = self.sources.get("boxed"), ATTACKS[row.attack]
+        return (
+            (not row.teachers or any(name in self.sources for name in row.teachers))
+            and (row.access == "api" or (boxed is not None and boxed.weights is not None))
+            and (self.strength > 0 or not attack.on_key)
+            and (self.surrogate is not None or not attack.surrogate)
+        )
 
     def recipe(self, cell: Cell) -> Recipe:
         """How a student is trained: of few images on more passes over the same queries, or it would learn nothing."""
@@ -272,7 +270,7 @@ class Bench:
             attack,
             source,
             # what a key is compared with, and the weights in an ONNX file
-            self.sources["keyed"].sha256 if "keyed" in self.sources and on_key(attack) else "",
+            self.sources["keyed"].sha256 if "keyed" in self.sources and ATTACKS[attack].on_key else "",
             self.sources[cell.teacher].held_sha256 if cell.teacher else "",
             dict(cell.config),
             asdict(self.recipe(cell)),

@@ -25,7 +25,7 @@ from sdbctl.report import (
     Point,
     Student,
 )
-from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row, suite
+from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row
 from sdbctl.teacher import KeyedTeacher
 from sdbctl.training import Progress, predict
 
@@ -43,7 +43,7 @@ REPEATS = 5
 
 def budgets(bench: Bench) -> list[tuple[str, int]]:
     """Rows and numbers of transfer images of the budget curve; none if the suite has none."""
-    if bench.config.suite is None or not suite(bench.config.suite).curves:
+    if not bench.config.chosen.curves:
         return []
     rows = bench.rows()
     names = [row.name for row in rows if row.name in BUDGET_ROWS]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, on_key, workers
+from sdbctl.cells import Bench, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, taught_by_keys
 from sdbctl.protocol import accuracies, best_of, paired, train_students, validations_of, with_all_seeds
 from sdbctl.report import (
@@ -31,7 +31,7 @@ from sdbctl.report import (
     UnauthorizedAdvantage,
     worth_protecting,
 )
-from sdbctl.suites import PLACES, USUAL, suite
+from sdbctl.suites import PLACES, USUAL
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
 MODEL_LABELS = {
@@ -283,8 +283,8 @@ def _gain(interval: Interval, who: str) -> str:
 def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
     notes = []
     if students:
-        tried = suite(bench.config.suite).rows if bench.config.suite else ()
-        if bench.strength == 0 and any(on_key(row.attack) for row in tried):
+        tried = bench.config.chosen.rows
+        if bench.strength == 0 and any(ATTACKS[row.attack].on_key for row in tried):
             notes.append("No key: the model has none to look for, so attacks on the key were left out.")
         if bench.surrogate is None and any(ATTACKS[row.attack].surrogate for row in tried):
             notes.append(
@@ -296,7 +296,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         )
         if bench.config.reported < 5:
             notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")
-        if bench.config.suite and bench.config.tuned < max(USUAL, suite(bench.config.suite).tune):
+        if bench.config.tuned < max(USUAL, bench.config.chosen.tune):
             notes.append("Settings were not fully tuned; the attacker may do better.")
     return notes
 

@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, suite
+from sdbctl.suites import ALWAYS, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -32,9 +32,7 @@ KEPT = 8
 def options(bench: Bench) -> dict[str, list[Option]]:
     """The candidates of each group that competes for one place in the report."""
     groups: dict[str, list[Option]] = {}
-    if bench.config.suite is None:
-        return groups
-    chosen = suite(bench.config.suite)
+    chosen = bench.config.chosen
     for row in bench.rows():
         tune = min(bench.config.tuned, TUNED.get(row.role, USUAL if row.name in MINOR else EVERY))
         group = groups.setdefault(chosen.group(row), [])
@@ -48,9 +46,7 @@ def options(bench: Bench) -> dict[str, list[Option]]:
 
 def rungs(bench: Bench, row: Row | None = None) -> list[int]:
     """Epochs after which candidates, or those of one row, are compared, in rising order; the last names the winners."""
-    if bench.config.suite is None:
-        return []
-    chosen, epochs = suite(bench.config.suite), bench.config.recipe.epochs
+    chosen, epochs = bench.config.chosen, bench.config.recipe.epochs
     shares = chosen.compared(row) if row else chosen.rungs
     return sorted({min(epochs, max(SHORTEST, round(share * epochs))) for share in shares})
 
@@ -127,7 +123,7 @@ def _rows(found: Sequence[Option]) -> set[str]:
 
 def _seeds(bench: Bench, group: str) -> int:
     """Students of a group's winner: what is no headline has one where attacks compete."""
-    minor = bench.config.suite is not None and suite(bench.config.suite).elect and group in MINOR
+    minor = bench.config.chosen.elect and group in MINOR
     return 1 if minor else bench.config.reported
 
 

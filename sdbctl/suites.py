@@ -151,47 +151,8 @@ EVERY = max(len(attack.grid) for attack in ATTACKS.values())
 """As many configurations as any attack has."""
 ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "authorized", "authorized_wrong_key")
 """Rows that are reported even if others of their group are better: what every paper has."""
-TWINS: Mapping[str, str] = {
-    "unauthorized": "hard_mixed",
-    "unauthorized_unlabelled": "hard_constant",
-    "dist": "dist_hard",
-    "dist_unlabelled": "dist_hard_unlabelled",
-    "dkd": "dkd_hard",
-    "dkd_unlabelled": "dkd_hard_unlabelled",
-    "mixup": "hard_mixup",
-    "cutmix": "hard_cutmix",
-    "knockoff": "copycat",
-    "averaged_views": "hard_views",
-    "averaged_noise": "hard_views",
-    "scm": "hard_sequence",
-    "skeptical": "hard_skeptical",
-    "markov": "label_smoothing",
-    "pretrained": "pretrained_hard",
-    "pretrained_unlabelled": "pretrained_hard_unlabelled",
-    "pretrained_held": "pretrained_hard",
-    "pretrained_held_unlabelled": "pretrained_hard_unlabelled",
-    "two_stage": "hard_mixed",
-    "recalibrated": "hard_mixed",
-    "repaired": "hard_mixed",
-    "htc": "hard_mixed",
-    "htc_unlabelled": "hard_constant",
-    "logits_mse": "hard_constant",
-    "clipped": "hard_mixed",
-    "clipped_unlabelled": "hard_constant",
-    "stripped": "hard_mixed",
-    "stripped_unlabelled": "hard_constant",
-    "stripped_dist": "dist_hard",
-    "stripped_dist_unlabelled": "dist_hard_unlabelled",
-    "reestimated": "dist_hard",
-    "reestimated_unlabelled": "dist_hard_unlabelled",
-    "noisy": "dist_hard",
-    "noisy_unlabelled": "dist_hard_unlabelled",
-    "amplified_answers": "dkd_hard",
-    "amplified_answers_unlabelled": "dkd_hard_unlabelled",
-    "amplified": "dkd_hard",
-    "amplified_unlabelled": "dkd_hard_unlabelled",
-}
-"""Attacks and the same loss without soft outputs: where the attack is reported, so is this, with as many seeds."""
+TWINS = {row.name: ATTACKS[row.attack].twin for row in ALL if row.role == "attack" and ATTACKS[row.attack].twin}
+"""Rows of attacks, and the same loss without soft outputs: where the attack is reported, so is this."""
 PLACES: Mapping[Role, int] = {"floor": 2, "attack": 2}
 """Rows of a group that get all seeds, where not one: whom a single screening names is the best by chance."""
 

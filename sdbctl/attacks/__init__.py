@@ -1,7 +1,7 @@
 """Ways to train a student: one file per family, one line here."""
 
 from sdbctl.attacks import file, floor, inverse, kd, keys, queries, soft, staged
-from sdbctl.attacks.base import Attack, Attacker, Config
+from sdbctl.attacks.base import Attack, Attacker, Config, without_labels
 
 ATTACKS: dict[str, Attack] = {
     "cross_entropy": floor.CROSS_ENTROPY,
@@ -14,22 +14,15 @@ ATTACKS: dict[str, Attack] = {
     "hard_label": floor.HARD_LABEL,
     "hard_constant": floor.HARD_CONSTANT,
     "hard_mixed": floor.HARD_MIXED,
-    "dist_hard_unlabelled": soft.DIST_HARD_UNLABELLED,
-    "dkd_hard_unlabelled": soft.DKD_HARD_UNLABELLED,
     "kd": kd.KD,
     "kd_unlabelled": kd.KD_UNLABELLED,
     "logits_mse": soft.LOGITS_MSE,
     "dkd": soft.DKD,
-    "dkd_unlabelled": soft.DKD_UNLABELLED,
     "dist": soft.DIST,
-    "dist_unlabelled": soft.DIST_UNLABELLED,
     "clipped": soft.CLIPPED,
-    "clipped_unlabelled": soft.CLIPPED_UNLABELLED,
     "repaired": soft.REPAIRED,
     "htc": soft.HTC,
-    "htc_unlabelled": soft.HTC_UNLABELLED,
     "amplified_answers": soft.AMPLIFIED_ANSWERS,
-    "amplified_answers_unlabelled": soft.AMPLIFIED_ANSWERS_UNLABELLED,
     "averaged_views": queries.AVERAGED_VIEWS,
     "hard_views": queries.HARD_VIEWS,
     "averaged_noise": queries.AVERAGED_NOISE,
@@ -41,9 +34,7 @@ ATTACKS: dict[str, Attack] = {
     "knockoff": queries.KNOCKOFF,
     "copycat": queries.COPYCAT,
     "pretrained": queries.PRETRAINED_SOFT,
-    "pretrained_unlabelled": queries.PRETRAINED_SOFT_UNLABELLED,
     "pretrained_hard": queries.PRETRAINED_HARD,
-    "pretrained_hard_unlabelled": queries.PRETRAINED_HARD_UNLABELLED,
     "data_free": queries.DATA_FREE,
     "two_stage": staged.TWO_STAGE,
     "scm": staged.SCM,
@@ -59,22 +50,35 @@ ATTACKS: dict[str, Attack] = {
     "stripped": file.STRIPPED,
     "stripped_dist": file.STRIPPED_DIST,
     "stripped_unlabelled": file.STRIPPED_UNLABELLED,
-    "stripped_dist_unlabelled": file.STRIPPED_DIST_UNLABELLED,
     "amplified": file.AMPLIFIED,
-    "amplified_unlabelled": file.AMPLIFIED_UNLABELLED,
     "rehead": file.REHEAD,
     "fine_tuned": file.FINE_TUNED,
     "pruned": file.PRUNED,
     "noisy": file.NOISY,
-    "noisy_unlabelled": file.NOISY_UNLABELLED,
     "pretrained_held": file.PRETRAINED_HELD,
-    "pretrained_held_unlabelled": file.PRETRAINED_HELD_UNLABELLED,
     "reestimated": file.REESTIMATED,
-    "reestimated_unlabelled": file.REESTIMATED_UNLABELLED,
     "fitnet": file.FITNET,
     "attention": file.ATTENTION,
     "similarity": file.SIMILARITY,
     "contrast": file.CONTRAST,
 }
+UNLABELLED = (
+    "dist_hard",
+    "dkd_hard",
+    "dkd",
+    "dist",
+    "clipped",
+    "htc",
+    "amplified_answers",
+    "pretrained",
+    "pretrained_hard",
+    "stripped_dist",
+    "amplified",
+    "noisy",
+    "pretrained_held",
+    "reestimated",
+)
+"""Attacks that need no labels; those without them have the same settings."""
+ATTACKS |= {f"{name}_unlabelled": without_labels(ATTACKS[name]) for name in UNLABELLED}
 
 __all__ = ["ATTACKS", "Attack", "Attacker", "Config"]

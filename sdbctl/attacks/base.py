@@ -214,24 +214,32 @@ class Attack:
     Attributes:
         summary: One line for ``sdbctl list``.
         source: Citation.
-        role: ``floor`` for what needs no soft output, ``attack`` for what does.
-        access: The most it may see of the teacher; it is given an oracle of this level and nothing else.
-        labels: Whether it needs the labels of the transfer set; they are withheld otherwise.
-        grid: Configurations to choose from on validation data.
         train: What it does.
+        grid: Configurations to choose from on validation data.
+        access: The most it may see of the teacher: it is given an oracle that shows this, and with WEIGHTS a copy.
+        labels: Whether it needs the labels of the transfer set; they are withheld otherwise.
         surrogate: Whether it asks about images of another data set; they are withheld otherwise.
+        on_key: Whether it looks for the key.
+        twin: The attack of the floor that does the same without soft outputs. Where an attack is reported, so is its
+            twin, with as many seeds.
         extra: (images of a run on the transfer set, images of another data set) → how many more its students see.
     """
 
     summary: str
     source: str
-    role: Literal["floor", "attack"]
-    access: Access
-    labels: bool
-    grid: tuple[Config, ...]
     train: Train
+    grid: tuple[Config, ...] = ({},)
+    access: Access = Access.PROBABILITIES
+    labels: bool = True
     surrogate: bool = False
+    on_key: bool = False
+    twin: str = ""
     extra: Callable[[float, int], float] = lambda run, foreign: 0.0
+
+    @property
+    def role(self) -> Literal["floor", "attack"]:
+        """``floor`` for what needs no soft output, ``attack`` for what does."""
+        return "floor" if self.access <= Access.LABELS else "attack"
 
 
 def one_more(run: float, foreign: int) -> float:
@@ -241,4 +249,5 @@ def one_more(run: float, foreign: int) -> float:
 
 def without_labels(attack: Attack) -> Attack:
     """The same attack by somebody who has no labels, which its loss must allow."""
-    return replace(attack, summary=f"no labels: {attack.summary}", labels=False)
+    twin = {"": "", "hard_mixed": "hard_constant"}.get(attack.twin, f"{attack.twin}_unlabelled")
+    return replace(attack, summary=f"no labels: {attack.summary}", labels=False, twin=twin)

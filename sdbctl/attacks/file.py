@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -236,7 +236,7 @@ def _features(distance: Callable[[Pair], Tensor]) -> Callable[[Attacker, Config]
 
         def step(model: nn.Module, batch: Batch) -> Tensor:
             z = model(batch.x)
-            return cross_entropy(z, batch.y) + config["weight"] * distance(pair)
+            return cross_entropy(z, batch.y) + config["features"] * distance(pair)
 
         attacker.fit(pair, step, attacker.images)
         pair.close()
@@ -248,51 +248,58 @@ _GRID = (*EITHER, {"temperature": 8.0, "alpha": 1.0})
 _ANY = (*EITHER, AMPLIFYING[0])
 
 
-def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
-    return Attack(summary, source, "attack", Access.WEIGHTS, True, grid or _GRID, train)
+def _attack(summary: str, source: str, train: Train, grid: Iterable[Config], twin: str = "") -> Attack:
+    return Attack(summary, source, train, tuple(grid), Access.WEIGHTS, twin=twin)
 
 
-STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, *KD.grid)
-STRIPPED_DIST = _attack("correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, *DIST.grid)
+STRIPPED = _attack("KD from the bare weights", "Hinton et al., arXiv 1503.02531", stripped, KD.grid, "hard_mixed")
 STRIPPED_UNLABELLED = replace(without_labels(STRIPPED), grid=KD_UNLABELLED.grid)
-AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, *AMPLIFYING)
-REHEAD = _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead)
+STRIPPED_DIST = _attack(
+    "correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, DIST.grid, "dist_hard"
+)
+AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, AMPLIFYING, "dkd_hard")
+REHEAD = _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead, _GRID)
 FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
     "Liu et al., RAID 2018",
     fine_tuned,
-    *({**config, "share": 1.0} for config in _ANY),
-    *({**config, "share": 0.1} for config in _ANY[1:]),
-    {**_ANY[-1], "share": 0.01},
-)
-PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, *({**config, "share": 0.3} for config in _ANY))
-NOISY = _attack("boxes with noisy weights, averaged", "own", noisy, *({**config, "sigma": 0.1} for config in _ANY))
-REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, *_GRID, AMPLIFYING[0])
-PRETRAINED_HELD = replace(
-    _attack(
-        "bare weights, amplified, surrogate set first, then own images",
-        "own",
-        pretrained_held,
-        *({**config, "scale": 1.0} for config in PRETRAINING),
+    (
+        *({**config, "share": 1.0} for config in _ANY),
+        *({**config, "share": 0.1} for config in _ANY[1:]),
+        {**_ANY[-1], "share": 0.01},
     ),
+)
+PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, ({**config, "share": 0.3} for config in _ANY))
+NOISY = _attack(
+    "boxes with noisy weights, averaged", "own", noisy, ({**config, "sigma": 0.1} for config in _ANY), "dist_hard"
+)
+REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, (*_GRID, AMPLIFYING[0]), "dist_hard")
+PRETRAINED_HELD = Attack(
+    "bare weights, amplified, surrogate set first, then own images",
+    "own",
+    pretrained_held,
+    tuple({**config, "scale": 1.0} for config in PRETRAINING),
+    Access.WEIGHTS,
     surrogate=True,
+    twin="pretrained_hard",
     extra=first_foreign,
 )
-PRETRAINED_HELD_UNLABELLED = without_labels(PRETRAINED_HELD)
-AMPLIFIED_UNLABELLED, NOISY_UNLABELLED, REESTIMATED_UNLABELLED, STRIPPED_DIST_UNLABELLED = map(
-    without_labels, (AMPLIFIED, NOISY, REESTIMATED, STRIPPED_DIST)
-)
 FITNET = _attack(
-    "feature maps copied", "Romero et al., ICLR 2015", _features(fitnet), {"weight": 1.0}, {"weight": 100.0}
+    "feature maps copied",
+    "Romero et al., ICLR 2015",
+    _features(fitnet),
+    ({"features": weight} for weight in (1.0, 100.0)),
 )
 ATTENTION = _attack(
     "attention maps copied",
     "Zagoruyko & Komodakis, ICLR 2017",
     _features(attention),
-    {"weight": 1000.0},
-    {"weight": 100.0},
+    ({"features": weight} for weight in (1000.0, 100.0)),
 )
 SIMILARITY = _attack(
-    "similarities copied", "Tung & Mori, ICCV 2019", _features(similarity), {"weight": 3000.0}, {"weight": 300.0}
+    "similarities copied",
+    "Tung & Mori, ICCV 2019",
+    _features(similarity),
+    ({"features": weight} for weight in (3000.0, 300.0)),
 )
-CONTRAST = _attack("features contrasted", "Tian et al., ICLR 2020", _features(contrast), {"weight": 0.8})
+CONTRAST = _attack("features contrasted", "Tian et al., ICLR 2020", _features(contrast), ({"features": 0.8},))

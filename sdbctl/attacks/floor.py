@@ -77,51 +77,41 @@ _MIXED = tuple(
     {**config, "alpha": alpha} for config, alpha in product(CONSTANTS, (0.1, 0.5, 0.9)) if config["alpha"] == 1
 )
 
-CROSS_ENTROPY = Attack(
-    "cross-entropy on the labels", "textbook", "floor", Access.NONE, True, ({},), PerBatch(label_smoothing)
-)
+CROSS_ENTROPY = Attack("cross-entropy on the labels", "textbook", PerBatch(label_smoothing), access=Access.NONE)
 LABEL_SMOOTHING = Attack(
     "cross-entropy on smoothed labels",
     "Szegedy et al., CVPR 2016",
-    "floor",
-    Access.NONE,
-    True,
-    tuple({"smoothing": share} for share in (0.1, 0.3, 0.2, 0.05)),
     PerBatch(label_smoothing),
+    tuple({"smoothing": share} for share in (0.1, 0.3, 0.2, 0.05)),
+    Access.NONE,
 )
 CLASS_CONSTANT = Attack(
     "distillation from constant logits of the label",
     "Yuan et al., CVPR 2020",
-    "floor",
-    Access.NONE,
-    True,
-    CONSTANTS,
     PerBatch(partial(from_label, soft_labels)),
+    CONSTANTS,
+    Access.NONE,
 )
 HARD_LABEL = Attack(
     "the teacher's top-1 answers as labels",
     "Orekondy et al., CVPR 2019 (top-1 access)",
-    "floor",
-    Access.LABELS,
-    False,
-    ({}, {"smoothing": 0.1}),
     PerBatch(hard_label),
+    ({}, {"smoothing": 0.1}),
+    Access.LABELS,
+    labels=False,
 )
 HARD_CONSTANT = Attack(
     "distillation from constant logits of the teacher's top-1 answers",
     "top-1 access, regularised like KD",
-    "floor",
-    Access.LABELS,
-    False,
-    CONSTANTS,
     PerBatch(hard_constant),
+    CONSTANTS,
+    Access.LABELS,
+    labels=False,
 )
 HARD_MIXED = Attack(
     "labels, and constant logits of the teacher's top-1 answers",
     "top-1 access, mixed like KD",
-    "floor",
-    Access.LABELS,
-    True,
-    (*_FIRST, *(config for config in _MIXED if config not in _FIRST)),
     PerBatch(partial(from_top1, soft_labels)),
+    (*_FIRST, *(config for config in _MIXED if config not in _FIRST)),
+    Access.LABELS,
 )

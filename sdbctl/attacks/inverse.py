@@ -12,7 +12,6 @@ from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
 from sdbctl.losses import cross_entropy, kd
-from sdbctl.teacher import Access
 from sdbctl.training import seeded
 from sdbctl.wrappers import WRAPPERS, behind
 
@@ -132,10 +131,7 @@ def _fitted(net: nn.Module, loss: Callable[[nn.Module], Tensor]) -> nn.Module:
 RESTORED = Attack(
     "a learned inverse of the defence",
     "after D-DAE, IEEE S&P 2023",
-    "attack",
-    Access.PROBABILITIES,
-    True,
-    tuple({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (1.0, 0.9))),
     restored,
+    tuple({"temperature": tau, "alpha": alpha} for tau, alpha in ((4.0, 0.9), (1.0, 0.9))),
     extra=one_more,
 )

@@ -8,7 +8,11 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Config, PerBatch
 from sdbctl.losses import cross_entropy, kd
-from sdbctl.teacher import Access
+
+TAU4: Config = {"temperature": 4.0, "alpha": 0.9}
+"""The setting that most papers report."""
+ALONE: Config = {"temperature": 4.0, "alpha": 1.0}
+"""The same without labels."""
 
 
 def target_of(answer: Tensor | None, y: Tensor | None) -> Tensor:
@@ -37,18 +41,15 @@ FIRST = ((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5))
 KD = Attack(
     "distillation from soft labels",
     "Hinton et al., arXiv 1503.02531",
-    "attack",
-    Access.PROBABILITIES,
-    True,
-    _grid(*FIRST, *(pair for pair in product((1, 2, 4, 8, 20), (0.1, 0.5, 0.9, 1)) if pair not in FIRST)),
     PerBatch(soft_labels),
+    _grid(*FIRST, *(pair for pair in product((1, 2, 4, 8, 20), (0.1, 0.5, 0.9, 1)) if pair not in FIRST)),
+    twin="hard_mixed",
 )
 KD_UNLABELLED = Attack(
     "distillation from soft labels alone",
     "Hinton et al., arXiv 1503.02531",
-    "attack",
-    Access.PROBABILITIES,
-    False,
-    _grid((4, 1), (8, 1), (20, 1), (1, 1), (2, 1)),
     PerBatch(soft_labels),
+    _grid((4, 1), (8, 1), (20, 1), (1, 1), (2, 1)),
+    labels=False,
+    twin="hard_constant",
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Train
+from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
@@ -117,13 +117,19 @@ def inverted(attacker: Attacker, config: Config) -> None:
     _with(attacker, free.detach().sigmoid().cpu(), config, lambda images: outputs(attacker, net, images))
 
 
-def _attack(summary: str, source: str, train: Train, config: Config, access: Access = Access.PROBABILITIES) -> Attack:
-    return Attack(summary, source, "attack", access, True, tuple({**some, **config} for some in EITHER), train)
+def _grid(**settings: float) -> tuple[Config, ...]:
+    return tuple({**loss, **settings} for loss in EITHER)
 
 
-RANDOM_KEYS = _attack("the best of random keys", "own", random_keys, {"tries": 16.0})
-SIMPLE_KEYS = _attack("the best of constant and natural keys", "own", simple_keys, {})
-SEARCHED_KEY = _attack(
-    "black-box search for a key", "natural evolution strategies, Ilyas et al., ICML 2018", searched, {"rounds": 100.0}
+RANDOM_KEYS = Attack("the best of random keys", "own", random_keys, _grid(tries=16), on_key=True)
+SIMPLE_KEYS = Attack("the best of constant and natural keys", "own", simple_keys, EITHER, on_key=True)
+SEARCHED_KEY = Attack(
+    "black-box search for a key",
+    "natural evolution strategies, Ilyas et al., ICML 2018",
+    searched,
+    _grid(rounds=100),
+    on_key=True,
 )
-INVERTED_KEY = _attack("white-box search for a key", "own", inverted, {"rounds": 800.0}, Access.WEIGHTS)
+INVERTED_KEY = Attack(
+    "white-box search for a key", "own", inverted, _grid(rounds=800), access=Access.WEIGHTS, on_key=True
+)

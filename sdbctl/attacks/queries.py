@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, without_labels
+from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train
 from sdbctl.attacks.floor import CONSTANTS, from_top1, hard_constant, hard_label
-from sdbctl.attacks.kd import KD, KD_UNLABELLED, soft_labels
+from sdbctl.attacks.kd import ALONE, TAU4, soft_labels
 from sdbctl.attacks.soft import METHODS, soft_loss
 from sdbctl.data import Batch, ImageSet, changed, view
 from sdbctl.errors import UsageError
@@ -267,86 +266,89 @@ def data_free(attacker: Attacker, config: Config) -> None:
     attacker.fit(attacker.student, step, attacker.images, record=False)
 
 
-_TAU4, _ALONE = KD.grid[0], KD_UNLABELLED.grid[0]
-
-
-def _attack(summary: str, source: str, train: Train, labels: bool, *grid: Config) -> Attack:
-    return Attack(summary, source, "attack", Access.PROBABILITIES, labels, grid, train)
-
-
-AVERAGED_VIEWS = _attack("answers averaged over augmented copies", "own", averaged_views, True, _TAU4)
+AVERAGED_VIEWS = Attack("answers averaged over augmented copies", "own", averaged_views, (TAU4,), twin="hard_views")
 HARD_VIEWS = Attack(
     "top-1 answers to augmented copies, as votes",
     "own",
-    "floor",
-    Access.LABELS,
-    True,
-    ({**_TAU4, "smoothing": 0.6}, {"temperature": 1.0, "alpha": 0.9, "smoothing": 0.2}),
     hard_views,
+    ({**TAU4, "smoothing": 0.6}, {"temperature": 1.0, "alpha": 0.9, "smoothing": 0.2}),
+    Access.LABELS,
 )
-AVERAGED_NOISE = _attack(
-    "answers averaged over pixel noise", "own", averaged_noise, True, {**_TAU4, "noise": 0.02}, {**_TAU4, "noise": 0.06}
+AVERAGED_NOISE = Attack(
+    "answers averaged over pixel noise",
+    "own",
+    averaged_noise,
+    tuple({**TAU4, "noise": sigma} for sigma in (0.02, 0.06)),
+    twin="hard_views",
 )
-RECALIBRATED = _attack(
-    "answers recalibrated on 100 labels", "vector scaling, Guo et al., ICML 2017", recalibrated, True, _TAU4
+RECALIBRATED = Attack(
+    "answers recalibrated on 100 labels",
+    "vector scaling, Guo et al., ICML 2017",
+    recalibrated,
+    (TAU4,),
+    twin="hard_mixed",
 )
 _MIXES = (
-    (between, "between two images", "Zhang et al., ICLR 2018"),
-    (pasted, "with a pasted part", "Yun et al., ICCV 2019"),
+    (between, "between two images", "Zhang et al., ICLR 2018", "hard_mixup"),
+    (pasted, "with a pasted part", "Yun et al., ICCV 2019", "hard_cutmix"),
 )
 MIXUP, CUTMIX = (
-    _attack(f"queries {how}", source, mixed_soft(mix), False, _ALONE, {"temperature": 1.0, "alpha": 1.0})
-    for mix, how, source in _MIXES
+    Attack(
+        f"queries {how}",
+        source,
+        mixed_soft(mix),
+        (ALONE, {"temperature": 1.0, "alpha": 1.0}),
+        labels=False,
+        twin=twin,
+    )
+    for mix, how, source, twin in _MIXES
 )
 HARD_MIXUP, HARD_CUTMIX = (
-    Attack(f"top-1 answers to queries {how}", source, "floor", Access.LABELS, False, CONSTANTS[:2], mixed_hard(mix))
-    for mix, how, source in _MIXES
+    Attack(f"top-1 answers to queries {how}", source, mixed_hard(mix), CONSTANTS[:2], Access.LABELS, labels=False)
+    for mix, how, source, _ in _MIXES
 )
-KNOCKOFF = replace(
-    _attack(
-        "Knockoff Nets: soft answers on another data set",
-        "Orekondy et al., CVPR 2019",
-        knockoff,
-        False,
-        {"temperature": 1.0, "alpha": 1.0},
-        _ALONE,
-    ),
+KNOCKOFF = Attack(
+    "Knockoff Nets: soft answers on another data set",
+    "Orekondy et al., CVPR 2019",
+    knockoff,
+    ({"temperature": 1.0, "alpha": 1.0}, ALONE),
+    labels=False,
     surrogate=True,
+    twin="copycat",
 )
 COPYCAT = Attack(
     "Copycat CNN: top-1 answers on another data set",
     "Correia-Silva et al., IJCNN 2018",
-    "floor",
-    Access.LABELS,
-    False,
-    ({},),
     copycat,
+    access=Access.LABELS,
+    labels=False,
     surrogate=True,
 )
 PRETRAINING = (METHODS["dist"],)
 """Settings of :func:`pretrained`."""
 _THEN_OWN, _FIRST = "surrogate set first, then own images", "after Orekondy et al., CVPR 2019"
-PRETRAINED_SOFT = replace(
-    _attack(_THEN_OWN, _FIRST, partial(pretrained, loss=soft_loss), True, *PRETRAINING),
+PRETRAINED_SOFT = Attack(
+    _THEN_OWN,
+    _FIRST,
+    partial(pretrained, loss=soft_loss),
+    PRETRAINING,
     surrogate=True,
+    twin="pretrained_hard",
     extra=first_foreign,
 )
 PRETRAINED_HARD = Attack(
     f"top-1 answers, {_THEN_OWN}",
     _FIRST,
-    "floor",
-    Access.LABELS,
-    True,
-    tuple({**config, "confidence": 0.4} for config in PRETRAINING),
     partial(pretrained, loss=partial(from_top1, soft_loss)),
+    tuple({**config, "confidence": 0.4} for config in PRETRAINING),
+    Access.LABELS,
     surrogate=True,
     extra=first_foreign,
 )
-PRETRAINED_SOFT_UNLABELLED, PRETRAINED_HARD_UNLABELLED = map(without_labels, (PRETRAINED_SOFT, PRETRAINED_HARD))
-DATA_FREE = _attack(
+DATA_FREE = Attack(
     "queries from a generator of random fields",
     "own, after Baradad et al., NeurIPS 2021",
     data_free,
-    False,
-    *({"temperature": tau} for tau in (4.0, 1.0)),
+    tuple({"temperature": tau} for tau in (4.0, 1.0)),
+    labels=False,
 )

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, one_hot
 
-from sdbctl.attacks.base import Attack, Config, Loss, PerBatch, without_labels
+from sdbctl.attacks.base import Attack, Config, Loss, PerBatch
 from sdbctl.attacks.floor import from_label, from_top1
-from sdbctl.attacks.kd import KD, soft_labels, target_of
+from sdbctl.attacks.kd import TAU4, soft_labels, target_of
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
+
+METHODS: Mapping[str, Config] = {
+    "kd": TAU4,
+    "dkd": {"temperature": 4.0, "beta": 1.0},
+    "dist": {"temperature": 4.0, "weight": 1.0},
+}
+"""Usual settings of the losses that :func:`soft_loss` knows, by name."""
+EITHER: tuple[Config, ...] = (TAU4, {"temperature": 4.0, "weight": 2.0})
+"""Settings of :func:`soft_loss` for attacks that have something else to set."""
+AMPLIFYING: tuple[Config, ...] = tuple({**METHODS["dkd"], "scale": scale} for scale in (1.0, 3.0))
 
 
 def _centred(z: Tensor) -> Tensor:
@@ -130,16 +140,13 @@ def info_nce(a: Tensor, b: Tensor) -> Tensor:
     return cross_entropy(normalize(a) @ normalize(b).T / 0.1, torch.arange(len(a), device=a.device))
 
 
-def _attack(summary: str, source: str, loss: Loss, *grid: Config, labels: bool = True) -> Attack:
-    return Attack(summary, source, "attack", Access.PROBABILITIES, labels, grid or ({},), PerBatch(loss))
-
-
 def _without_soft(what: str, source: str, loss: Loss, *grid: Config) -> tuple[Attack, Attack]:
     """The floor of an attack: the same from the label, and from top-1 answers, which must not look like a leak."""
 
     def floor(told: str, how: str, access: Access, constants: Callable[..., Tensor]) -> Attack:
-        summary, train = f"{what}, constant {told} logits", PerBatch(partial(constants, loss))
-        return Attack(summary, f"{source}, {how}", "floor", access, True, grid, train)
+        return Attack(
+            f"{what}, constant {told} logits", f"{source}, {how}", PerBatch(partial(constants, loss)), grid, access
+        )
 
     return (
         floor("label", "without a teacher", Access.NONE, from_label),
@@ -147,72 +154,64 @@ def _without_soft(what: str, source: str, loss: Loss, *grid: Config) -> tuple[At
     )
 
 
-LOGITS_MSE = _attack("squared distance of centred logits", "Ba & Caruana, NeurIPS 2014", logits_mse, labels=False)
-DKD = _attack(
+LOGITS_MSE = Attack(
+    "squared distance of centred logits",
+    "Ba & Caruana, NeurIPS 2014",
+    PerBatch(logits_mse),
+    labels=False,
+    twin="hard_constant",
+)
+DKD = Attack(
     "decoupled distillation",
     "Zhao et al., CVPR 2022",
-    dkd,
-    {"temperature": 4.0, "beta": 1.0},
-    {"temperature": 4.0, "beta": 8.0},
+    PerBatch(dkd),
+    (METHODS["dkd"], {"temperature": 4.0, "beta": 8.0}),
+    twin="dkd_hard",
 )
 DKD_CONSTANT, DKD_HARD = _without_soft(
     "DKD",
     "Zhao et al., CVPR 2022",
     dkd,
-    {"temperature": 4.0, "beta": 1.0, "confidence": 0.8},
-    {"temperature": 4.0, "beta": 1.0, "confidence": 0.4},
-    {"temperature": 4.0, "beta": 1.0, "confidence": 0.95},
+    *({**METHODS["dkd"], "confidence": confidence} for confidence in (0.8, 0.4, 0.95)),
 )
-DIST = _attack(
+DIST = Attack(
     "correlations of probabilities",
     "Huang et al., NeurIPS 2022",
-    dist,
-    {"temperature": 4.0, "weight": 2.0},
-    {"temperature": 1.0, "weight": 2.0},
-    {"temperature": 4.0, "weight": 1.0},
+    PerBatch(dist),
+    ({"temperature": 4.0, "weight": 2.0}, {"temperature": 1.0, "weight": 2.0}, METHODS["dist"]),
+    twin="dist_hard",
 )
 DIST_CONSTANT, DIST_HARD = _without_soft(
     "DIST",
     "Huang et al., NeurIPS 2022",
     dist,
-    {"temperature": 4.0, "weight": 2.0, "confidence": 0.4},
-    {"temperature": 1.0, "weight": 2.0, "confidence": 0.9},
-    {"temperature": 4.0, "weight": 1.0, "confidence": 0.4},
+    *({**config, "confidence": confidence} for config, confidence in zip(DIST.grid, (0.4, 0.9, 0.4), strict=True)),
 )
-METHODS: Mapping[str, Config] = {"kd": KD.grid[0], "dkd": DKD.grid[0], "dist": DIST.grid[2]}
-"""Usual settings of the attacks whose losses :func:`soft_loss` knows, by name."""
-EITHER = (KD.grid[0], DIST.grid[0])
-"""Configurations of :func:`soft_loss` for attacks that have something else to set."""
-AMPLIFYING = tuple({**DKD.grid[0], "scale": scale} for scale in (1.0, 3.0))
-AMPLIFIED_ANSWERS = _attack(
+AMPLIFIED_ANSWERS = Attack(
     "what answers still show of the other classes, amplified",
     "own",
-    soft_loss,
-    *AMPLIFYING,
-    {**DIST.grid[2], "scale": 1.0},
+    PerBatch(soft_loss),
+    (*AMPLIFYING, {**METHODS["dist"], "scale": 1.0}),
+    twin="dkd_hard",
 )
-CLIPPED = _attack(
+CLIPPED = Attack(
     "top-k distillation",
     "a common repair of poisoned outputs",
-    clipped,
-    {"temperature": 4.0, "top": 3.0, "alpha": 0.9},
-    {"temperature": 4.0, "top": 2.0, "alpha": 0.9},
-    {"temperature": 1.0, "top": 3.0, "alpha": 0.9},
+    PerBatch(clipped),
+    tuple({"temperature": tau, "top": top, "alpha": 0.9} for tau, top in ((4.0, 3.0), (4.0, 2.0), (1.0, 3.0))),
+    twin="hard_mixed",
 )
-REPAIRED = _attack(
+REPAIRED = Attack(
     "distillation with the maximum moved to the label",
     "own",
-    repaired,
-    {"temperature": 4.0, "alpha": 0.9},
-    {"temperature": 20.0, "alpha": 0.9},
+    PerBatch(repaired),
+    (TAU4, {"temperature": 20.0, "alpha": 0.9}),
+    twin="hard_mixed",
 )
-HTC = _attack(
+HTC = Attack(
     "HTC, high-temperature composition",
     "after Jandial et al., ECCV 2022",
-    htc,
-    *({"share": share} for share in (0.5, 0.1, 0.9)),
+    PerBatch(htc),
+    tuple({"share": share} for share in (0.5, 0.1, 0.9)),
+    twin="hard_mixed",
 )
-DKD_UNLABELLED, DKD_HARD_UNLABELLED, DIST_UNLABELLED, DIST_HARD_UNLABELLED, CLIPPED_UNLABELLED, HTC_UNLABELLED = map(
-    without_labels, (DKD, DKD_HARD, DIST, DIST_HARD, CLIPPED, HTC)
-)
-AMPLIFIED_ANSWERS_UNLABELLED = without_labels(AMPLIFIED_ANSWERS)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train, one_more
+from sdbctl.attacks.base import Attack, Attacker, Config, Loss, one_more
 from sdbctl.attacks.floor import HARD_MIXED, constant_logits, from_top1
-from sdbctl.attacks.kd import KD, soft_labels, target_of
+from sdbctl.attacks.kd import TAU4, soft_labels, target_of
 from sdbctl.attacks.soft import HTC, htc, info_nce
 from sdbctl.data import ImageSet
 from sdbctl.losses import cross_entropy, kd
@@ -176,63 +175,53 @@ def markov(attacker: Attacker, config: Config) -> None:
     attacker.learn(loss, net=net)
 
 
-_TAU4, _HALF, _HALF1 = KD.grid[0], KD.grid[4], {"temperature": 1.0, "alpha": 0.5}
-
-
-def _attack(summary: str, source: str, train: Train, *grid: Config) -> Attack:
-    return Attack(summary, source, "attack", Access.PROBABILITIES, True, grid or (_TAU4,), train)
-
-
-TWO_STAGE = _attack("hard labels first, soft labels later", "own", two_stage)
-SCM = replace(
-    _attack(
-        "SCM, a chain of two students",
-        "after Jandial et al., ECCV 2022",
-        scm,
-        *(
-            {**config, "contrast": weight}
-            for config, weight in ((_HALF, 0.0), (_HALF, 0.1), (_HALF1, 0.0), (_TAU4, 0.0))
-        ),
+TWO_STAGE = Attack("hard labels first, soft labels later", "own", two_stage, (TAU4,), twin="hard_mixed")
+SCM = Attack(
+    "SCM, a chain of two students",
+    "after Jandial et al., ECCV 2022",
+    scm,
+    tuple(
+        {"temperature": tau, "alpha": alpha, "contrast": weight}
+        for tau, alpha, weight in ((4.0, 0.5, 0.0), (4.0, 0.5, 0.1), (1.0, 0.5, 0.0), (4.0, 0.9, 0.0))
     ),
+    twin="hard_sequence",
     extra=one_more,
 )
 HARD_SEQUENCE = Attack(
     "a chain of two students from top-1 answers",
     "Furlanello et al., ICML 2018",
-    "floor",
-    Access.LABELS,
-    True,
-    HARD_MIXED.grid[:3],
     hard_sequence,
+    HARD_MIXED.grid[:3],
+    Access.LABELS,
     extra=one_more,
 )
-SKEPTICAL = _attack(
+SKEPTICAL = Attack(
     "skeptical student",
     "Kundu et al., NeurIPS 2021",
     skeptical,
-    *(
+    tuple(
         {"temperature": tau, "alpha": alpha, "own": beta}
         for tau, alpha, beta in ((4.0, 0.9, 0.5), (4.0, 0.5, 0.5), (4.0, 0.2, 0.9), (1.0, 0.9, 0.5))
     ),
+    twin="hard_skeptical",
 )
 HARD_SKEPTICAL = Attack(
     "a student that distils itself, with top-1 answers",
     "Zhang et al., ICCV 2019 (self-distillation)",
-    "floor",
-    Access.LABELS,
-    True,
+    skeptical,
     tuple(
         {**config, "confidence": confidence}
         for config, confidence in zip(SKEPTICAL.grid[:3], (0.4, 0.8, 0.4), strict=True)
     ),
-    skeptical,
+    Access.LABELS,
 )
-MARKOV = _attack(
+MARKOV = Attack(
     "a learned transition between teacher and student",
     "after Yang & Ye, ECCV 2024",
     markov,
-    *(
+    tuple(
         {"temperature": 1.0, "alpha": alpha, "smoothing": share}
         for alpha, share in ((0.2, 0.2), (0.5, 0.2), (0.1, 0.0))
     ),
+    twin="label_smoothing",
 )
