@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,16 +31,60 @@ _WRAPPERS = (
 )
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "_forward_module.")
 _MODULE_PACKAGES = ("torch.nn.", "torchvision.models.", "torchvision.ops.")
-_HARMLESS = {
-    "argparse.Namespace",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.ndarray",
-    "torchvision.models._utils.IntermediateLayerGetter",
-}
+_BESIDE = re.compile(
+    r"argparse\.Namespace|numpy\.(dtype|ndarray|dtypes\.\w+DType)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
+)
+"""What training scripts keep beside the weights; of it nothing is needed."""
+
+
+class _Inert:
+    """Stands for an object of a pickle whose class is not called, lest what a stranger wrote is computed."""
+
+    def __new__(cls, *args: object, **options: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Module(_Inert):
+    """Stands for a pickled ``nn.Module``, of which only the tensors are kept."""
+
+    _own: Mapping[str, Tensor] = {}
+    _inner: Mapping[str, object] = {}
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            return
+        parts = [state.get(name) or {} for name in ("_parameters", "_buffers", "_modules")]
+        parameters, buffers, modules = (dict(part) if isinstance(part, dict) else {} for part in parts)
+        passing = state.get("_non_persistent_buffers_set")
+        kept = {name: value for name, value in buffers.items() if not isinstance(passing, set) or name not in passing}
+        self._own = {name: value for name, value in (parameters | kept).items() if isinstance(value, Tensor)}
+        self._inner = modules
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Names → tensors, as of a real one.
+
+        Raises:
+            ValueError: A module holds itself.
+        """
+        found, ahead, above = dict[str, Tensor](), list[tuple[str, _Module, tuple[int, ...]]]([("", self, ())]), 0
+        while ahead:
+            prefix, module, holders = ahead.pop()
+            if id(module) in holders or (above := above + 1) > MODULES:
+                raise ValueError
+            found |= {prefix + name: value for name, value in module._own.items()}
+            inner = [(f"{prefix}{name}.", one) for name, one in module._inner.items() if isinstance(one, _Module)]
+            ahead += [(name, one, (*holders, id(module))) for name, one in reversed(inner)]
+        return found
+
+
+MODULES = 10_000
+"""Modules at most of a pickled network."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +127,10 @@ def parse(content: bytes, path: Path, *, trust: bool = False) -> Checkpoint:
         found, metadata = _read_safetensors(content, path)
     else:
         found = _read_torch(content, path, trust)
-    tensors = _unwrap(found, path)
+    try:
+        tensors = _unwrap(found, path)
+    except (AttributeError, TypeError, ValueError):
+        raise BadInput(f"{path} holds a damaged network", "save model.state_dict()") from None
     bare = _strip(tensors)
     clean = {name: _clean(name, tensors[key], path) for name, key in bare.items()}
     return Checkpoint(clean, bare, files.sha256(content), path.name, metadata)
@@ -125,11 +172,9 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
     except Exception:
         wanted = []
-    known = {name: _allowed(name) for name in wanted}
+    known = {name: _stand_in(name) for name in wanted}
     refused = [name for name, found in known.items() if found is None]
     allowed: list[Any] = [(found, name) for name, found in known.items() if found is not None]
-    if any(name.startswith("numpy") for name in known):
-        allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     if refused and not trust:
         raise BadInput(
             f"{path} would run {', '.join(refused[:3])}{' …' if len(refused) > 3 else ''} to be loaded",
@@ -165,17 +210,14 @@ def _archive_names(content: bytes, path: Path) -> list[str]:
         raise BadInput(f"{path} is a damaged checkpoint", "it was probably cut off; get it again") from None
 
 
-def _allowed(name: str) -> Any | None:
-    """The object behind a name in a pickle, if loading it is harmless; else None.
+def _stand_in(name: str) -> type[_Inert] | None:
+    """What is made instead of the objects of a class that a pickle names; None of one that it must not name.
 
     Only packages that are imported here anyway are looked into, never one that the file names.
     """
+    if _BESIDE.fullmatch(name):
+        return _Inert
     module, _, attribute = name.rpartition(".")
-    if name in _HARMLESS or name.startswith("numpy.dtypes."):
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError):
-            return None
     if not f"{module}.".startswith(_MODULE_PACKAGES):
         return None
     import torchvision  # noqa: F401
@@ -184,10 +226,7 @@ def _allowed(name: str) -> Any | None:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
         return None
-    owner = getattr(found, "__module__", "")
-    if isinstance(found, type) and issubclass(found, nn.Module) and f"{owner}.".startswith(_MODULE_PACKAGES):
-        return found
-    return None
+    return _Module if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def _trusted(content: bytes, path: Path, kind: str) -> Any:
@@ -204,16 +243,18 @@ def _trusted(content: bytes, path: Path, kind: str) -> Any:
 
 def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(4):
-        if isinstance(found, nn.Module):
-            try:
-                found = nn.Module.state_dict(found)
-            except (AttributeError, TypeError):
-                raise BadInput(f"{path} holds a damaged {type(found).__name__}", "save model.state_dict()") from None
+        if isinstance(found, nn.Module | _Module):
+            found = found.state_dict()
         if not isinstance(found, Mapping):
             break
         tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         inner = next(
-            (found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping | nn.Module) and found[key]), None
+            (
+                found[key]
+                for key in _WRAPPERS
+                if isinstance(found.get(key), Mapping | nn.Module | _Module) and found[key]
+            ),
+            None,
         )
         if inner is None or len(tensors) > 3:
             if not tensors:
@@ -245,6 +286,8 @@ def _clean(name: str, tensor: Tensor, path: Path) -> Tensor:
         or tensor.is_meta
         or tensor.is_quantized
         or tensor.is_complex()
+        # a few numbers can pretend to be any number of them
+        or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
     ):
         raise BadInput(f"{name} in {path} is no plain tensor", "save a float state_dict")
     if tensor.is_floating_point():

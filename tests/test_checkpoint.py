@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,47 @@ def test_a_module_named_in_the_file_is_not_imported(tmp_path):
     with pytest.raises(BadInput):
         checkpoint.load(tmp_path / "y.pt")
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("made", [torch.nn.Linear, argparse.Namespace, np.dtype, np.ndarray])
+def test_no_class_of_a_file_is_called(made, tmp_path, monkeypatch):
+    torch.save({"state_dict": STATE, "x": Runs(made, 10**12)}, tmp_path / "x.pt")
+    if made is torch.nn.Linear:
+        monkeypatch.setattr(made, "__init__", lambda *_: pytest.fail("called"))
+    # a dtype of this name does not exist, and such an array has no room
+    same(checkpoint.load(tmp_path / "x.pt"))
+
+
+def test_attributes_of_a_module_are_no_classes(tmp_path):
+    pickled = b"\x80\x02cnumpy.dtypes\n__getattribute__\nX\x08\x00\x00\x00__dict__\x85R."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    with pytest.raises(BadInput, match="would run numpy.dtypes.__getattribute__"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_network_that_holds_itself(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    net._modules["again"] = net
+    torch.save(net, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="damaged network"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_module_twice_and_buffers_that_are_not_kept(tmp_path):
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1))
+    net.append(net[0])
+    net.register_buffer("passing", torch.ones(1), persistent=False)
+    torch.save(net, tmp_path / "x.pt")
+    assert list(checkpoint.load(tmp_path / "x.pt").state_dict) == list(net.state_dict())
+
+
+def test_one_number_that_pretends_to_be_many(tmp_path):
+    torch.save({**STATE, "x": torch.ones(1).as_strided((10**6, 10**6), (0, 0))}, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="x in .* is no plain tensor"):
+        checkpoint.load(tmp_path / "x.pt")
 
 
 WHOLE = save({k: v.clone() for k, v in STATE.items()})
