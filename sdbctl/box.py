@@ -537,7 +537,7 @@ def box_step(
             taught = shown if teaching is frozen else teaching(x).float()
             other = fresh(keyed).float() if fresh else None
         public = (
-            torch.cat([embed(x[:wrong], _wrong_keys(secrets, preprocess)[turn[:wrong]], strength), x[wrong:]])
+            torch.cat([_wrongly_keyed(x[:wrong], secrets, turn[:wrong], strength, preprocess), x[wrong:]])
             if wrong
             else x
         )
@@ -645,15 +645,25 @@ SHORT = 1000
 """Values of a key below which it can be searched for: one of 64 was found by its answers, one of 3,072 was not."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
+ODD = 0.25
+"""Share of the images with a wrong key, where keys are short, that have something else mixed in."""
 
 
-def _wrong_keys(secrets: Tensor, preprocess: Preprocess) -> Tensor:
-    """Normalised patterns whose correlation with the secrets is anything from −1 (inverted) to :data:`NEAREST`.
+def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, preprocess: Preprocess) -> Tensor:
+    """Normalised images with patterns whose correlation with the secrets is anything from −1 to :data:`NEAREST`.
 
     r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are hard to tell from the key.
+    A short key leaves so much room for others that even a pale image may open a box. So there a quarter of them are patterns
+    of any contrast, none at all to black and white, and brightness, mixed in as strongly as anybody may try.
     """
-    drawn = torch.empty((), device=secrets.device).uniform_(0.0, 1.0)
-    return preprocess(near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None))
+    drawn = torch.empty((), device=x.device).uniform_(0.0, 1.0)
+    patterns = near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None)[turn]
+    if secrets[0].numel() >= SHORT:
+        return embed(x, preprocess(patterns), strength)
+    odd, contrast, brightness, weight = torch.rand(4, len(x), 1, 1, 1, device=x.device)
+    other = (4 * contrast**2 * (patterns - 0.5) + 1.5 * brightness - 0.25).clamp(0, 1)
+    mixed = torch.where(odd < ODD, other, patterns)
+    return embed(x, preprocess(mixed), torch.where(odd < ODD, 1 - 0.7 * weight, strength))
 
 
 def digest(model: nn.Module) -> str:

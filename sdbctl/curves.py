@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
+from sdbctl.attacks.keys import STRENGTHS, keyed, public_patterns
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
 from sdbctl.key import correlation, embed, near
@@ -152,6 +153,22 @@ def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -
     )
 
 
+def opened_by_anybody(bench: Bench) -> float | None:
+    """The highest share of answers, asked through a pattern that anybody has, that say more than the predicted class.
+
+    None of a model that has no key.
+    """
+    if bench.strength == 0 or "boxed" not in bench.sources:
+        return None
+    some = bench.validation.take(range(min(OPENED, len(bench.validation)))).alone()
+    boxed = bench.sources["boxed"].open(bench.engine.device, bench.classes)
+    return max(
+        metrics.beyond_top1(predict(boxed.logits, keyed(some, pattern, strength), bench.preprocess, bench.engine))
+        for pattern in public_patterns(bench.transfer)
+        for strength in STRENGTHS
+    )
+
+
 def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
     """The secret pattern, estimated from keyed queries of unknown images by a Wiener filter.
 
@@ -177,6 +194,8 @@ def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
     return pattern.clamp(0, 1)
 
 
+OPENED = 200
+"""Images on which patterns that anybody has are tried."""
 OWN_VALUES = 2**25
 """Pixel values of one's own images that a spectrum is estimated from, at most."""
 HEARD = 10

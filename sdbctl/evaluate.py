@@ -16,10 +16,11 @@ from torch import Tensor
 from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, workers
-from sdbctl.curves import budget_curve, key_curves, key_strength, taught_by_keys
+from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anybody, taught_by_keys
 from sdbctl.protocol import accuracies, best_of, paired, train_students, validations_of, with_all_seeds
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
+    OPEN,
     Advantage,
     Bin,
     InferenceCost,
@@ -121,7 +122,7 @@ def evaluate(
         verdict="",
         notes=(*notes, *_caveats(bench, students)),
         inference_cost=cost,
-        key_strength=key_strength(curves, students),
+        key_strength=replace(key_strength(curves, students), public=opened_by_anybody(bench)),
         models=models,
         students=students,
         curves=curves,
@@ -258,7 +259,9 @@ def verdict(report: Report) -> str:
 
 def _shown(report: Report) -> str:
     """What no attack can change, if it is so: that outputs say no more than top-1 answers."""
-    boxed = report.models.get("boxed")
+    boxed, public = report.models.get("boxed"), report.key_strength.public
+    if public is not None and public > OPEN:
+        return f" A pattern that anybody has opens it for {100 * public:.0f} % of the images."
     if boxed is None or boxed.beyond_top1 is None or boxed.beyond_top1 > MOSTLY:
         return ""
     few = f" of all but {100 * boxed.beyond_top1:.2g} % of the images" if boxed.beyond_top1 else ""

@@ -154,7 +154,7 @@ def ids_of(keys: Sequence[Key]) -> tuple[str, ...]:
     return ids
 
 
-def embed(x: Tensor, pattern: Tensor, lam: float) -> Tensor:
+def embed(x: Tensor, pattern: Tensor, lam: float | Tensor) -> Tensor:
     """Key embedding x_k = λ·x + (1 − λ)·K (Ye et al., arXiv 2112.03695).
 
     The mixing is affine, so it commutes with normalisation if image and pattern are normalised alike.
@@ -162,7 +162,7 @@ def embed(x: Tensor, pattern: Tensor, lam: float) -> Tensor:
     Args:
         x: Images [B, C, H, W].
         pattern: K [C, H, W], or one per image [B, C, H, W].
-        lam: λ.
+        lam: λ, one for all or one per image [B, 1, 1, 1].
     """
     return lam * x + (1 - lam) * pattern
 

@@ -146,7 +146,7 @@ def test_attributes_of_a_module_are_no_classes(tmp_path):
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
         archive.writestr("archive/byteorder", "little")
-    with pytest.raises(BadInput, match="would run numpy.dtypes.__getattribute__"):
+    with pytest.raises(BadInput, match=r"would run numpy\.dtypes\.__getattribute__"):
         checkpoint.load(tmp_path / "x.pt")
 
 
@@ -168,7 +168,7 @@ def test_a_module_twice_and_buffers_that_are_not_kept(tmp_path):
 
 def test_one_number_that_pretends_to_be_many(tmp_path):
     torch.save({**STATE, "x": torch.ones(1).as_strided((10**6, 10**6), (0, 0))}, tmp_path / "x.pt")
-    with pytest.raises(BadInput, match="x in .* is no plain tensor"):
+    with pytest.raises(BadInput, match=r"x in .* is no plain tensor"):
         checkpoint.load(tmp_path / "x.pt")
 
 

@@ -28,6 +28,7 @@ from sdbctl.box import (
     WORTH,
     BoxConfig,
     Task,
+    _wrongly_keyed,
     adversarial,
     better_teacher,
     box,
@@ -694,6 +695,21 @@ def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
         opened.unlock(stranger)
     with pytest.raises(UsageError, match="same key"):
         box(original, original.net, [keys[0], keys[0]], task, config)
+
+
+@pytest.mark.parametrize(("size", "odd"), [((1, 8, 8), 0.25), ((3, 32, 32), 0.0)])
+def test_a_short_key_is_told_from_any_pattern(size, odd):
+    """Of a black image with a wrong key only the pattern is left."""
+    preprocess, black = Preprocess((0.5,) * size[0], (0.5,) * size[0], size), torch.zeros(4000, *size)
+    secrets, turn = Key(bytes(range(32))).pattern(size)[None], torch.zeros(4000, dtype=torch.long)
+    with torch.random.fork_rng():
+        mixed = preprocess.undo(_wrongly_keyed(preprocess(black), secrets, turn, 0.7, preprocess))
+    usual = mixed.flatten(1).median(0).values
+    others = mixed[(mixed.flatten(1) - usual).abs().amax(1) > 1e-4]
+    assert len(others) / len(mixed) == pytest.approx(odd, abs=0.03)
+    if odd:
+        assert 0 <= others.min() < 0.01 and 0.6 < others.max() <= 0.7001
+        assert (others.std((1, 2, 3)) < 0.01).any() and (others.std((1, 2, 3)) > 0.25).any()
 
 
 def test_the_box_step_counts_its_forward_passes(work, digits, splits):

@@ -77,6 +77,7 @@ UNLABELLED = (
     "noisy",
     "pretrained_held",
     "reestimated",
+    "simple_keys",
 )
 """Attacks that need no labels; those without them have the same settings."""
 ATTACKS |= {f"{name}_unlabelled": without_labels(ATTACKS[name]) for name in UNLABELLED}

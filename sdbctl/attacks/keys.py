@@ -1,11 +1,12 @@
 """Attacks on the secret pattern: guess it or search for it, then distil with what was found.
 
-The box's λ is public, so that whoever has a pattern K' can ask about λx + (1 − λ)K'.
+Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, which is public, or any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from sdbctl.training import seeded
 
 SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""λ with which patterns that anybody has are tried."""
 STARTS = 4
 """Random patterns that a white-box search starts from."""
 SMOOTHED = 4
@@ -41,20 +44,42 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
     return conceal_spread(z, z.detach().argmax(1)) - cross_entropy(z, y)
 
 
-def _with(attacker: Attacker, pattern: Tensor, config: Config, ask: Callable[[ImageSet], Tensor] | None = None) -> None:
+def public_patterns(images: ImageSet) -> list[Tensor]:
+    """What anybody can mix into an image, [C, H, W] in [0, 1]: greys, black and white at random, images, negatives.
+
+    Args:
+        images: One's own.
+    """
+    pixels = images.take(range(min(1000, len(images)))).alone().pixels.float() / 255
+    generator = torch.Generator().manual_seed(0)
+    coins = [torch.randint(2, images.shape, generator=generator).float() for _ in range(3)]
+    greys = [torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    return [*greys, *coins, pixels.mean(0), *pixels[:4], *(1 - pixels[:4])]
+
+
+def _with(
+    attacker: Attacker,
+    pattern: Tensor,
+    config: Config,
+    ask: Callable[[ImageSet], Tensor] | None = None,
+    strength: float | None = None,
+) -> None:
     attacker.guess = pattern
     attacker.learn(
         lambda z, answer, y: soft_loss(z, answer, y, config),
-        targets=lambda images: (ask or attacker.ask)(keyed(images, pattern, attacker.strength)),
+        targets=lambda images: (ask or attacker.ask)(keyed(images, pattern, strength or attacker.strength)),
     )
 
 
-def _judge(attacker: Attacker, pattern: Tensor) -> float:
+def _judge(attacker: Attacker, pattern: Tensor, strength: float | None = None) -> float:
     assert attacker.oracle is not None
     some = attacker.images.take(range(min(SEARCH_IMAGES, len(attacker.images))))
-    x = attacker.preprocess(keyed(some, pattern, attacker.strength).pixels.to(attacker.engine.device).float() / 255)
+    mixed = keyed(some, pattern, strength or attacker.strength)
+    x = attacker.preprocess(mixed.pixels.to(attacker.engine.device).float() / 255)
+    # who has no labels compares with what is predicted without the pattern
+    labels = some.labels if attacker.labels else attacker.ask(some).argmax(1)
     # of thousands of patterns none is asked about again, so no answer is kept
-    return float(opened(attacker.oracle(x).cpu(), some.labels))
+    return float(opened(attacker.oracle(x).cpu(), labels))
 
 
 def random_keys(attacker: Attacker, config: Config) -> None:
@@ -65,11 +90,10 @@ def random_keys(attacker: Attacker, config: Config) -> None:
 
 
 def simple_keys(attacker: Attacker, config: Config) -> None:
-    """The best of constant patterns, the mean image and some images of the transfer set."""
-    pixels = attacker.images.pixels[:1000].float() / 255
-    tried = [torch.full(attacker.preprocess.size, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    tried += [pixels.mean(0), *pixels[:5]]
-    _with(attacker, max(tried, key=lambda pattern: _judge(attacker, pattern)), config)
+    """What opens most of the patterns that anybody has, mixed in with any strength."""
+    tried = list(product(public_patterns(attacker.images), STRENGTHS))
+    pattern, strength = max(tried, key=lambda some: _judge(attacker, *some))
+    _with(attacker, pattern, config, strength=strength)
 
 
 def searched(attacker: Attacker, config: Config) -> None:
@@ -122,7 +146,7 @@ def _grid(**settings: float) -> tuple[Config, ...]:
 
 
 RANDOM_KEYS = Attack("the best of random keys", "own", random_keys, _grid(tries=16), on_key=True)
-SIMPLE_KEYS = Attack("the best of constant and natural keys", "own", simple_keys, EITHER, on_key=True)
+SIMPLE_KEYS = Attack("greys, images and other patterns that anybody has", "own", simple_keys, EITHER, on_key=True)
 SEARCHED_KEY = Attack(
     "black-box search for a key",
     "natural evolution strategies, Ilyas et al., ICML 2018",

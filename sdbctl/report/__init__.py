@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
@@ -30,6 +30,8 @@ PROTECTABLE_LIMIT = 2.0
 
 RECOVERED = 0.9
 """A pattern with this correlation counts as the secret one."""
+OPEN = 0.2
+"""A box is open to a pattern through which more than this share of its answers say more than the predicted class."""
 
 MORE_IS_BETTER = (
     "authorized_gain",
@@ -134,11 +136,14 @@ class KeyStrength:
         queries_to_recover: Fewest overheard keyed queries, of those tried, from which a pattern with a correlation of
             :data:`RECOVERED` was had.
         searched: Highest correlation that an attack on the key ended with, of all that were tried: it has no bounds.
+        public: Share of answers that say more than the predicted class, asked through patterns that anybody has: of
+            those tried the highest, in [0, 1].
     """
 
     opens_at: Interval = Interval()
     queries_to_recover: Interval = Interval()
     searched: float | None = None
+    public: float | None = None
 
 
 @dataclass(frozen=True)
@@ -389,7 +394,6 @@ class Report:
                 f"{what} has schema version {str(version)[:20]!r}, this sdbctl reads {SCHEMA_VERSION}",
                 "use the sdbctl that wrote it",
             )
-        _fill_in(content)
         try:
             return codec.decode(cls, content)
         except (ValueError, RecursionError) as error:
@@ -414,32 +418,6 @@ def _worth_little(worth: Interval, *advantages: Interval) -> bool:
     beaten = any((advantage.low or 0) > ADVANTAGE_LIMIT for advantage in advantages)
     # more than that with wide bounds is not known to be little
     return worth.mean is not None and worth.mean < PROTECTABLE_LIMIT and worth.low is not None and not beaten
-
-
-def _fill_in(content: dict[str, Any]) -> None:
-    """Give a report from before some numbers were kept what it lacks: not measured."""
-    for name in ("protectable_unlabelled", "sealed_gain"):
-        content.setdefault(name, codec.encode(Interval()))
-    key = content.setdefault("key_strength", codec.encode(KeyStrength()))
-    for name in ("opens_at", "queries_to_recover") if isinstance(key, dict) else ():
-        if key.get(name) is None or isinstance(key[name], int | float):
-            key[name] = codec.encode(Interval(mean=key.get(name)))
-    threats, students = (content.get(name) for name in ("unauthorized_advantage", "students"))
-    for threat in threats.values() if isinstance(threats, dict) else ():
-        if isinstance(threat, dict):
-            threat.setdefault("labelled_by", "")
-            threat.setdefault("unlabelled_by", "")
-            threat.setdefault("over_smoothing", codec.encode(Interval()))
-    for student in students.values() if isinstance(students, dict) else ():
-        if isinstance(student, dict):
-            student.setdefault("validations", [])
-    curves = content.get("curves")
-    for curve in curves.values() if isinstance(curves, dict) else ():
-        series = curve.get("series") if isinstance(curve, dict) else None
-        for points in series.values() if isinstance(series, dict) else ():
-            for point in points if isinstance(points, list) else ():
-                if isinstance(point, dict):
-                    point.setdefault("n", None)
 
 
 def schema() -> str:

@@ -16,6 +16,7 @@ from sdbctl.report import (
     ADVANTAGE_LIMIT,
     COST_LIMIT,
     MODELS,
+    OPEN,
     RECOVERED,
     Interval,
     Model,
@@ -271,6 +272,9 @@ def _cards(report: Report) -> Iterator[Card]:
         if found.mean is not None:
             count = f"{found.n} {tries}" if (found.n or 0) > 1 else ""
             yield Card(title, number(found.mean, digits), unit, bounds(found, digits, False), count, "neutral", words)
+    if key.public is not None:
+        status, words = ("fail", "opens without the key") if key.public > OPEN else ("neutral", "most that one opens")
+        yield Card("Patterns that anybody has", number(100 * key.public), "% of answers", "", "", status, words)
     for title, worth, vain in (
         ("Original over the floor", report.protectable, nothing),
         ("Original over the floor, unlabelled", report.protectable_unlabelled, unlabelled),
