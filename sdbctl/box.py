@@ -645,7 +645,7 @@ SHORT = 1000
 """Values of a key below which it can be searched for: one of 64 was found by its answers, one of 3,072 was not."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
-ODD = 0.25
+ODD = 0.5
 """Share of the images with a wrong key, where keys are short, that have something else mixed in."""
 
 
@@ -653,8 +653,8 @@ def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, pr
     """Normalised images with patterns whose correlation with the secrets is anything from −1 to :data:`NEAREST`.
 
     r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are hard to tell from the key.
-    A short key leaves so much room for others that even a pale image may open a box. So there a quarter of them are patterns
-    of any contrast, none at all to black and white, and brightness, mixed in as strongly as anybody may try.
+    A short key leaves so much room for others that even a pale image may open a box. So there half of the patterns have
+    any contrast, none at all to black and white, and brightness, and are mixed in as strongly as anybody may try.
     """
     drawn = torch.empty((), device=x.device).uniform_(0.0, 1.0)
     patterns = near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None)[turn]

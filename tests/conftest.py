@@ -107,7 +107,7 @@ def work(tmp_path_factory, digits, splits):
     Key(bytes(range(32))).save(folder / "k.bin")
     Key(bytes(range(32, 64))).save(folder / "other.bin")
     original = boxfile.load(folder / "teacher.safetensors")
-    config = BoxConfig(recipe=replace(recipe, lr=0.05))
+    config = BoxConfig(recipe=replace(recipe, lr=0.05, epochs=14))
     key = Key.load(folder / "k.bin")
     task = Task("digits", digits.classes, splits, preprocess, engine)
     reference = fine_tune(original, task, config.recipe)
