@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
-from sdbctl import boxfile
+from sdbctl import boxfile, files, team
 from sdbctl.box import digest
 from sdbctl.key import Key
 from tests.conftest import run_cli
@@ -340,6 +340,38 @@ def test_no_command_replaces_what_is_there(work, tmp_path):
     box = ["box", original, "--key-file", work / KEY, *DIGITS, "--force"]
     check(run_cli(*box, "-o", original), 2, "three files")
     check(run_cli(*box, "--reference", original), 2, "three files")
+
+
+def test_two_runs_do_not_write_the_same_file(work, tmp_path):
+    output = tmp_path / "x.safetensors"
+    commands = (["box", work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"])
+    for command in commands:
+        with files.alone(output):
+            check(run_cli(*command, *DIGITS, "-o", output, "--force"), 2, "another run is writing", "x.safetensors")
+        assert run_cli(*command, *DIGITS, "-o", output, "--dry-run").returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_first_of_several_processes_holds_the_output(monkeypatch, tmp_path):
+    monkeypatch.setattr(team, "_several", True)
+    with files.alone(tmp_path / "x"):
+        for name in ("RANK", "SLURM_PROCID"):
+            with monkeypatch.context() as other:
+                other.setenv(name, "1")
+                with files.alone(tmp_path / "x"):
+                    pass
+
+
+def test_two_outputs_are_two_files(work, tmp_path):
+    output = tmp_path / "x.safetensors"
+    box = ["box", work / TEACHER, "--key-file", work / KEY]
+    for command in (box, ["distill", work / BOX], ["train"]):
+        for profile in ("x.safetensors", "./.x.resume" if command[0] != "box" else "x.reference.safetensors"):
+            args = (*command, *DIGITS, "-o", output, "--force", "--profile", tmp_path / profile)
+            check(run_cli(*args), 2, Path(profile).name, "two files")
+    for kept in (TEACHER, KEY):
+        check(run_cli(*box, *DIGITS, "-o", output, "--force", "--profile", work / kept), 2, kept, "two files")
+    assert not list(tmp_path.iterdir())
 
 
 def test_outputs_that_cannot_be_written(work, tmp_path):

@@ -38,6 +38,8 @@ def test_common_and_own_keys(tmp_path):
         ("[keygen]\nepochs = 3", "unknown key epochs"),
         ("no-labels = true", "unknown key no-labels; did you mean labels"),
         ("trust = true", "trust is not taken from a file; it must be said on the command line"),
+        ("force = true", "force is not taken from a file"),
+        ("[keygen]\nforce = true", "force is not taken from a file"),
         ("[distill]\ninsecure_key_file = true", "insecure_key_file is not taken from a file"),
     ],
 )

@@ -179,9 +179,16 @@ def box(
     state, reference_state, *assistant_states = states
     if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
         raise UsageError("checkpoint, reference and output must be three files", "give another --output")
-    made_anew = None if resume or reference else reference_path
-    begin(states, (output, made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
+    own = not (resume or reference)
+    begin(
+        output,
+        states,
+        [reference_path if own else None, profile],
+        resume=resume,
+        force=force,
+        kept=[checkpoint, *key_file, *([] if own else [reference_path])],
+    )
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
     if seal is not False and len(key_file) > MOST_KEYS:
@@ -301,6 +308,7 @@ def box(
         original_sha256=original.sha256,
         versions=boxfile.versions(),
     )
+    reference_sha256 = found.sha256 if found is not None else ""
     tuned, learned = None, dict[str, float]()
     if found is not None and found.meta is not None:
         # one that was asked for may be of another recipe
@@ -355,6 +363,11 @@ def box(
         for old in states:
             old.unlink(missing_ok=True)
 
+    def keep_reference(tuned: nn.Module) -> str:
+        content = boxfile.dump(original.file_state(tuned), reference_meta)
+        files.write(reference_path, content, private=True)
+        return files.sha256(content)
+
     def keep(length: int, tuned: nn.Module) -> None:
         described = replace(describe_assistant(tuned, task, length), measured=learned)
         path = assistant_states[lengths.index(length)]
@@ -369,7 +382,7 @@ def box(
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
-            boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
+            reference_sha256 = keep_reference(tuned)
         teach(wanted, tuned, progress)
         if compare:
             known = {"reference": tuned, "original": original.net}
@@ -388,7 +401,7 @@ def box(
                 + (", and in the file the assistant" if seal else "")
             )
             if not reference:
-                boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
+                reference_sha256 = keep_reference(tuned)
         teach(lengths if seal else [], tuned, progress)
         made = make_box(
             original,
@@ -405,7 +418,7 @@ def box(
     meta = replace(
         made.model.meta,
         parameters={**made.model.meta.parameters, "sealed": bool(seal)},
-        reference_sha256=files.sha256(reference_path.read_bytes()),
+        reference_sha256=reference_sha256,
     )
     inner = ""
     if seal:

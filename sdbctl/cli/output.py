@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -42,6 +43,10 @@ class _Out(Console):
 # a pipe or a CI log has no width of its own, and 80 columns break the names in the tables
 out = _Out(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+ending = contextlib.ExitStack()
+"""What is held until the command ends."""
 
 
 def printable(text: str) -> str:
@@ -159,7 +164,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _stop)
-        with warnings.catch_warnings():
+        with ending, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"sdbctl\.")
             warnings.showwarning = _show_warning
@@ -185,6 +190,7 @@ def fail(error: SdbError) -> NoReturn:
     err.print(f"error in process {team.rank()}: " if team.rank() else "error: ", style="bold red", end="")
     say(" ".join(str(error).split()))
     if team.size() > 1:
+        ending.close()
         # threads of a group that has lost a process abort the interpreter if it ends in the usual way
         sys.stdout.flush()
         sys.stderr.flush()

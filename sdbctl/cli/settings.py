@@ -11,8 +11,9 @@ from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
 
 SETTINGS_FILE = "sdbctl.toml"
-SPOKEN = ("--help", "--json", "--trust", "--insecure-key-file")
-"""Options that must be given where everybody sees them: a file in a folder from elsewhere must not lower the guard."""
+SPOKEN = ("--help", "--json", "--force", "--trust", "--insecure-key-file")
+"""Options that must be given where everybody sees them: a file in a folder from elsewhere must neither lower
+the guard nor replace files."""
 
 
 def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
