@@ -550,6 +550,36 @@ def test_numbers_that_nothing_can_be_compared_with(option, work, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--set", "temperature=0"),
+        ("--set", "temperature=1e308"),
+        ("--set", "hide=-1"),
+        ("--objective", "nasty", "--set", "limit=0"),
+        ("--lr", "1e308"),
+        ("--lr", "nan"),
+        ("--batch-size", 10**18),
+        ("--batch-size", 10**30),
+        ("--epochs", 10**18),
+        ("--image-size", 10**5),
+    ],
+)
+def test_numbers_that_nothing_can_be_trained_with(option, work, tmp_path):
+    box = ["box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "b.safetensors", "--dry-run"]
+    done = run_cli(*box, *option)
+    assert done.returncode == 2 and (b"use a number" in done.stderr or option[0].encode() in done.stderr)
+
+
+def test_memory_that_the_cpu_has_not():
+    from sdbctl.cli.output import explained
+
+    for size in ((2**50,), (2**62, 2**62)):
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(*size)
+        assert explained(raised.value).exit_code == 6
+
+
 def test_a_broken_gate_counts_although_nobody_reads_the_output(tmp_path):
     from sdbctl.report import Report
 

@@ -400,7 +400,7 @@ def test_a_damaged_resume_file_is_refused(splits, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(splits):
     net = build_student("cnn-tiny", 10, 1, 1)
     preprocess = data.Preprocess((0.5,), (0.5,), (1, 8, 8))
-    with pytest.raises(SdbError, match="no longer a number"):
+    with pytest.raises(UsageError, match="no longer a number"):
         fit(
             net,
             lambda model, batch: {"loss": model(batch.x).sum() * float("nan")},
