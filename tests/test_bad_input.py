@@ -238,6 +238,58 @@ def test_unusable_onnx(tmp_path):
     check(run_cli("distill", path, "--data", "digits", "--normalize", "half", cwd=tmp_path), 2, "7 classes")
 
 
+def damaged(change):
+    """A graph whose only weight is changed."""
+    model = graph(1)
+    change(model.graph.initializer[0])
+    return model
+
+
+def absurd(height, classes):
+    """A graph that takes images of any size and answers for any number of classes."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Expand", ["flat", "shape"], ["logits"]),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", ["batch", 1, height, 8]), ("logits", ["batch", classes]))
+    ]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1, classes])
+    made = helper.make_graph(nodes, "g", values[:1], values[1:], [shape])
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def external(tensor):
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "w", "offset": "0", "length": "0"}.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+def infinite(tensor):
+    tensor.float_data[3] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (damaged(lambda tensor: tensor.dims.insert(0, 10**12)), "weights"),
+        (damaged(lambda tensor: setattr(tensor, "raw_data", b"abc")), "weights"),
+        (damaged(external), "weights"),
+        (damaged(infinite), "no number"),
+        (absurd(10**9, 10), "1x1000000000x8"),
+        (absurd(0, 10), "1x0x8"),
+        (absurd(8, 10**12), "output classes"),
+    ],
+)
+def test_absurd_onnx(model, words, tmp_path):
+    (tmp_path / "w").touch()
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    check(run_cli("inspect", tmp_path / "m.onnx"), 4, words)
+
+
 def test_onnx_weights_outside_the_folder(tmp_path):
     model = graph(1)
     tensor = model.graph.initializer[0]
