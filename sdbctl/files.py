@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -142,9 +143,12 @@ def read(path: Path, what: str) -> bytes:
         Its bytes, at least one.
 
     Raises:
-        BadInput: It is missing, a folder, unreadable or empty.
+        BadInput: It is missing, no regular file, unreadable or empty.
     """
     try:
+        # a pipe or a device may never end
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise BadInput(f"{what} {path} is a device or a pipe", "name a file")
         content = path.read_bytes()
     except IsADirectoryError:
         raise BadInput(f"{what} {path} is a folder", "name a file") from None

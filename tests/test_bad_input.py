@@ -426,6 +426,21 @@ def test_two_outputs_are_two_files(work, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_paths_without_a_name(path, work, tmp_path):
+    for command in (["keygen", path, "--force"], ["export", path], ["box", path, "--key-file", work / KEY, *DIGITS]):
+        check(run_cli(*command, cwd=tmp_path), 2, "no name of a file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_may_never_end_is_not_read(work, tmp_path):
+    for name in ("pipe", "pipe.onnx"):
+        os.mkfifo(tmp_path / name)
+        check(run_cli("inspect", tmp_path / name), 4, "device or a pipe")
+    check(run_cli("inspect", work / BOX, "--key-file", "/dev/zero"), 4, "at least 33 bytes")
+    check(run_cli("inspect", work / BOX, "--key-file", "-", stdin=b"x" * 99), 4, "at least 33 bytes")
+
+
 def test_outputs_that_cannot_be_written(work, tmp_path):
     check(run_cli("export", work / "boxed.safetensors", "-o", tmp_path / "no" / "x.onnx"), 6, "does not exist")
     check(run_cli("keygen", tmp_path / "no" / "k.bin"), 6, "cannot write")

@@ -336,6 +336,7 @@ def test_distillation_with_another_loss_and_with_another_data_set(work, splits, 
     assert unknown.returncode == 2 and b"unknown method: magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
     for wrong, said in (
         (("--method", "dist", "--alpha", 0.5), b"dist has no --alpha"),
+        (("--no-labels", "--alpha", 0.5), b"without labels 0.5 is no --alpha"),
         (("--surrogate", "digits"), b"--surrogate digits is the data set itself"),
     ):
         done = run_cli(*common, *wrong, "--force")

@@ -15,6 +15,7 @@ from sdbctl.cli.common import (
     check_classes,
     check_known,
     finite,
+    named,
     open_data,
     pick,
     preprocess_of,
@@ -179,7 +180,7 @@ def box(
 
     The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private.
     """
-    output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
+    output = output or named(checkpoint).with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
         raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
     from sdbctl import files

@@ -30,6 +30,17 @@ def together(devices: int, nodes: int) -> int:
     return devices * nodes
 
 
+def named(path: Path) -> Path:
+    """The path itself, if it can be a file: names of other files are made of its own.
+
+    Raises:
+        UsageError: It has no name, as ``.`` or ``/``.
+    """
+    if not path.name:
+        raise UsageError(f"{path} is no name of a file", "name a file")
+    return path
+
+
 def finite(value: str | float) -> float:
     """A number that can be compared with another.
 

@@ -150,6 +150,8 @@ def distill(
             raise UsageError(f"{method} has no --alpha", "leave it out, or use --method kd")
         config["alpha"] = alpha
     if "alpha" in config and not labels:
+        if alpha not in (None, 1.0):
+            raise UsageError(f"without labels {alpha:g} is no --alpha", "leave it out, or use --labels")
         config["alpha"] = 1.0
     net = build_student(student, classes, size[0], seed)
     engine = pick(
