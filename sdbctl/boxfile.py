@@ -395,15 +395,19 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
             if Path(name).name != name or not (path.parent / name).is_file() or (path.parent / name).is_symlink():
                 raise BadInput(f"{path} keeps weights in {name!r}", "put that file beside it, as a plain file")
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     try:
         load_external_data_for_model(model, str(path.parent))
-    except Exception:
-        raise BadInput(f"the external weights of {path} are damaged", "export it again") from None
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-    for tensor in model.graph.initializer:
         # infinite ones may be masks
-        if tensor.data_type in floats and np.isnan(onnx.numpy_helper.to_array(tensor)).any():
-            raise BadInput(f"{tensor.name} in {path} holds NaN weights", "export it again")
+        broken = [
+            tensor.name
+            for tensor in model.graph.initializer
+            if tensor.data_type in floats and np.isnan(onnx.numpy_helper.to_array(tensor)).any()
+        ]
+    except Exception:
+        raise BadInput(f"the weights of {path} are damaged", "export it again") from None
+    if broken:
+        raise BadInput(f"{broken[0]} in {path} holds NaN weights", "export it again")
     return model
 
 

@@ -519,5 +519,5 @@ def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
     try:
         values = json.loads((folder / f"{bench.key(cell)}.json").read_text())
         return Outcome(*(values[name] for name in ("validation", "test", "seconds", "queries", "correlation")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

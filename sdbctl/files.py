@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdbctl import team
@@ -41,6 +43,41 @@ def claim(path: Path, *, force: bool) -> Path:
             f"cannot write to folder {folder}: {error.strerror}", "choose another output"
         ) from None
     return path
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold ``path`` for this run, so that no other one writes it or what belongs to it.
+
+    Of several processes that train together the first one holds it.
+
+    Args:
+        path: The file to be written later.
+
+    Raises:
+        UsageError: Another run holds it, or it is a folder.
+        EnvironmentFailure: Its folder does not exist or cannot be written to.
+    """
+    claim(path, force=True)
+    if team.rank() > 0:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    marker = path.with_name(f".{path.stem}.lock")
+    lock = FileLock(marker, mode=0o600)
+    # some disks of clusters know no locks
+    with suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"another run is writing {path}", "wait for its end, or give another --output") from None
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            marker.unlink(missing_ok=True)
+            lock.release()
 
 
 def write(
@@ -106,9 +143,12 @@ def read(path: Path, what: str) -> bytes:
         Its bytes, at least one.
 
     Raises:
-        BadInput: It is missing, a folder, unreadable or empty.
+        BadInput: It is missing, no regular file, unreadable or empty.
     """
     try:
+        # a pipe or a device may never end
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise BadInput(f"{what} {path} is a device or a pipe", "name a file")
         content = path.read_bytes()
     except IsADirectoryError:
         raise BadInput(f"{what} {path} is a folder", "name a file") from None

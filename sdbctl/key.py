@@ -37,7 +37,9 @@ class Key:
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) != KEY_BYTES:
-            raise BadInput(f"the key has {len(secret)} bytes, not {KEY_BYTES}", "make one with: sdbctl keygen k.bin")
+            # of a longer file no more is read
+            size = f"{'at least ' if len(secret) > KEY_BYTES else ''}{len(secret)}"
+            raise BadInput(f"the key has {size} bytes, not {KEY_BYTES}", "make one with: sdbctl keygen k.bin")
         if len(set(secret)) == 1:
             raise BadInput("the key is constant bytes, which is no secret", "make one with: sdbctl keygen k.bin")
         self._secret = bytes(secret)
@@ -59,12 +61,12 @@ class Key:
             BadInput: It is missing, of another size, constant, or readable by others.
         """
         if path == "-":
-            return cls(sys.stdin.buffer.read())
+            return cls(sys.stdin.buffer.read(KEY_BYTES + 1))
         # the open file is examined, not its name, which could change in between
         try:
             with path.open("rb") as file:
                 mode = os.fstat(file.fileno()).st_mode
-                content = file.read()
+                content = file.read(KEY_BYTES + 1)
         except OSError as error:
             raise BadInput(f"cannot read key file {path}: {error.strerror}", "check the path") from None
         # what has another size is no key at all, and its mode does not matter

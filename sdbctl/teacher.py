@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, files
 from sdbctl.data import ImageSet, Preprocess
+from sdbctl.data.images import sized
+from sdbctl.data.preprocess import usable
 from sdbctl.errors import BadInput
 from sdbctl.key import embed
 from sdbctl.training import Engine, predict
@@ -27,6 +29,7 @@ PATIENCE = 600.0
 """Seconds that a student waits for what another one is being told."""
 PROBED = 4
 """Images of noise by which a graph is seen to answer with probabilities."""
+MOST_CLASSES = 1_000_000
 
 
 class Access(IntEnum):
@@ -103,7 +106,7 @@ class OnnxTeacher:
             }
             providers.insert(0, ("CUDAExecutionProvider", options))
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # its lines would stand beside ours
         settings.intra_op_num_threads = torch.get_num_threads()
         # spinning threads would take the cores from torch between two queries
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -118,6 +121,8 @@ class OnnxTeacher:
         missing = ", which cannot use CUDA here" if device.type != self.device.type else ""
         noise = torch.rand(PROBED, *self.shape, generator=torch.Generator().manual_seed(0))
         outputs = self._outputs(noise - 0.5)
+        if not outputs.isfinite().all():
+            raise BadInput(f"{path} answers random images with what is no number", "export it again")
         self._probabilities = bool(
             (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(PROBED), atol=1e-3)
         )
@@ -284,12 +289,14 @@ def _signature(session: Any, path: Path) -> tuple[tuple[int, int, int], int, str
             f"{path} takes {inputs[0].type} {shape}",
             "a float32 input [batch, C, H, W] with fixed C, H, W is needed",
         )
+    if not usable(shape[1:]):
+        raise BadInput(f"{path} takes images of {sized(shape[1:])}", "at most 64 channels of 8192x8192 are possible")
     if isinstance(shape[0], int):
         raise BadInput(f"{path} has a fixed batch size of {shape[0]}", "export it again with a dynamic batch dimension")
     names = [output.name for output in outputs]
     output = outputs[names.index("logits") if "logits" in names else 0]
     if output.type != "tensor(float)" or len(output.shape) != 2 or not isinstance(output.shape[1], int):
         raise BadInput(f"{path} returns {output.type} {output.shape}", "an output [batch, classes] is needed")
-    if output.shape[1] < 2:
-        raise BadInput(f"{path} has {output.shape[1]} output classes", "a classifier of two or more is needed")
+    if not 2 <= output.shape[1] <= MOST_CLASSES:
+        raise BadInput(f"{path} has {output.shape[1]} output classes", f"2 to {MOST_CLASSES:,} are needed")
     return (shape[1], shape[2], shape[3]), output.shape[1], inputs[0].name, output.name

@@ -33,12 +33,14 @@ def expect(processes: int) -> None:
 def rank() -> int:
     """Number of this process, from 0; only number 0 writes files and talks.
 
-    Fabric's own launcher and torchrun say it in the environment before anything is joined; under Slurm one knows then.
+    Fabric's own launcher, torchrun and Slurm say it in the environment before anything is joined.
     """
     if _joined is not None:
         return int(_joined.global_rank)
     # a shell that Slurm gave out has a number, too, which is none of ours
-    known = [os.environ[name] for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "").isdigit()]
+    known = [
+        os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdecimal()
+    ]
     return int(known[0]) if _several and known else 0
 
 

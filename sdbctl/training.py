@@ -21,7 +21,7 @@ from sdbctl import files, metrics, team
 from sdbctl.batchnorm import one_batch
 from sdbctl.data import Batch, ImageSet, Preprocess, batches
 from sdbctl.data.images import sized
-from sdbctl.errors import BadInput, EnvironmentFailure, SdbError, UsageError
+from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -56,8 +56,8 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}", "use 1 or more")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"learning rate is {self.lr}", "use a positive number")
+        if not 0 < self.lr <= 1000:  # also for NaN
+            raise UsageError(f"learning rate is {self.lr:g}", "use a number above 0, up to 1000")
 
 
 READ_SECONDS = 0.3
@@ -457,7 +457,7 @@ def fit(
         Seconds spent in the training steps.
 
     Raises:
-        SdbError: The loss stopped being a number.
+        UsageError: The loss stopped being a number, or there is too little to train on.
         BadInput: The resume file belongs to another run.
     """
     progress = progress or Silent()
@@ -587,7 +587,7 @@ class _Meter:
         means = dict(zip(self.sums, values.tolist(), strict=True))
         if not all(math.isfinite(value) for value in means.values()):
             bad = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-            raise SdbError(
+            raise UsageError(
                 f"{self.where}: the loss term {bad} is no longer a number",
                 "lower --lr or use --precision fp32",
             )

@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
-from sdbctl import boxfile
+from sdbctl import boxfile, files, team
 from sdbctl.box import digest
 from sdbctl.key import Key
 from tests.conftest import run_cli
@@ -238,6 +238,58 @@ def test_unusable_onnx(tmp_path):
     check(run_cli("distill", path, "--data", "digits", "--normalize", "half", cwd=tmp_path), 2, "7 classes")
 
 
+def damaged(change):
+    """A graph whose only weight is changed."""
+    model = graph(1)
+    change(model.graph.initializer[0])
+    return model
+
+
+def absurd(height, classes):
+    """A graph that takes images of any size and answers for any number of classes."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Expand", ["flat", "shape"], ["logits"]),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", ["batch", 1, height, 8]), ("logits", ["batch", classes]))
+    ]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1, classes])
+    made = helper.make_graph(nodes, "g", values[:1], values[1:], [shape])
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def external(tensor):
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "w", "offset": "0", "length": "0"}.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+def infinite(tensor):
+    tensor.float_data[3] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (damaged(lambda tensor: tensor.dims.insert(0, 10**12)), "weights"),
+        (damaged(lambda tensor: setattr(tensor, "raw_data", b"abc")), "weights"),
+        (damaged(external), "weights"),
+        (damaged(infinite), "no number"),
+        (absurd(10**9, 10), "1x1000000000x8"),
+        (absurd(0, 10), "1x0x8"),
+        (absurd(8, 10**12), "output classes"),
+    ],
+)
+def test_absurd_onnx(model, words, tmp_path):
+    (tmp_path / "w").touch()
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    check(run_cli("inspect", tmp_path / "m.onnx"), 4, words)
+
+
 def test_onnx_weights_outside_the_folder(tmp_path):
     model = graph(1)
     tensor = model.graph.initializer[0]
@@ -340,6 +392,53 @@ def test_no_command_replaces_what_is_there(work, tmp_path):
     box = ["box", original, "--key-file", work / KEY, *DIGITS, "--force"]
     check(run_cli(*box, "-o", original), 2, "three files")
     check(run_cli(*box, "--reference", original), 2, "three files")
+
+
+def test_two_runs_do_not_write_the_same_file(work, tmp_path):
+    output = tmp_path / "x.safetensors"
+    commands = (["box", work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"])
+    for command in commands:
+        with files.alone(output):
+            check(run_cli(*command, *DIGITS, "-o", output, "--force"), 2, "another run is writing", "x.safetensors")
+        assert run_cli(*command, *DIGITS, "-o", output, "--dry-run").returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_first_of_several_processes_holds_the_output(monkeypatch, tmp_path):
+    monkeypatch.setattr(team, "_several", True)
+    with files.alone(tmp_path / "x"):
+        for name in ("RANK", "SLURM_PROCID"):
+            with monkeypatch.context() as other:
+                other.setenv(name, "1")
+                with files.alone(tmp_path / "x"):
+                    pass
+
+
+def test_two_outputs_are_two_files(work, tmp_path):
+    output = tmp_path / "x.safetensors"
+    box = ["box", work / TEACHER, "--key-file", work / KEY]
+    for command in (box, ["distill", work / BOX], ["train"]):
+        for profile in ("x.safetensors", "./.x.resume" if command[0] != "box" else "x.reference.safetensors"):
+            args = (*command, *DIGITS, "-o", output, "--force", "--profile", tmp_path / profile)
+            check(run_cli(*args), 2, Path(profile).name, "two files")
+    for kept in (TEACHER, KEY):
+        check(run_cli(*box, *DIGITS, "-o", output, "--force", "--profile", work / kept), 2, kept, "two files")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_paths_without_a_name(path, work, tmp_path):
+    for command in (["keygen", path, "--force"], ["export", path], ["box", path, "--key-file", work / KEY, *DIGITS]):
+        check(run_cli(*command, cwd=tmp_path), 2, "no name of a file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_may_never_end_is_not_read(work, tmp_path):
+    for name in ("pipe", "pipe.onnx"):
+        os.mkfifo(tmp_path / name)
+        check(run_cli("inspect", tmp_path / name), 4, "device or a pipe")
+    check(run_cli("inspect", work / BOX, "--key-file", "/dev/zero"), 4, "at least 33 bytes")
+    check(run_cli("inspect", work / BOX, "--key-file", "-", stdin=b"x" * 99), 4, "at least 33 bytes")
 
 
 def test_outputs_that_cannot_be_written(work, tmp_path):
@@ -516,6 +615,36 @@ def test_numbers_that_nothing_can_be_compared_with(option, work, tmp_path):
     assert done.returncode == 2
     assert option[1].encode() in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--set", "temperature=0"),
+        ("--set", "temperature=1e308"),
+        ("--set", "hide=-1"),
+        ("--objective", "nasty", "--set", "limit=0"),
+        ("--lr", "1e308"),
+        ("--lr", "nan"),
+        ("--batch-size", 10**18),
+        ("--batch-size", 10**30),
+        ("--epochs", 10**18),
+        ("--image-size", 10**5),
+    ],
+)
+def test_numbers_that_nothing_can_be_trained_with(option, work, tmp_path):
+    box = ["box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "b.safetensors", "--dry-run"]
+    done = run_cli(*box, *option)
+    assert done.returncode == 2 and (b"use a number" in done.stderr or option[0].encode() in done.stderr)
+
+
+def test_memory_that_the_cpu_has_not():
+    from sdbctl.cli.output import explained
+
+    for size in ((2**50,), (2**62, 2**62)):
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(*size)
+        assert explained(raised.value).exit_code == 6
 
 
 def test_a_broken_gate_counts_although_nobody_reads_the_output(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from PIL import Image
 from sdbctl import data
 from sdbctl.cli.common import open_data
 from sdbctl.data import ImageSet, Preprocess
+from sdbctl.data.images import decode
 from sdbctl.errors import BadInput, EnvironmentFailure, UsageError
 
 CPU = torch.device("cpu")
@@ -191,6 +193,10 @@ def broken_sources(tmp_path):
     np.savez(tmp_path / "objects.npz", images=np.array([{}, {}], dtype=object), labels=y)
     np.savez(tmp_path / "single.npz", images=x, labels=y * 0)
     np.savez(tmp_path / "huge.npz", images=x, labels=y * 10**12)
+    np.savez(tmp_path / "times.npz", images=x, labels=y.astype("timedelta64[s]"))
+    with zipfile.ZipFile(tmp_path / "noarrays.npz", "w") as archive:
+        archive.writestr("images", "text")
+        archive.writestr("labels", "text")
     (tmp_path / "junk.npz").write_bytes(b"PK but no zip")
 
 
@@ -222,6 +228,8 @@ def broken_sources(tmp_path):
         ("npz:objects.npz", "not a readable npz"),
         ("npz:single.npz", "single class"),
         ("npz:huge.npz", "labels run from 0 to 1000000000000"),
+        ("npz:times.npz", "labels are timedelta64"),
+        ("npz:noarrays.npz", "not a readable npz"),
         ("npz:junk.npz", "not a readable npz"),
         ("npz:missing.npz", "does not exist"),
         ("cifar10", "not in the data root .*--download"),
@@ -246,6 +254,40 @@ def test_unknown_specs(tmp_path):
             load(spec)
     with pytest.raises(UsageError, match=f"write folder:{tmp_path}"):
         load(str(tmp_path))
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "deep.parquet").touch()
+    with pytest.raises(UsageError, match="write folder:"):
+        load(str(tmp_path))
+    (tmp_path / "a" / "near.parquet").touch()
+    with pytest.raises(UsageError, match="write parquet:"):
+        load(str(tmp_path))
+    with pytest.raises(UsageError, match="unknown data ''; use one of"):
+        load("")
+
+
+def test_only_files_are_images(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "1.png").symlink_to(tmp_path / name / "0.png")
+        os.mkfifo(tmp_path / name / "2.png")
+        (tmp_path / name / "3.png").mkdir()
+    assert len(load(f"folder:{tmp_path}").train) == 4
+
+
+def test_names_that_are_nested_too_deeply_are_none(tmp_path):
+    table = pa.table({"img": [{"bytes": encoded(image)} for image in pixels(4)], "label": [0, 1, 0, 1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": "[" * 100_000}), tmp_path / "x.parquet")
+    assert load(f"parquet:{tmp_path / 'x.parquet'}").classes == ("0", "1")
+
+
+def test_missing_memory_is_no_damaged_image(monkeypatch):
+    def refuse(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(MemoryError):
+        decode(b"x", None, None, "x", 0)
 
 
 def test_every_source_is_listed():

@@ -128,7 +128,7 @@ def test_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(SECRET)))
     assert Key.load("-").id == Key(SECRET).id
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(SECRET * 2)))
-    with pytest.raises(BadInput, match="64 bytes"):
+    with pytest.raises(BadInput, match="at least 33 bytes"):
         Key.load("-")
 
 

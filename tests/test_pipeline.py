@@ -337,6 +337,7 @@ def test_distillation_with_another_loss_and_with_another_data_set(work, splits, 
     assert unknown.returncode == 2 and b"unknown method: magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
     for wrong, said in (
         (("--method", "dist", "--alpha", 0.5), b"dist has no --alpha"),
+        (("--no-labels", "--alpha", 0.5), b"without labels 0.5 is no --alpha"),
         (("--surrogate", "digits"), b"--surrogate digits is the data set itself"),
     ):
         done = run_cli(*common, *wrong, "--force")
@@ -401,7 +402,7 @@ def test_a_damaged_resume_file_is_refused(splits, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(splits):
     net = build_student("cnn-tiny", 10, 1, 1)
     preprocess = data.Preprocess((0.5,), (0.5,), (1, 8, 8))
-    with pytest.raises(SdbError, match="no longer a number"):
+    with pytest.raises(UsageError, match="no longer a number"):
         fit(
             net,
             lambda model, batch: {"loss": model(batch.x).sum() * float("nan")},

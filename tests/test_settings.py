@@ -1,8 +1,11 @@
 """sdbctl.toml: defaults for options, unknown keys named."""
 
+import sys
+
 import pytest
 import typer
 
+from sdbctl import cli
 from sdbctl.cli import app
 from sdbctl.cli.settings import read_settings
 from sdbctl.errors import BadInput, UsageError
@@ -38,6 +41,12 @@ def test_common_and_own_keys(tmp_path):
         ("[keygen]\nepochs = 3", "unknown key epochs"),
         ("no-labels = true", "unknown key no-labels; did you mean labels"),
         ("trust = true", "trust is not taken from a file; it must be said on the command line"),
+        ("force = true", "force is not taken from a file"),
+        ("[keygen]\nforce = true", "force is not taken from a file"),
+        ("train = [1]", "train is a command; write its options below .train."),
+        ("data = ['digits']", "data is .'digits'.; give one number or text"),
+        ("[box]\nepochs = true", "epochs is True; give one number or text"),
+        ("download = 1", "download is 1; give true or false"),
         ("[distill]\ninsecure_key_file = true", "insecure_key_file is not taken from a file"),
     ],
 )
@@ -70,6 +79,18 @@ def test_a_folder_from_elsewhere_cannot_make_a_checkpoint_run_code(tmp_path):
     assert result.returncode == 2
     assert b"trust is not taken from a file" in result.stderr
     assert run_cli("inspect", "--help", cwd=tmp_path).returncode == 0
+
+
+def test_a_folder_that_cannot_be_searched(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "sdbctl.toml")
+
+    monkeypatch.setattr(cli, "read_settings", refuse)
+    monkeypatch.setattr(sys, "argv", ["sdbctl", "list", "data"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 6
+    assert "error: Permission denied (sdbctl.toml)" in capsys.readouterr().err
 
 
 def test_defaults_that_apply_are_named(tmp_path, capsys):

@@ -55,6 +55,7 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
         ("--objective", "sdb:nope"),
         ("--wrapper", "nope"),
         ("--confidence", "nope", "--confidence", "class"),
+        ("--set", "../../nope=1,2"),
     ],
 )
 def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
@@ -74,6 +75,19 @@ def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
     assert done.returncode == 2
     assert b"nope" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
+    sweep = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
+    done = run_cli(*sweep, "--set", "hide=1,-1", "--report", tmp_path / "out")
+    assert done.returncode == 2 and b"hide=-1" in done.stderr and not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    done = run_cli(*sweep, "--set", "hide=1,2", "--report", tmp_path / "file")
+    assert done.returncode == 2 and b"is a file" in done.stderr
+
+
+def test_no_row_writes_outside_the_report():
+    assert {"/", "."} & set(rows_of([], ["../../a=1,2"], [])[0].folder) <= {"."}
 
 
 FOLDER = "hide=8_confidence-class"

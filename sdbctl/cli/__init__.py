@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing, sweep
-from sdbctl.cli.output import guarded, say
+from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing, streams, sweep
+from sdbctl.cli.output import explained, guarded, say
 from sdbctl.cli.settings import SETTINGS_FILE, read_settings
 from sdbctl.errors import SdbError
 
@@ -71,9 +71,10 @@ def defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def main() -> Any:
     """Entry point of the console script; ``sdbctl.toml`` in this folder fills in options."""
+    streams.mend()
     try:
-        defaults = defaults_for(sys.argv[1:])
-    except SdbError as error:
-        say(f"error: {error}")
-        raise SystemExit(error.exit_code) from None
-    return app(default_map=defaults)
+        return app(default_map=defaults_for(sys.argv[1:]))
+    except (SdbError, OSError) as error:
+        found = explained(error)
+        say(f"error: {found}")
+        raise SystemExit(found.exit_code) from None

@@ -16,9 +16,11 @@ from sdbctl.cli.output import emit
 def bench(
     arch: Annotated[str, typer.Option("--arch", help="Network to box.")] = "resnet20",
     student: Annotated[str, typer.Option("--student", help="Student to distil.")] = "wrn16",
-    image_size: Annotated[int, typer.Option("--image-size", min=8, help="Image height and width.")] = 32,
+    image_size: Annotated[
+        int, typer.Option("--image-size", min=8, max=o.MOST_PIXELS, help="Image height and width.")
+    ] = 32,
     classes: Annotated[int, typer.Option("--classes", min=2, help="Number of classes.")] = 10,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Images per step.")] = 128,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2, max=o.MOST_IMAGES, help="Images per step.")] = 128,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the median counts.")] = 7,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",

@@ -15,6 +15,7 @@ from sdbctl.cli.common import (
     check_classes,
     check_known,
     finite,
+    named,
     open_data,
     pick,
     preprocess_of,
@@ -31,19 +32,31 @@ if TYPE_CHECKING:
 
     from sdbctl.boxfile import Loaded, Metadata
 
+DIVISORS = ("temperature", "limit")
+"""Parameters that something is divided by."""
+MOST = 1_000_000
+"""What no parameter of an objective may exceed: losses would overflow."""
 DEAR = 2.0
 """Points of top-1 that a box may lose before its maker is warned."""
 
 
 def parse_parameters(given: list[str] | None) -> dict[str, float]:
-    """Turn ``NAME=NUMBER`` options into a mapping."""
+    """Turn ``NAME=NUMBER`` options into a mapping.
+
+    Raises:
+        UsageError: One is no such pair, or the number can be no parameter of an objective.
+    """
     parameters = {}
     for item in given or []:
-        name, _, value = item.partition("=")
+        name, _, value = (part.strip() for part in item.partition("="))
         try:
-            parameters[name.strip()] = finite(value)
+            parameters[name] = number = finite(value)
         except ValueError:
             raise UsageError(f"--set {item} is not NAME=NUMBER", "for example --set hide=2") from None
+        # the direction of a term is no weight
+        if (name != "away" and not (number > 0 if name in DIVISORS else number >= 0)) or abs(number) > MOST:
+            least = "above 0" if name in DIVISORS else "from 0"
+            raise UsageError(f"--set {item} is out of range", f"use a number {least} to {MOST:,}")
     return parameters
 
 
@@ -167,7 +180,7 @@ def box(
 
     The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private.
     """
-    output = output or checkpoint.with_name(f"{checkpoint.stem}.boxed.safetensors")
+    output = output or named(checkpoint).with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
         raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
     from sdbctl import files
@@ -179,9 +192,16 @@ def box(
     state, reference_state, *assistant_states = states
     if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
         raise UsageError("checkpoint, reference and output must be three files", "give another --output")
-    made_anew = None if resume or reference else reference_path
-    begin(states, (output, made_anew, profile), resume=resume, force=force)
     processes = together(devices, nodes)
+    own = not (resume or reference)
+    begin(
+        output,
+        states,
+        [reference_path if own else None, profile],
+        resume=resume,
+        force=force,
+        kept=[checkpoint, *key_file, *([] if own else [reference_path])],
+    )
     if sum(str(path) == "-" for path in key_file) > 1:
         raise UsageError("standard input holds one key", "give --key-file FILE for the others")
     if seal is not False and len(key_file) > MOST_KEYS:
@@ -301,6 +321,7 @@ def box(
         original_sha256=original.sha256,
         versions=boxfile.versions(),
     )
+    reference_sha256 = found.sha256 if found is not None else ""
     tuned, learned = None, dict[str, float]()
     if found is not None and found.meta is not None:
         # one that was asked for may be of another recipe
@@ -355,6 +376,11 @@ def box(
         for old in states:
             old.unlink(missing_ok=True)
 
+    def keep_reference(tuned: nn.Module) -> str:
+        content = boxfile.dump(original.file_state(tuned), reference_meta)
+        files.write(reference_path, content, private=True)
+        return files.sha256(content)
+
     def keep(length: int, tuned: nn.Module) -> None:
         described = replace(describe_assistant(tuned, task, length), measured=learned)
         path = assistant_states[lengths.index(length)]
@@ -369,7 +395,7 @@ def box(
     with Live() as progress:
         if tuned is None:
             tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
-            boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
+            reference_sha256 = keep_reference(tuned)
         teach(wanted, tuned, progress)
         if compare:
             known = {"reference": tuned, "original": original.net}
@@ -388,7 +414,7 @@ def box(
                 + (", and in the file the assistant" if seal else "")
             )
             if not reference:
-                boxfile.save(reference_path, original.file_state(tuned), reference_meta, force=True)
+                reference_sha256 = keep_reference(tuned)
         teach(lengths if seal else [], tuned, progress)
         made = make_box(
             original,
@@ -405,7 +431,7 @@ def box(
     meta = replace(
         made.model.meta,
         parameters={**made.model.meta.parameters, "sealed": bool(seal)},
-        reference_sha256=files.sha256(reference_path.read_bytes()),
+        reference_sha256=reference_sha256,
     )
     inner = ""
     if seal:

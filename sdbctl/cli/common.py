@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdbctl import team
-from sdbctl.cli.output import duration, err, say
+from sdbctl.cli.output import duration, ending, err, say
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +30,17 @@ def together(devices: int, nodes: int) -> int:
     return devices * nodes
 
 
+def named(path: Path) -> Path:
+    """The path itself, if it can be a file: names of other files are made of its own.
+
+    Raises:
+        UsageError: It has no name, as ``.`` or ``/``.
+    """
+    if not path.name:
+        raise UsageError(f"{path} is no name of a file", "name a file")
+    return path
+
+
 def finite(value: str | float) -> float:
     """A number that can be compared with another.
 
@@ -45,27 +56,45 @@ def finite(value: str | float) -> float:
     return number
 
 
-def begin(states: Iterable[Path], outputs: Iterable[Path | None], *, resume: bool, force: bool) -> None:
-    """Refuse to throw an interrupted run or a finished file away unless that was asked for.
+def begin(
+    output: Path,
+    states: Iterable[Path],
+    others: Iterable[Path | None],
+    *,
+    resume: bool,
+    force: bool,
+    kept: Iterable[Path] = (),
+) -> None:
+    """Hold the output to the end of the command, and throw nothing away unless that was asked for.
 
     Args:
+        output: What will be written; no other run may write it meanwhile.
         states: Where runs keep their state.
-        outputs: What will be written.
+        others: What will be written beside the output.
         resume: Whether the run goes on with its state.
         force: Whether it starts again.
+        kept: What is read.
 
     Raises:
-        UsageError: There is one, and nothing was said.
+        UsageError: There is an interrupted run or a finished file and nothing was said, two files are one, or another
+            run is writing the output.
         EnvironmentFailure: An output cannot be written.
     """
     from sdbctl import files
 
+    outputs = [path for path in (output, *others) if path is not None]
+    named = [path.resolve() for path in (*states, *outputs, *set(kept))]
+    twice = next((path for path in named if named.count(path) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"{twice.name} would be two files of this run at once", "give --output or --profile another name"
+        )
+    ending.enter_context(files.alone(output))
     found = next((path for path in states if path.exists()), None)
     if found is not None and not (resume or force):
         raise UsageError(f"an interrupted run left {found}", "--resume goes on, --force starts again")
     for path in outputs:
-        if path is not None:
-            files.claim(path, force=force)
+        files.claim(path, force=force)
 
 
 def read_key(path: Path, insecure: bool, processes: int = 1) -> Key:

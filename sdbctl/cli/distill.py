@@ -87,7 +87,7 @@ def distill(
     processes = together(devices, nodes)
     # a student of two data sets is trained in two runs
     states = [output.with_name(f".{output.stem}{part}.resume") for part in ("", ".second")]
-    begin(states, [output, profile], resume=resume, force=force)
+    begin(output, states, [profile], resume=resume, force=force, kept=[teacher, *([key_file] if key_file else [])])
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
     if sealed and key is None:
         raise UsageError("only a key opens what is sealed", "give --key-file, or leave out --sealed")
@@ -150,6 +150,8 @@ def distill(
             raise UsageError(f"{method} has no --alpha", "leave it out, or use --method kd")
         config["alpha"] = alpha
     if "alpha" in config and not labels:
+        if alpha not in (None, 1.0):
+            raise UsageError(f"without labels {alpha:g} is no --alpha", "leave it out, or use --labels")
         config["alpha"] = 1.0
     net = build_student(student, classes, size[0], seed)
     engine = pick(
@@ -285,7 +287,7 @@ def train(
 
     processes = together(devices, nodes)
     state = output.with_name(f".{output.stem}.resume")
-    begin([state], [output, profile], resume=resume, force=force)
+    begin(output, [state], [profile], resume=resume, force=force)
     from dataclasses import replace
 
     from sdbctl.box import plain_step

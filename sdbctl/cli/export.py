@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, check_known, open_model, preset, read_key
+from sdbctl.cli.common import box_fields, check_known, named, open_model, preset, read_key
 from sdbctl.cli.output import emit, pairs, say
 from sdbctl.errors import BadInput, UsageError
 
@@ -59,7 +59,7 @@ def export(
         what = f"the wrapper {wrapper}" if wrapper else "a file of weights"
         raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
 
-    output = output or model.with_suffix(suffixes[format_])
+    output = output or named(model).with_suffix(suffixes[format_])
     if output.suffix != suffixes[format_]:
         raise UsageError(f"output {output} is not named {suffixes[format_]}", "name it so, or give another --format")
     files.claim(output, force=force)

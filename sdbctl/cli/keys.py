@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
+from sdbctl.cli.common import named
 from sdbctl.cli.output import emit
 
 
@@ -20,5 +21,5 @@ def keygen(
     from sdbctl.key import Key
 
     key = Key.generate()
-    key.save(path, force=force)
+    key.save(named(path), force=force)
     emit({"key_file": str(path), "key_id": key.id}, json_, f"{path}: key {key.id}; keep it secret, keep a copy")

@@ -9,6 +9,8 @@ import typer
 
 # the panels of --help
 DATA, TRAINING, MACHINE, FILES = "Data", "Training", "Machine", "Files and output"
+MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS = 1_000_000, 1_000_000, 8192
+"""The most of ``--epochs``, of images in a ``--batch-size``, and of an ``--image-size``: beyond, it is a slip."""
 
 Data = Annotated[
     str | None,
@@ -34,7 +36,9 @@ Download = Annotated[
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option("--image-size", metavar="PIXELS", min=4, help="Resize images to this.", rich_help_panel=DATA),
+    typer.Option(
+        "--image-size", metavar="PIXELS", min=4, max=MOST_PIXELS, help="Resize images to this.", rich_help_panel=DATA
+    ),
 ]
 TransferSize = Annotated[
     int | None,
@@ -77,11 +81,20 @@ PrecisionOption = Annotated[
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option("--epochs", metavar="N", min=1, help="Passes over the training images.", rich_help_panel=TRAINING),
+    typer.Option(
+        "--epochs",
+        metavar="N",
+        min=1,
+        max=MOST_EPOCHS,
+        help="Passes over the training images.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", metavar="N", min=2, help="Images per step.", rich_help_panel=TRAINING),
+    typer.Option(
+        "--batch-size", metavar="N", min=2, max=MOST_IMAGES, help="Images per step.", rich_help_panel=TRAINING
+    ),
 ]
 LearningRate = Annotated[
     float | None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -30,18 +32,13 @@ from rich.text import Text
 from sdbctl import team
 from sdbctl.errors import EnvironmentFailure, Interrupted, SdbError
 
-
-class _Out(Console):
-    """Standard output, whose reader may leave early."""
-
-    def on_broken_pipe(self) -> None:
-        """Leave it to :func:`emit`; rich would end the program."""
-        raise BrokenPipeError
-
-
 # a pipe or a CI log has no width of its own, and 80 columns break the names in the tables
-out = _Out(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
+out = Console(highlight=False, width=None if os.isatty(1) or "COLUMNS" in os.environ else 110)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+ending = contextlib.ExitStack()
+"""What is held until the command ends."""
 
 
 def printable(text: str) -> str:
@@ -64,16 +61,11 @@ def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> No
     """
     if team.rank() > 0:
         return
-    try:
-        if as_json:
-            typer.echo(json.dumps(result, indent=2))
-        else:
-            for item in human:
-                out.print(printable(item), markup=False) if isinstance(item, str) else out.print(item)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # whoever reads has seen enough; a broken gate still counts
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    for item in human:
+        out.print(printable(item), markup=False) if isinstance(item, str) else out.print(item)
 
 
 def pairs(title: str, rows: Mapping[str, Any]) -> Table:
@@ -132,7 +124,7 @@ class Live:
 
     def note(self, text: str) -> None:
         """See :class:`sdbctl.training.Progress`."""
-        self._bars.console.print(text, markup=False)
+        say(text)
 
 
 def _short(value: float) -> str:
@@ -159,7 +151,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _stop)
-        with warnings.catch_warnings():
+        with ending, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"sdbctl\.")
             warnings.showwarning = _show_warning
@@ -167,14 +159,12 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                 return command(*args, **kwargs)
             except KeyboardInterrupt:
                 fail(Interrupted("interrupted", again))
-            except (SdbError, typer.Exit, typer.Abort) as error:
-                if isinstance(error, SdbError):
-                    fail(error)
+            except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:
-                if os.environ.get("SDBCTL_DEBUG"):
+                if os.environ.get("SDBCTL_DEBUG") and not isinstance(error, SdbError):
                     raise
-                fail(_unexpected(error))
+                fail(explained(error))
 
     return run
 
@@ -185,6 +175,7 @@ def fail(error: SdbError) -> NoReturn:
     err.print(f"error in process {team.rank()}: " if team.rank() else "error: ", style="bold red", end="")
     say(" ".join(str(error).split()))
     if team.size() > 1:
+        ending.close()
         # threads of a group that has lost a process abort the interpreter if it ends in the usual way
         sys.stdout.flush()
         sys.stderr.flush()
@@ -192,11 +183,14 @@ def fail(error: SdbError) -> NoReturn:
     raise typer.Exit(error.exit_code) from None
 
 
-def _unexpected(error: Exception) -> SdbError:
+def explained(error: Exception) -> SdbError:
+    """Any failure as one that is explained in a line."""
+    if isinstance(error, SdbError):
+        return error
     if isinstance(error, OSError):
         where = f" ({Path(error.filename).name})" if error.filename else ""
         return EnvironmentFailure(f"{error.strerror or error}{where}", "check disk space and permissions")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or re.search("OutOfMemory|allocate memory|size calculation", repr(error)):
         return EnvironmentFailure("out of memory", "use a smaller --batch-size, or fewer --jobs")
     text = (str(error).splitlines() or [""])[0][:200]
     return SdbError(

@@ -11,8 +11,9 @@ from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
 
 SETTINGS_FILE = "sdbctl.toml"
-SPOKEN = ("--help", "--json", "--trust", "--insecure-key-file")
-"""Options that must be given where everybody sees them: a file in a folder from elsewhere must not lower the guard."""
+SPOKEN = ("--help", "--json", "--force", "--trust", "--insecure-key-file")
+"""Options that must be given where everybody sees them: a file in a folder from elsewhere must neither lower
+the guard nor replace files."""
 
 
 def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
@@ -48,37 +49,45 @@ def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
         option = _lookup(key, everywhere, f"{path}", [*everywhere, *options])
         for name, known in options.items():
             if option in known:
-                defaults[name][known[option]] = value
+                defaults[name][known[option].name] = _fitting(known[option], value, f"{path}: {key}")
     for command, table in tables.items():
         if command not in options:
             raise UsageError(f"{path}: unknown command [{command}]", _nearest(command, options))
         for key, value in table.items():
             where = f"{path}, [{command}]"
-            defaults[command][_lookup(key, options[command], where, options[command])] = value
-    for name, command in root.commands.items():
-        repeatable = {parameter.name for parameter in command.params if getattr(parameter, "multiple", False)}
-        for parameter in repeatable & defaults[name].keys():
-            value = defaults[name][parameter]
-            defaults[name][parameter] = value if isinstance(value, list) else [value]
+            parameter = _lookup(key, options[command], where, options[command])
+            defaults[command][parameter.name] = _fitting(parameter, value, f"{where}: {key}")
     return defaults
 
 
-def _options(command: Any) -> dict[str, str]:
-    """Option names without dashes → parameter names."""
+def _fitting(parameter: Any, value: Any, where: str) -> Any:
+    """A value of an option; a list of values if it may be repeated."""
+    several, flag = getattr(parameter, "multiple", False), getattr(parameter, "is_flag", False)
+    items = value if several and isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) != flag or isinstance(item, list | dict):
+            raise UsageError(f"{where} is {value}", f"give {'true or false' if flag else 'one number or text'}")
+    return items if several else value
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """Option names without dashes → parameters."""
     found = {}
     for parameter in command.params:
         for option in parameter.opts:
             if option.startswith("--") and option not in SPOKEN:
-                found[option.removeprefix("--").replace("_", "-")] = parameter.name
+                found[option.removeprefix("--").replace("_", "-")] = parameter
         if not parameter.opts[0].startswith("-"):
-            found[parameter.name] = parameter.name
+            found[parameter.name] = parameter
     return found
 
 
-def _lookup(key: str, known: dict[str, str], where: str, candidates: Any) -> str:
+def _lookup(key: str, known: dict[str, Any], where: str, candidates: Any) -> Any:
     name = key.replace("_", "-")
     if f"--{name}" in SPOKEN:
         raise UsageError(f"{where}: {key} is not taken from a file", "it must be said on the command line")
+    if name not in known and name in candidates:
+        raise UsageError(f"{where}: {key} is a command", f"write its options below [{key}]")
     if name not in known:
         raise UsageError(f"{where}: unknown key {key}", _nearest(name, candidates))
     return known[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -62,9 +63,14 @@ class Row:
         return f"{self.objective}:{self.preset} {dict(self.parameters)}"
 
     @property
+    def settings(self) -> list[str]:
+        """Its parameters as ``--set`` takes them."""
+        return [f"{key}={value}" for key, value in self.parameters.items()]
+
+    @property
     def folder(self) -> str:
         """A name for its files."""
-        return self.name.replace(", ", "_").replace(":", "-").replace(" ", "-")
+        return re.sub("[: /]", "-", self.name.replace(", ", "_"))
 
 
 def rows_of(
@@ -124,9 +130,11 @@ def sweep(
     student: Annotated[
         str | None, typer.Option("--student", help="See sdbctl list students. [default: wrn16, in quick resnet8]")
     ] = None,
-    student_epochs: Annotated[int | None, typer.Option("--student-epochs", min=1, help="Epochs of a student.")] = None,
+    student_epochs: Annotated[
+        int | None, typer.Option("--student-epochs", min=1, max=o.MOST_EPOCHS, help="Epochs of a student.")
+    ] = None,
     student_batch_size: Annotated[
-        int | None, typer.Option("--student-batch-size", min=1, help="Images per step of a student.")
+        int | None, typer.Option("--student-batch-size", min=1, max=o.MOST_IMAGES, help="Images per step of a student.")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
     suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "core",
@@ -149,6 +157,7 @@ def sweep(
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
     rows = rows_of(objective or [], set_ or [], wrapper or [], confidence or [])
     from sdbctl import boxfile, files
+    from sdbctl.box import BoxConfig
     from sdbctl.cli import box, evaluate, export
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
@@ -160,7 +169,10 @@ def sweep(
         check_known("objective", row.objective, OBJECTIVES)
         check_known("wrapper", row.wrapper, WRAPPERS)
         if row.objective:
-            check_known(f"preset of {row.objective}", row.preset, OBJECTIVES[row.objective].presets)
+            presets = OBJECTIVES[row.objective].presets
+            check_known(f"preset of {row.objective}", row.preset, presets)
+            given = box.parse_parameters(row.settings)
+            BoxConfig(row.objective, {**presets[row.preset or "default"].parameters, **given})
     run = {
         "checkpoint": boxfile.load(checkpoint, trust=trust).sha256,
         "key": read_key(key_file, False).id,
@@ -186,7 +198,7 @@ def sweep(
             seal=False,
             objective=str(row.objective),
             preset=row.preset,
-            set_=[f"{key}={value}" for key, value in row.parameters.items()],
+            set_=row.settings,
             epochs=epochs,
             batch_size=batch_size,
             device=device,
@@ -205,12 +217,14 @@ def sweep(
             with tempfile.TemporaryDirectory() as nowhere:
                 make_box(first, Path(nowhere) / "box.safetensors", dry_run=True)
         return
+    if report.exists() and not report.is_dir():
+        raise UsageError(f"--report {report} is a file", "name a folder")
     report.mkdir(parents=True, exist_ok=True)
     begun = report / "run.json"
     if begun.exists():
         try:
             old = dict(json.loads(files.read(begun, "record of the sweep")))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise BadInput(f"{begun} is damaged", "name another --report") from None
         other = [name for name in run if old.get(name) != run[name]]
         if other:

@@ -239,6 +239,8 @@ def decode(source: Any, size: int | None, channels: int | None, name: str, posit
         if size is not None and image.size != (size, size):
             image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
         array = np.array(image, dtype=np.uint8)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
         where = f" ({source.parent.name}/{source.name})" if isinstance(source, Path) else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0].split("<")[0].split("'/")[0].strip()

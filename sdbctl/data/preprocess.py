@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ def presets(channels: int) -> dict[str, tuple[tuple[float, ...], tuple[float, ..
     return found
 
 
+def usable(size: Sequence[int]) -> bool:
+    """Whether (C, H, W) may be the size of an image: what a file says may be absurd."""
+    return len(size) == 3 and size[0] <= 64 and all(1 <= side <= 8192 for side in size)
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """Normalisation and input size; it travels inside the box.
@@ -54,8 +60,7 @@ class Preprocess:
     size: Shape
 
     def __post_init__(self) -> None:
-        fits = len(self.size) == 3 and len(self.mean) == len(self.std) == self.size[0] <= 64
-        if not fits or not all(1 <= side <= 8192 for side in self.size):
+        if not (usable(self.size) and len(self.mean) == len(self.std) == self.size[0]):
             raise BadInput(f"a normalisation for {len(self.mean)} channels does not fit images of {sized(self.size)}")
         # also false for NaN
         if not all(abs(value) <= 1e4 for value in self.mean) or not all(1e-4 <= value <= 1e4 for value in self.std):

@@ -128,7 +128,8 @@ def _folder(request: Request) -> Found:
         if unknown:
             raise BadInput(f"{base} has a class {unknown[0]} that {top} has not", "use the same class folders in both")
         own = [
-            sorted(file for file in (base / name).rglob("*") if file.suffix.lower() in IMAGE_FILES) for name in names
+            sorted(file for file in (base / name).rglob("*") if file.suffix.lower() in IMAGE_FILES and file.is_file())
+            for name in names
         ]
         if not any(own):
             raise BadInput(f"{base} holds no images", f"use {', '.join(sorted(IMAGE_FILES))} files")
@@ -203,7 +204,7 @@ def _feature_names(schema: Any, label: str) -> tuple[str, ...]:
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features[label]["names"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return ()
 
 
@@ -215,6 +216,9 @@ def _npz(request: Request) -> Found:
         with np.load(path, allow_pickle=False) as archive:
             names = [name for pair in NPZ_TRAIN + NPZ_TEST for name in pair if name in archive.files]
             arrays, held = {name: archive[name] for name in names}, ", ".join(archive.files)
+        # numpy gives out what is no array as bytes
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError
     except Exception:  # zip, zlib and numpy each have their own
         raise BadInput(f"{path} is not a readable npz file", "write it with numpy.savez, without objects") from None
 
@@ -292,15 +296,18 @@ def load(
         known = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(SOURCES)}"
         path = _expanded(spec)
         scheme = {".npz": "npz", ".parquet": "parquet"}.get(path.suffix, "folder")
-        if path.is_dir() and next(path.rglob("*.parquet"), None) is not None:
+        # not deeper: it may be the whole disk
+        if path.is_dir() and any(next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
             scheme = "parquet"
-        raise UsageError(f"unknown data {spec}", f"write {scheme}:{spec}" if path.exists() else known)
+        raise UsageError(
+            f"unknown data {spec or repr(spec)}", f"write {scheme}:{spec}" if spec and path.exists() else known
+        )
     found = SOURCES[name][0](Request(argument, root, size, channels, download))
     parts = [part for part in (found.train, found.test) if part is not None]
     for part in parts:
         if len(part.labels) == 0:
             raise BadInput(f"{found.name} holds no images", "check the data")
-        if not np.issubdtype(part.labels.dtype, np.integer):
+        if part.labels.dtype.kind not in "iu":
             raise BadInput(f"{found.name}: labels are {part.labels.dtype}", "integers from 0 are needed")
     lowest = min(int(part.labels.min()) for part in parts)
     highest = max(int(part.labels.max()) for part in parts)

@@ -1,0 +1,53 @@
+"""Standard streams that are closed, full, not UTF-8, or whose reader leaves early."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdbctl.cli.output import Live
+
+SDBCTL = f"{sys.executable} -m sdbctl"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("list data >&-", 0, ""),
+        ("list data >/dev/full", 6, "No space left"),
+        ("--help >/dev/full", 6, "No space left"),
+        ("eval --help | true", 0, ""),
+        ("--version | true", 0, ""),
+        ("list nothing 2>/dev/full", 2, ""),
+        ("list nothing >&- 2>&-", 2, ""),
+    ],
+)
+def test_a_stream_that_does_not_work_changes_no_exit_code(command, code, message, tmp_path):
+    words = ["bash", "-c", f"set -o pipefail; {SDBCTL} {command}"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
+
+
+def test_what_an_encoding_lacks_is_replaced(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [*SDBCTL.split(), "list", "λ"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "?" in done.stderr
+
+
+def test_a_run_goes_on_when_nobody_reads_its_messages():
+    code = (
+        "from sdbctl.cli import say, streams; streams.mend(); [say('x' * 9999) for _ in range(99)]; raise SystemExit(5)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    process.stderr.close()
+    assert process.wait(60) == 5
+
+
+def test_notes_do_not_control_the_terminal(capsys):
+    Live().note("[b]a\x1b[31mb")
+    assert capsys.readouterr().err == "[b]a[31mb\n"
