@@ -847,12 +847,15 @@ def test_who_holds_the_file_is_never_weaker_than_who_does_not():
     assert threats.file.labelled_by == "a"
 
 
-def simulated(better: float, runs: int, attacks: int = 5, seeds: int = 5) -> list[Interval]:
-    """Advantages of attacks, one of which is better than the others and eight rows of the floor, all of them equal."""
+def simulated(better: float, runs: int, attacks: int = 5, seeds: int = 5, scatter: float = 1.0) -> list[Interval]:
+    """Advantages of attacks, one of which is better than the others and eight rows of the floor, all of them equal.
+
+    The better one has standard deviation ``scatter``, all others 1 / ``scatter``.
+    """
     rng, found = np.random.default_rng(0), []
     for _ in range(runs):
-        skill = rng.normal(size=(attacks + 8, seeds))
-        skill[0] += better
+        skill = rng.normal(size=(attacks + 8, seeds)) / scatter
+        skill[0] = skill[0] * scatter**2 + better
         # validation and test share what a seed's student learned
         seen, told = (skill + 0.3 * rng.normal(size=skill.shape) for _ in range(2))
         rows = [some(f"r{n}", "attack" if n < attacks else "floor", told[n], seen[n]) for n in range(len(skill))]
@@ -864,6 +867,34 @@ def simulated(better: float, runs: int, attacks: int = 5, seeds: int = 5) -> lis
 @pytest.mark.parametrize("better", [0.0, 0.5, 2.0])
 def test_the_bound_of_an_advantage_holds_whichever_row_is_the_best(better, attacks, seeds):
     assert np.mean([found.high < better for found in simulated(better, 250, attacks, seeds)]) < 0.04
+
+
+@pytest.mark.parametrize("better", [0.0, 0.8])
+def test_the_bound_of_an_advantage_holds_however_differently_rows_scatter(better):
+    assert np.mean([found.high < better for found in simulated(better, 500, 2, scatter=2.2)]) < 0.04
+
+
+def test_bounds_are_those_of_whichever_row_may_be_the_best():
+    attacks = [
+        some("steady", "attack", (2.0, 2.1, 1.9), (5.0, 5.0, 5.0)),
+        some("wild", "attack", (-3.0, 1.0, 5.0), (4.0, 4.0, 4.0)),
+    ]
+    others = [some("kd_original", "reference", (8.0, 8.1, 7.9)), some("dist_original", "reference", (2.0, 7.0, 12.0))]
+    key = some("authorized", "authorized", (9.0, 9.0, 9.0))
+    rows = made_of(some("control", "floor", (0.0, 0.0, 0.0)), *attacks, *others, key)
+    numbers = evaluate.headline(rows)
+    found, wild = numbers["unauthorized_advantage"].api, metrics.seed_interval([-3.0, 1.0, 5.0])
+    steady = metrics.seed_interval([2.0, 2.1, 1.9])
+    assert found.labelled_by == "steady"
+    assert (found.labelled.mean, found.labelled.low, found.labelled.high) == pytest.approx((*steady[:2], wild[2]))
+    gain, least = numbers["authorized_gain"], metrics.seed_interval([7.0, 2.0, -3.0])
+    assert (gain.mean, gain.low) == pytest.approx((1.0, least[1]))
+    assert gain.high < 2
+    # one seed has no bounds, and makes none
+    alone = evaluate.headline(
+        {name: replace(row, values=row.values[:1], validations=row.validations[:1], n=1) for name, row in rows.items()}
+    )
+    assert alone["unauthorized_advantage"].api.labelled.high is alone["authorized_gain"].low is None
 
 
 @pytest.mark.parametrize(("seeds", "most"), [(5, 0.03), (10, 0.01)])
