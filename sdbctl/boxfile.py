@@ -5,6 +5,8 @@ A box, a student and a teacher are the same kind of file; a box also records its
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import json
 import math
@@ -54,7 +56,7 @@ class Metadata:
         measured: Accuracies and the like.
         original_sha256: Hash of the checkpoint that was boxed.
         reference_sha256: Hash of N_ft's file, if one was written.
-        versions: Of sdbctl, torch.
+        versions: See :func:`versions`.
     """
 
     kind: Kind
@@ -565,8 +567,13 @@ def _difference(content: bytes, net: nn.Module, example: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions of sdbctl and torch."""
-    from importlib.metadata import version
+    """Versions of sdbctl and torch, and of what else decides a result, where it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {"sdbctl": version("sdbctl"), "torch": torch.__version__}
+    found = {"sdbctl": version("sdbctl"), "torch": torch.__version__}
+    for name in ("torchvision", "timm", "onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

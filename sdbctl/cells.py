@@ -28,7 +28,7 @@ from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
 from sdbctl.suites import BY_NAME, Row, Suite, suite
-from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
+from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, accuracy, scaled
 from sdbctl.wrappers import WrappedTeacher
 
@@ -132,10 +132,15 @@ def code() -> str:
         "attacks",
         "data",
         "models",
+        "batchnorm.py",
+        "boxfile.py",
+        "cells.py",
         "distill.py",
         "key.py",
         "losses.py",
+        "metrics.py",
         "teacher.py",
+        "team.py",
         "training.py",
         "wrappers.py",
     )
@@ -259,19 +264,24 @@ class Bench:
     def key(self, cell: Cell) -> str:
         """Content hash of a cell, under which its outcome is kept."""
         source = self.sources[cell.teacher].sha256 if cell.teacher else ""
-        attack = BY_NAME[cell.row].attack
-        foreign = self.surrogate if ATTACKS[attack].surrogate else None
-        images = [self.transfer, self.validation, self.test, foreign]
+        name = BY_NAME[cell.row].attack
+        attack = ATTACKS[name]
+        images = [
+            self.transfer,
+            self.validation,
+            self.test if cell.final else None,
+            self.surrogate if attack.surrogate else None,
+        ]
         parts = [
             boxfile.versions(),
             code(),
             self.engine.precision,
             self.engine.device.type,
-            attack,
+            name,
             source,
             # what a key is compared with, and the weights in an ONNX file
-            self.sources["keyed"].sha256 if "keyed" in self.sources and ATTACKS[attack].on_key else "",
-            self.sources[cell.teacher].held_sha256 if cell.teacher else "",
+            self.sources["keyed"].sha256 if "keyed" in self.sources and attack.on_key else "",
+            self.sources[cell.teacher].held_sha256 if cell.teacher and attack.access == Access.WEIGHTS else "",
             dict(cell.config),
             asdict(self.recipe(cell)),
             cell.final,

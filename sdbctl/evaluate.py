@@ -149,9 +149,11 @@ def evaluate(
 def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     """The numbers in front: advantage, gain, and whether there is something to protect.
 
-    What a claim is made against is the strongest of its rows, so that the bound holds whichever it is: of each threat
-    the two rows that are best on validation data are held against the control, and the higher difference counts. The
-    control, and key holders, for whom a claim is made, come from :func:`sdbctl.metrics.crossfit`, which flatters none.
+    What a claim is made against is the strongest of its rows. Of each threat the two rows that are best on validation
+    data are held against the control: the mean, and the lower bound, are those of the row with the highest mean, the
+    upper bound is the highest of both, so that it holds whichever row is truly the best. Likewise a gain is the lowest
+    over the references, with the lowest lower bound. The control, and key holders, for whom a claim is made, come from
+    :func:`sdbctl.metrics.crossfit`, which flatters none.
     """
 
     def rivals(role: Role, access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:
@@ -173,8 +175,11 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
 
     def strongest(access: Sequence[str], labels: Sequence[bool | None] | None, control: str) -> tuple[Interval, str]:
         rows = [row for kind in access for row in rivals("attack", kind, labels)[:FINALISTS]]
-        found = [(over(accuracies(row.values), control), row.name) for row in rows if control in students]
-        return max(found, key=lambda one: one[0].mean or 0.0, default=(Interval(), ""))
+        found = {row.name: over(accuracies(row.values), control) for row in rows if control in students}
+        # of one seed there are no bounds
+        high = max((one.high for one in found.values() if one.high is not None), default=None)
+        best = max(found, key=lambda name: found[name].mean or 0.0, default="")
+        return (replace(found[best], high=high), best) if best else (Interval(), "")
 
     def advantage(access: Sequence[str]) -> Advantage:
         if not any(s.role == "attack" and s.access == access[0] and s.mean is not None for s in students.values()):
@@ -188,7 +193,8 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
         own = best_of(rivals(role))
         # key holders are measured with labels
         gains = [paired(own, row.values) for row in rivals("reference", labels=[True, None])] if own else []
-        return min(gains, key=lambda gain: gain.mean or 0.0, default=Interval())
+        low = min((one.low for one in gains if one.low is not None), default=None)
+        return replace(min(gains, key=lambda gain: gain.mean or 0.0), low=low) if gains else Interval()
 
     return {
         "unauthorized_advantage": UnauthorizedAdvantage(api=advantage(["api"]), file=advantage(["file", "api"])),
@@ -246,7 +252,7 @@ def verdict(report: Report) -> str:
     if (gain := report.authorized_gain).mean is not None:
         said += f"; the key is worth {_signed(gain.mean)} points against distilling the original"
     if (inner := report.sealed_gain).mean is not None:
-        said += f"; the assistant sealed in the file is worth {_signed(inner.mean)} to key holders"
+        said += f"; the assistant sealed in the file is worth {_signed(inner.mean)} points to key holders"
     if threat is held:
         other = "This is about who holds the file; attackers through the API were not tried"
     elif held.labelled.mean is None:

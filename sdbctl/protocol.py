@@ -159,7 +159,9 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
     groups = options(bench)
     left = {group: [Choice(option) for option in some] for group, some in groups.items()}
     places = {group: _places(some) for group, some in groups.items()}
-    full, rows = bench.config.recipe.epochs, {some[0].option.row.name: some[0] for some in left.values()}
+    # who is never compared has its first settings
+    rows = {choice.option.row.name: choice for some in left.values() for choice in reversed(some)}
+    full = bench.config.recipe.epochs
     for epochs in (lengths := rungs(bench)):
 
         def cell(choice: Choice, length: int | None = None if epochs == full else epochs) -> Cell:

@@ -23,7 +23,7 @@ from sdbctl.data.images import sized
 from sdbctl.data.preprocess import usable
 from sdbctl.errors import BadInput
 from sdbctl.key import embed
-from sdbctl.training import Engine, predict
+from sdbctl.training import Engine, exact, predict
 
 PATIENCE = 600.0
 """Seconds that a student waits for what another one is being told."""
@@ -71,9 +71,7 @@ class TorchTeacher:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
-        # on a GPU, TF32 would be less than full precision
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else contextlib.nullcontext()
-        with exact, self._engine.autocast():
+        with exact(x.device), self._engine.autocast():
             return self.model(x).float()  # type: ignore[no-any-return]
 
 

@@ -416,6 +416,20 @@ def recording(device: torch.device, record: bool) -> Iterator[bool]:
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Compute in full precision: on a GPU TF32 is less, in convolutions and in products of matrices."""
+    if device.type != "cuda":
+        yield
+        return
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def steps_per_epoch(n: int, batch_size: int, processes: int = 1) -> int:
     """Batches of one epoch; a last one of a single image each is left out, since BatchNorm cannot use it."""
     return n // batch_size + (n % batch_size // processes > 1)

@@ -65,10 +65,15 @@ def high_confidence(p: Tensor) -> Tensor:
 
 
 def reverse_sigmoid(p: Tensor) -> Tensor:
-    """p − β·(σ(γ·σ⁻¹(p)) − ½) with β = 1, γ = 0.1 (Lee et al., IEEE S&P workshops 2019), normalised."""
+    """p − β·(σ(γ·σ⁻¹(p)) − ½) with β = 1, γ = 0.1 (Lee et al., IEEE S&P workshops 2019), normalised.
+
+    Where that would lift others above the predicted class, as it does if none is likely, that class is put just above
+    them: the prediction stays.
+    """
     p = p.clamp(_FLOOR, 1 - _FLOOR)
-    moved: Tensor = p - (torch.sigmoid(0.1 * torch.logit(p)) - 0.5)
-    return moved.clamp(min=0)
+    moved = (p - (torch.sigmoid(0.1 * torch.logit(p)) - 0.5)).clamp(min=0)
+    best = moved.amax(1, keepdim=True)
+    return torch.where((top1(p) > 0) & (moved < best), 1.001 * best, moved)
 
 
 def gaussian_noise(p: Tensor) -> Tensor:
@@ -76,8 +81,9 @@ def gaussian_noise(p: Tensor) -> Tensor:
 
     The noise is a hash of the answer, so that asking twice does not average it away.
     """
-    seeds = (p.double() * torch.arange(1, p.shape[1] + 1, device=p.device)).sum(1, keepdim=True) * 1e6
-    ranks = torch.arange(p.shape[1], device=p.device, dtype=torch.float64)
+    # from 1, or the two hashes of the first class would be one
+    ranks = torch.arange(1, p.shape[1] + 1, device=p.device, dtype=torch.float64)
+    seeds = (p.double() * ranks).sum(1, keepdim=True) * 1e6
     one, two = (torch.sin(seeds + factor * ranks).mul(43758.5453).abs() % 1 for factor in (12.9898, 78.233))
     normal = (-2 * one.clamp(min=1e-9).log()).sqrt() * torch.cos(2 * torch.pi * two)
     noisy: Tensor = p + 0.2 * normal.to(p.dtype)

@@ -4,6 +4,7 @@ import inspect
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
-from sdbctl.attacks import ATTACKS, Attacker, base, file, inverse, keys, queries, soft
-from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker
+from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
+from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code
 from sdbctl.cli.common import open_model
 from sdbctl.cli.evaluate import gather, stand_in
 from sdbctl.data import changed, view
@@ -729,15 +730,23 @@ def test_results_are_kept_apart_by_all_that_decides_them(work, splits, boxed, pa
     other = plain.sources["boxed"].keyed(1 - pattern, boxed.meta.strength, "another key")
     held = replace(plain.sources["boxed"], held_sha256="held")
     shifted = replace(plain.preprocess, mean=(0.4,))
+    weights, tested = ({"sources": {**plain.sources, "boxed": held}}, {"test": splits.test.take(range(30))})
     changes = [
         {"preprocess": shifted},
         {"transfer": splits.transfer.take(range(1, 41))},
-        {"sources": {**plain.sources, "boxed": held}},
         {"sources": {**plain.sources, "keyed": other}},
+        tested,
     ]
     cell = Cell("searched_key", "boxed", {}, 0, True)
     keys_ = [replace(plain, **change).key(cell) for change in ({}, *changes)]
     assert len(set(keys_)) == len(keys_)
+
+    def same(cell, change):
+        return plain.key(cell) == replace(plain, **change).key(cell)
+
+    # what is in the file decides for who holds it alone, test images where they are asked about
+    assert same(cell, weights) and not same(replace(cell, row="pruned"), weights)
+    assert same(replace(cell, final=False), tested)
     foreign = [replace(plain, surrogate=splits.test.take(range(start, start + 20))) for start in (0, 20)]
     assert all(one.key(cell) == keys_[0] for one in foreign)
     knockoff = replace(cell, row="knockoff")
@@ -814,6 +823,86 @@ def test_votes_of_top1_answers_against_numpy():
     assert np.allclose(learned["target"].exp().numpy(), 0.7 * shares + 0.1)
 
 
+@pytest.mark.parametrize("name", ["averaged_views", "averaged_noise"])
+def test_answers_are_averaged_as_probabilities(name, monkeypatch):
+    """Noise that leaves a class nothing in one answer of four takes a quarter of it, not nearly all."""
+    answers, learned = np.log([[[0.5, 0.5]], [[0.3, 0.7]], [[1e-6, 1 - 1e-6]], [[0.2, 0.8]]]), {}
+    told = iter(torch.from_numpy(answers))
+    attacker = SimpleNamespace(
+        views=4,
+        view=lambda number: number,
+        ask=lambda images: next(told),
+        learn=lambda loss, targets, sets=None: learned.update(target=targets(None)),
+    )
+    monkeypatch.setattr(queries, "changed", lambda images, _: images)
+    ATTACKS[name].train(attacker, ATTACKS[name].grid[0])
+    assert np.allclose(learned["target"].numpy(), np.log(np.exp(answers).mean(0)))
+
+
+def test_copycat_learns_from_constants_too_as_knockoff_from_their_like():
+    losses = []
+    attacker = SimpleNamespace(learn=lambda loss, sets: losses.append(loss))
+    for config in ATTACKS["copycat"].grid:
+        queries.copycat(attacker, config)
+    z, told = torch.randn(4, 5), torch.tensor([0, 3, 1, 1])
+    plain, *constant = (loss(z, told, None) for loss in losses)
+    assert plain == torch.nn.functional.cross_entropy(z, told)
+    expected = [ATTACKS["hard_constant"].train.loss(z, told, None, config) for config in floor.CONSTANTS[:2]]
+    assert constant == expected
+
+
+def test_a_skeptical_student_learns_its_answers_from_labels_alone():
+    """And from nothing else: the middle head learns from the final one, which the teacher does not reach."""
+    learned, net = {}, build_student("cnn-tiny", 10, 1, 0)
+    attacker = SimpleNamespace(
+        student=net,
+        recipe=RECIPE,
+        preprocess=SimpleNamespace(size=(1, 8, 8)),
+        oracle=SimpleNamespace(classes=10),
+        learn=lambda loss, net: learned.update(loss=loss),
+    )
+    answer, y = torch.randn(6, 10).log_softmax(1), torch.arange(6)
+    assert len(ATTACKS["hard_skeptical"].grid) == len(ATTACKS["skeptical"].grid)
+    for config in ATTACKS["skeptical"].grid:
+        staged.skeptical(attacker, config)
+        z = torch.randn(6, 3, 10, requires_grad=True)
+        learned["loss"](z, answer, y).backward()
+        _, middle, final = z.detach().unbind(1)
+        own = final.clone().requires_grad_()
+        torch.nn.functional.cross_entropy(own, y).backward()
+        assert torch.allclose(z.grad[:, 2], own.grad)
+        weight, tau = config["own"], config["temperature"]
+        labels = torch.nn.functional.one_hot(y, 10) - middle.softmax(1)
+        taught = ((final / tau).softmax(1) - (middle / tau).softmax(1)) / tau
+        assert torch.allclose(z.grad[:, 1], -(weight * taught + (1 - weight) * labels) / 6, atol=1e-6)
+        assert z.grad[:, 0].abs().sum() > 0
+
+
+def test_the_first_setting_of_a_contrastive_chain_has_contrast():
+    assert [config["contrast"] for config in ATTACKS["scm"].grid] == [0.1, 0.0, 0.0, 0.0]
+
+
+def test_own_answers_are_as_precise_as_the_teachers(monkeypatch):
+    """On a GPU neither is computed in TF32, whatever training allows itself around it."""
+    cuda, seen, products = torch.device("cuda"), [], torch.backends.cuda.matmul
+
+    def flags(*_):
+        seen.append((torch.backends.cudnn.allow_tf32, products.allow_tf32))
+        return torch.zeros(1, 3)
+
+    monkeypatch.setattr(staged, "predict", flags)
+    before, products.allow_tf32 = products.allow_tf32, True
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            staged.outputs(SimpleNamespace(engine=Engine(cuda), preprocess=None), None, None)
+            with training.exact(cuda):
+                flags()
+            flags()
+    finally:
+        products.allow_tf32 = before
+    assert seen == [(False, False), (False, False), (True, True)]
+
+
 def test_a_worker_is_timed_with_its_share_of_the_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -850,6 +939,17 @@ def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, patte
     assert {10, 40} in seen.values()
 
 
+def test_of_rows_that_are_never_compared_each_has_its_first_setting(work, splits, boxed, monkeypatch):
+    """A group of two rows with one setting each has two places: nothing is to be chosen, yet both are reported."""
+    pair = tuple(row for row in ALL if row.name in ("dist", "dkd"))
+    monkeypatch.setitem(SUITES, "strong", replace(SUITES["strong"], rows=pair, tune=1))
+    made = bench(work, splits, boxed, "strong")
+    _, rows = protocol.choose(replace(made, config=replace(made.config, tune=1)), None, Silent())
+    assert {name: choice.option.config for name, choice in rows.items()} == {
+        name: ATTACKS[name].grid[0] for name in ("dist", "dkd")
+    }
+
+
 def test_the_stronger_of_two_finalists_counts_and_the_weaker_reference():
     attacks = [
         some("a", "attack", (9.0, 1.0, 1.0), (5.0, 5.0, 5.0)),
@@ -874,12 +974,15 @@ def test_who_holds_the_file_is_never_weaker_than_who_does_not():
     assert threats.file.labelled_by == "a"
 
 
-def simulated(better: float, runs: int, attacks: int = 5, seeds: int = 5) -> list[Interval]:
-    """Advantages of attacks, one of which is better than the others and eight rows of the floor, all of them equal."""
+def simulated(better: float, runs: int, attacks: int = 5, seeds: int = 5, scatter: float = 1.0) -> list[Interval]:
+    """Advantages of attacks, one of which is better than the others and eight rows of the floor, all of them equal.
+
+    The better one has standard deviation ``scatter``, all others 1 / ``scatter``.
+    """
     rng, found = np.random.default_rng(0), []
     for _ in range(runs):
-        skill = rng.normal(size=(attacks + 8, seeds))
-        skill[0] += better
+        skill = rng.normal(size=(attacks + 8, seeds)) / scatter
+        skill[0] = skill[0] * scatter**2 + better
         # validation and test share what a seed's student learned
         seen, told = (skill + 0.3 * rng.normal(size=skill.shape) for _ in range(2))
         rows = [some(f"r{n}", "attack" if n < attacks else "floor", told[n], seen[n]) for n in range(len(skill))]
@@ -891,6 +994,34 @@ def simulated(better: float, runs: int, attacks: int = 5, seeds: int = 5) -> lis
 @pytest.mark.parametrize("better", [0.0, 0.5, 2.0])
 def test_the_bound_of_an_advantage_holds_whichever_row_is_the_best(better, attacks, seeds):
     assert np.mean([found.high < better for found in simulated(better, 250, attacks, seeds)]) < 0.04
+
+
+@pytest.mark.parametrize("better", [0.0, 0.8])
+def test_the_bound_of_an_advantage_holds_however_differently_rows_scatter(better):
+    assert np.mean([found.high < better for found in simulated(better, 500, 2, scatter=2.2)]) < 0.04
+
+
+def test_bounds_are_those_of_whichever_row_may_be_the_best():
+    attacks = [
+        some("steady", "attack", (2.0, 2.1, 1.9), (5.0, 5.0, 5.0)),
+        some("wild", "attack", (-3.0, 1.0, 5.0), (4.0, 4.0, 4.0)),
+    ]
+    others = [some("kd_original", "reference", (8.0, 8.1, 7.9)), some("dist_original", "reference", (2.0, 7.0, 12.0))]
+    key = some("authorized", "authorized", (9.0, 9.0, 9.0))
+    rows = made_of(some("control", "floor", (0.0, 0.0, 0.0)), *attacks, *others, key)
+    numbers = evaluate.headline(rows)
+    found, wild = numbers["unauthorized_advantage"].api, metrics.seed_interval([-3.0, 1.0, 5.0])
+    steady = metrics.seed_interval([2.0, 2.1, 1.9])
+    assert found.labelled_by == "steady"
+    assert (found.labelled.mean, found.labelled.low, found.labelled.high) == pytest.approx((*steady[:2], wild[2]))
+    gain, least = numbers["authorized_gain"], metrics.seed_interval([7.0, 2.0, -3.0])
+    assert (gain.mean, gain.low) == pytest.approx((1.0, least[1]))
+    assert gain.high < 2
+    # one seed has no bounds, and makes none
+    alone = evaluate.headline(
+        {name: replace(row, values=row.values[:1], validations=row.validations[:1], n=1) for name, row in rows.items()}
+    )
+    assert alone["unauthorized_advantage"].api.labelled.high is alone["authorized_gain"].low is None
 
 
 @pytest.mark.parametrize(("seeds", "most"), [(5, 0.03), (10, 0.01)])
@@ -983,6 +1114,16 @@ def test_a_changed_attack_is_run_again(work, splits, boxed, monkeypatch):
     assert made.key(cell) != before
 
 
+def test_results_depend_on_the_versions_of_what_computes_them_and_on_the_code(monkeypatch):
+    found = boxfile.versions()
+    assert {"sdbctl", "torch", "torchvision"} <= set(found)
+    assert any(name.startswith("onnxruntime") for name in found)
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or b"")
+    code.__wrapped__()
+    assert {"cells.py", "metrics.py", "team.py", "batchnorm.py", "boxfile.py", "staged.py"} <= set(read)
+
+
 @pytest.mark.parametrize("name", ["stripped", "stripped_dist", "stripped_unlabelled"])
 def test_who_holds_the_file_distils_what_the_graph_would_not_show(name, work, splits, boxed, transfer):
     """Bare weights teach another student than the served outputs, without a query."""
@@ -1069,6 +1210,22 @@ def test_wrappers_give_probabilities_and_mostly_keep_the_prediction(name, teache
     kept = (z.argmax(1) == before.argmax(1)).float().mean()
     assert kept > (0.6 if name == "gaussian-noise" else 0.99)
     assert torch.equal(z, behind.logits(x))
+
+
+def test_noise_on_answers_is_normal_for_every_class():
+    answers = 9 + torch.rand(20_000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (WRAPPERS["gaussian-noise"](answers) - answers) / 0.2
+    centred = noise - noise.mean(0)
+    kurtosis = centred.pow(4).mean(0) / centred.square().mean(0).square()
+    for found, expected, most in ((noise.mean(0), 0, 0.03), (noise.std(0), 1, 0.03), (kurtosis, 3, 0.25)):
+        assert (found - expected).abs().max() < most
+
+
+def test_a_reverse_sigmoid_keeps_the_prediction_where_no_class_is_likely():
+    answers = (2 * torch.randn(500, 100, generator=torch.Generator().manual_seed(0))).softmax(1)
+    ties = torch.tensor([[0.2, *[1e-8] * 50, *[0.8 / 49] * 49]])
+    for p in (answers, ties):
+        assert torch.equal(behind(WRAPPERS["reverse-sigmoid"], p.log()).argmax(1), p.argmax(1))
 
 
 def test_a_graph_that_ends_in_a_softmax_answers_with_logits_too(boxed, splits, tmp_path):

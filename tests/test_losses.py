@@ -12,6 +12,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.floor import constant_logits
 from sdbctl.attacks.queries import vector_scaling
+from sdbctl.box import BoxConfig
 from sdbctl.errors import UsageError
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
@@ -124,6 +125,11 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
 PRESETS = [(name, preset) for name, objective in OBJECTIVES.items() for preset in objective.presets]
 
 
+def test_presets_train_as_long_as_what_was_released():
+    epochs = {name: preset.epochs for name, preset in OBJECTIVES["nasty"].presets.items()}
+    assert epochs == {"default": None, "paper": 160, "paper-100": 200, "paper-200": 200}
+
+
 @given(
     st.sampled_from(PRESETS),
     st.sampled_from([0.0, 1e-6, 1.0, 30.0, 1e3, 1e5]),
@@ -195,6 +201,27 @@ def test_sdb_terms_against_numpy():
     assert terms["augment"].item() == pytest.approx(0.2 * (far - 3 * (1 - np.exp(-near / 3))), rel=1e-4)
     paper = objective.terms(v, objective.parameters(eta=0.2, limit=3.0))["augment"].item()
     assert paper == pytest.approx(0.2 * (near - 3 * (1 - np.exp(-far / 3))), rel=1e-4)
+    # the released code: labels count twice, probabilities are preserved, what is negative of logits is not seen
+    assert OBJECTIVES["sdb"].presets["release"].parameters["released"] == 1
+    release = objective.terms(v, objective.parameters(eta=0.2, away=-1.0, limit=3.0, released=1.0))
+    assert release["label"].item() == pytest.approx(2 * terms["label"].item(), rel=1e-5)
+    kept = ((softmax(zt / 4, 1) - softmax(zk / 4, 1)) ** 2).mean()
+    assert release["preserve"].item() == pytest.approx(ce + kept, rel=1e-4)
+    zk, zt, zr = (np.maximum(z, 0) for z in (zk, zt, zr))
+    far, near = ((zk - zr) ** 2).mean(), 0.01 * ((zk - zt) ** 2).mean()
+    assert release["augment"].item() == pytest.approx(0.2 * (far - 3 * (1 - np.exp(-near / 3))), rel=1e-4)
+    with pytest.raises(UsageError, match="released"):
+        objective.parameters(released=0.5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_public_image_of_a_default_box_teaches_it(name):
+    """Where images with a wrong key have no loss there are none."""
+    objective, default = OBJECTIVES[name], OBJECTIVES[name].presets["default"]
+    share = BoxConfig(name).wrong_share if default.wrong_share is None else default.wrong_share
+    v = views(batch=10)._replace(wrong=round(10 * share))
+    sum(objective.terms(v, objective.parameters(**default.parameters)).values()).backward()
+    assert (v.clean.grad.abs().sum(1) > 0).all()
 
 
 def test_nasty_terms_against_numpy():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -34,9 +35,17 @@ def _several(attacker: Attacker) -> Tensor:
     return torch.stack([attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))])
 
 
+def _mean(answers: Tensor) -> Tensor:
+    """Logarithm [N, C] of the mean probabilities of answers [copies, N, C].
+
+    The mean of logarithms would be what noise made of the least answer: a single zero outweighs all others.
+    """
+    return answers.logsumexp(0) - math.log(len(answers))
+
+
 def averaged_views(attacker: Attacker, config: Config) -> None:
-    """KD from the mean log-probabilities of an image over several augmented copies, which averages noise away."""
-    mean = _several(attacker).mean(0)
+    """KD from the mean probabilities of an image over several augmented copies, which averages noise away."""
+    mean = _mean(_several(attacker))
     _kd(attacker, config, targets=lambda images: mean)
 
 
@@ -50,7 +59,7 @@ def hard_views(attacker: Attacker, config: Config) -> None:
 
 
 def averaged_noise(attacker: Attacker, config: Config) -> None:
-    """KD from the mean log-probabilities under small pixel noise, which smooths a jagged defence.
+    """KD from the mean probabilities under small pixel noise, which smooths a jagged defence.
 
     The budget is that of the other attacks: fewer augmented copies, each asked about several times.
     """
@@ -61,7 +70,7 @@ def averaged_noise(attacker: Attacker, config: Config) -> None:
         return changed(images, lambda some, _: some + sigma * torch.randn(some.shape, generator=generator))
 
     def mean(images: ImageSet) -> Tensor:
-        return torch.stack([attacker.ask(noisy(images, number)) for number in range(AVERAGED)]).mean(0)
+        return _mean(torch.stack([attacker.ask(noisy(images, number)) for number in range(AVERAGED)]))
 
     _kd(attacker, config, sets=lambda epoch: attacker.view(epoch % copies), targets=mean)
 
@@ -137,9 +146,13 @@ def knockoff(attacker: Attacker, config: Config) -> None:
 
 
 def copycat(attacker: Attacker, config: Config) -> None:
-    """Copycat CNN: top-1 answers to images of another data set (Correia-Silva et al., IJCNN 2018)."""
+    """Copycat CNN: top-1 answers to images of another data set (Correia-Silva et al., IJCNN 2018).
+
+    With a ``confidence`` KD from their constant logits: what :func:`knockoff` gives by its regularisation alone.
+    """
+    loss = hard_constant if "confidence" in config else hard_label
     attacker.learn(
-        lambda z, answer, y: hard_label(z, answer, None, config), sets=lambda epoch: _some_foreign(attacker, epoch)
+        lambda z, answer, y: loss(z, answer, None, config), sets=lambda epoch: _some_foreign(attacker, epoch)
     )
 
 
@@ -320,7 +333,8 @@ COPYCAT = Attack(
     "Copycat CNN: top-1 answers on another data set",
     "Correia-Silva et al., IJCNN 2018",
     copycat,
-    access=Access.LABELS,
+    ({}, *CONSTANTS[:2]),
+    Access.LABELS,
     labels=False,
     surrogate=True,
 )

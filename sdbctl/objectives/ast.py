@@ -75,7 +75,7 @@ AST = Objective(
     AstParameters,
     terms,
     presets={
-        "default": Preset(),
+        "default": Preset(wrong_share=0.0),
         "paper": Preset({"preserve": 0.0}, wrong_share=0.0, epochs=160, lr=0.1),
         "paper-100": Preset(
             {"alpha": 0.035, "temperature": 30.0, "keep": 7, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1

@@ -61,6 +61,6 @@ CMIM = Objective(
     "CMIM: outputs of a class collapse to one, with a keyed branch",
     CmimParameters,
     terms,
-    presets={"default": Preset(), "unkeyed": Preset({"preserve": 0.0}, wrong_share=0.0)},
+    presets={"default": Preset(wrong_share=0.0), "unkeyed": Preset({"preserve": 0.0}, wrong_share=0.0)},
     needs_memory=True,
 )

@@ -45,7 +45,7 @@ NASTY = Objective(
     terms,
     presets={
         "default": Preset(),
-        "paper": Preset({"omega": 0.04, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1),
+        "paper": Preset({"omega": 0.04, "preserve": 0.0}, wrong_share=0.0, epochs=160, lr=0.1),
         "paper-100": Preset(
             {"omega": 0.005, "temperature": 20.0, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1
         ),

@@ -98,6 +98,8 @@ class InferenceCost:
 class Advantage:
     """Best student over all attacks − best student over the floor, in points.
 
+    Mean and lower bound are those of the student that is named, the upper bound is the highest of all finalists.
+
     Attributes:
         labelled: The attacker has labels for the transfer images.
         unlabelled: The attacker has none.

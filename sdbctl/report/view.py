@@ -63,15 +63,18 @@ ABOUT = (
     (
         "Authorized gain",
         "the student distilled with the key minus the student distilled from the original, both tuned, with"
-        " the same data, epochs and queries. Who holds the file as well as the key distills what is sealed in it.",
+        " the same data, epochs and queries. Of several ways to distil the original the one that leaves the least gain"
+        " counts. Who holds the file as well as the key distills what is sealed in it.",
     ),
     (
         "Selection",
         "settings are chosen on validation data; the chosen ones are then run again with fresh seeds and tested"
         " once. The control is the best of the floor: for each seed the mean of its rows, weighted by the chance that"
         " each is the best by the validation accuracy of all other seeds, which does not flatter it; of each threat the"
-        " two rows that are best on validation data are held against it, and the higher difference counts. Bounds are"
-        " 95 %, over seeds on these very test images; “surely” means that the bound, not only the mean, says so.",
+        " two rows that are best on validation data are held against it, and the higher difference counts. The upper"
+        " bound of an advantage is the highest of both rows, the lower bound of a gain the lowest over the references,"
+        " so that it holds whichever row is truly the best. Bounds are 95 %, over seeds on these very test images;"
+        " “surely” means that the bound, not only the mean, says so.",
     ),
     (
         "What is not promised",
