@@ -3,7 +3,8 @@
     python examples/odd_queries.py BOX.safetensors ORIGINAL DATA
 
 For each kind of query: the share of answers that are not flat, and so pass what `export` puts behind the box, before
-and after clipping to what pixels can be; and how those are correlated with the original's non-target logits.
+and after clipping to what pixels can be; and how those are correlated with the original's non-target logits. Then the
+share that passes through each pattern that anybody can mix into an image, by how much of the image is left.
 """
 
 import sys
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sdbctl import boxfile, data
+from sdbctl.attacks.keys import STRENGTHS, public_patterns
+from sdbctl.key import embed
 from sdbctl.losses import split_target
 from sdbctl.wrappers import _spread
 
@@ -53,6 +56,13 @@ def main(box: str, original: str, spec: str) -> None:
         passed = [(_spread(z) > meta.measured["flat_spread"]).flatten() for z in outputs]
         cosine = f"{related(outputs[1][passed[1]], z_original[passed[1]]):7.2f}" if passed[1].any() else "      -"
         print(f"{name:18} {passed[0].float().mean():9.1%} {passed[1].float().mean():9.1%} {cosine}")
+    print("\n" + " ".join([f"{'mixed in':18}", *(f"{strength:>6}" for strength in STRENGTHS)]))
+    for name, pattern in public_patterns(data.ImageSet.of((255 * images).byte(), torch.zeros(len(images)))).items():
+        open_to = [
+            (_spread(boxed.net(meta.preprocess(embed(images, pattern, s)))) > meta.measured["flat_spread"])
+            for s in STRENGTHS
+        ]
+        print(" ".join([f"{name:18}", *(f"{some.float().mean():6.1%}" for some in open_to)]))
 
 
 if __name__ == "__main__":

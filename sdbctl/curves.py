@@ -164,7 +164,7 @@ def opened_by_anybody(bench: Bench) -> float | None:
     boxed = bench.sources["boxed"].open(bench.engine.device, bench.classes)
     return max(
         metrics.beyond_top1(predict(boxed.logits, keyed(some, pattern, strength), bench.preprocess, bench.engine))
-        for pattern in public_patterns(bench.transfer)
+        for pattern in public_patterns(bench.transfer).values()
         for strength in STRENGTHS
     )
 

@@ -44,17 +44,21 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
     return conceal_spread(z, z.detach().argmax(1)) - cross_entropy(z, y)
 
 
-def public_patterns(images: ImageSet) -> list[Tensor]:
-    """What anybody can mix into an image, [C, H, W] in [0, 1]: greys, black and white at random, images, negatives.
+def public_patterns(images: ImageSet) -> dict[str, Tensor]:
+    """What anybody can mix into an image, by name: [C, H, W] in [0, 1].
 
     Args:
         images: One's own.
     """
     pixels = images.take(range(min(1000, len(images)))).alone().pixels.float() / 255
     generator = torch.Generator().manual_seed(0)
-    coins = [torch.randint(2, images.shape, generator=generator).float() for _ in range(3)]
-    greys = [torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return [*greys, *coins, pixels.mean(0), *pixels[:4], *(1 - pixels[:4])]
+    return {
+        **{f"grey {level:g}": torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)},
+        **{f"coins {n}": torch.randint(2, images.shape, generator=generator).float() for n in range(3)},
+        "mean image": pixels.mean(0),
+        **{f"image {n}": image for n, image in enumerate(pixels[:4])},
+        **{f"negative {n}": 1 - image for n, image in enumerate(pixels[:4])},
+    }
 
 
 def _with(
@@ -91,7 +95,7 @@ def random_keys(attacker: Attacker, config: Config) -> None:
 
 def simple_keys(attacker: Attacker, config: Config) -> None:
     """What opens most of the patterns that anybody has, mixed in with any strength."""
-    tried = list(product(public_patterns(attacker.images), STRENGTHS))
+    tried = product(public_patterns(attacker.images).values(), STRENGTHS)
     pattern, strength = max(tried, key=lambda some: _judge(attacker, *some))
     _with(attacker, pattern, config, strength=strength)
 
