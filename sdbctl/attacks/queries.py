@@ -35,17 +35,18 @@ def _several(attacker: Attacker) -> Tensor:
     return torch.stack([attacker.ask(attacker.view(number)) for number in range(min(2 * AVERAGED, attacker.views))])
 
 
-def _mean(answers: Tensor) -> Tensor:
-    """Logarithm [N, C] of the mean probabilities of answers [copies, N, C].
+def _mean(answers: Tensor, config: Config) -> Tensor:
+    """Logarithm [N, C] of the mean probabilities of answers [copies, N, C], or if ``geometric`` the mean logarithm.
 
-    The mean of logarithms would be what noise made of the least answer: a single zero outweighs all others.
+    The first is the nearest to what is behind noise. In the second a single zero outweighs the other answers, so that
+    it ranks classes by how often noise takes all they have; which of both teaches more, validation data say.
     """
-    return answers.logsumexp(0) - math.log(len(answers))
+    return answers.mean(0) if config.get("geometric") else answers.logsumexp(0) - math.log(len(answers))
 
 
 def averaged_views(attacker: Attacker, config: Config) -> None:
     """KD from the mean probabilities of an image over several augmented copies, which averages noise away."""
-    mean = _mean(_several(attacker))
+    mean = _mean(_several(attacker), config)
     _kd(attacker, config, targets=lambda images: mean)
 
 
@@ -70,7 +71,7 @@ def averaged_noise(attacker: Attacker, config: Config) -> None:
         return changed(images, lambda some, _: some + sigma * torch.randn(some.shape, generator=generator))
 
     def mean(images: ImageSet) -> Tensor:
-        return _mean(torch.stack([attacker.ask(noisy(images, number)) for number in range(AVERAGED)]))
+        return _mean(torch.stack([attacker.ask(noisy(images, number)) for number in range(AVERAGED)]), config)
 
     _kd(attacker, config, sets=lambda epoch: attacker.view(epoch % copies), targets=mean)
 
@@ -279,19 +280,25 @@ def data_free(attacker: Attacker, config: Config) -> None:
     attacker.fit(attacker.student, step, attacker.images, record=False)
 
 
-AVERAGED_VIEWS = Attack("answers averaged over augmented copies", "own", averaged_views, (TAU4,), twin="hard_views")
+GEOMETRIC: Config = {**TAU4, "geometric": 1.0}
+AVERAGED_VIEWS = Attack(
+    "answers averaged over augmented copies", "own", averaged_views, (TAU4, GEOMETRIC), twin="hard_views"
+)
 HARD_VIEWS = Attack(
     "top-1 answers to augmented copies, as votes",
     "own",
     hard_views,
-    ({**TAU4, "smoothing": 0.6}, {"temperature": 1.0, "alpha": 0.9, "smoothing": 0.2}),
+    tuple(
+        {"temperature": tau, "alpha": 0.9, "smoothing": share}
+        for tau, share in ((4.0, 0.6), (1.0, 0.2), (4.0, 0.3), (1.0, 0.5))
+    ),
     Access.LABELS,
 )
 AVERAGED_NOISE = Attack(
-    "answers averaged over pixel noise",
+    "answers to noisy copies, averaged",
     "own",
     averaged_noise,
-    tuple({**TAU4, "noise": sigma} for sigma in (0.02, 0.06)),
+    tuple({**config, "noise": sigma} for config in (TAU4, GEOMETRIC) for sigma in (0.02, 0.06)),
     twin="hard_views",
 )
 RECALIBRATED = Attack(

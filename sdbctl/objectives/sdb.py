@@ -10,9 +10,8 @@ seeded than the one it is drawn from, comes from the system; two names were unde
 images.
 
 What else differs: there both maximised distances, that of the disturbance and that of the augmentation, have no bound
-(ours saturate at ``limit``); there the random network sees x (ours x_k, as in the paper); there the original is as it
-was given (ours is fine-tuned, and the keyed branch may have another teacher); and the learning rate falls in steps
-there.
+(ours saturate at ``limit``); there the random network sees x (ours x_k); there the original is as it was given (ours is
+fine-tuned, and the keyed branch may have another teacher); and there the learning rate falls in steps.
 """
 
 from __future__ import annotations
