@@ -182,12 +182,11 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
         BadInput: It is not clearly better than guessing.
     """
     found = accuracy(place(net, engine.device), images, preprocess, engine)
-    chance = 100 / classes
-    # five standard deviations of guessing, but of few images half of what there is to know
-    clearly = max(5 * (chance * (100 - chance) / len(images)) ** 0.5, 1.0)
-    if found < chance + min(clearly, (100 - chance) / 2):
+    least = metrics.least_known(classes, len(images))
+    if found < least:
         raise BadInput(
-            f"the original is at chance: {found:.1f} % top-1 on {len(images)} images, guessing gives {chance:.1f} %",
+            f"the original is not clearly better than guessing: {found:.1f} % top-1, while guessing gives "
+            f"{100 / classes:.1f} % (needs {least:.1f} % of {len(images):,} images)",
             "check --data, --arch and --normalize",
         )
     return found

@@ -104,6 +104,13 @@ def evaluate(
     begin = time.perf_counter()
     progress = progress or Silent()
     models, outputs = measure_models(bench)
+    guesses = [
+        f"The {model.label} model is not clearly better than guessing; check data and normalisation."
+        for name, model in models.items()
+        if name in ("original", "boxed") and (model.top1 or 0.0) < metrics.least_known(bench.classes, len(bench.test))
+    ]
+    for guess in guesses:
+        progress.note(f"note: {guess}")
     before = outputs.get("reference", outputs.get("original"))
     cost = InferenceCost()
     if before is not None and "boxed" in outputs:
@@ -120,7 +127,7 @@ def evaluate(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         tool=boxfile.versions()["sdbctl"],
         verdict="",
-        notes=(*notes, *_caveats(bench, students)),
+        notes=(*notes, *guesses, *_caveats(bench, students)),
         inference_cost=cost,
         key_strength=replace(key_strength(curves, students), public=opened_by_anybody(bench)),
         models=models,

@@ -13,16 +13,19 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdbctl import boxfile, files, team
 from sdbctl.box import digest
+from sdbctl.errors import UsageError
 from sdbctl.key import Key
 from tests.conftest import run_cli
 
@@ -319,10 +322,48 @@ def npz(path, classes=10, size=8, channels=1):
 def test_data_that_does_not_fit_the_checkpoint(work, tmp_path):
     box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
     check(run_cli(*box, "--data", npz(tmp_path / "a.npz", classes=7)), 2, "10 classes", "7")
-    check(run_cli(*box, "--data", npz(tmp_path / "b.npz")), 4, "at chance")
+    check(run_cli(*box, "--data", npz(tmp_path / "b.npz")), 4, "not clearly better than guessing")
     distill = ["distill", work / "boxed.onnx", "--data", npz(tmp_path / "c.npz", size=12), "--image-size", "12"]
     check(run_cli(*distill, cwd=tmp_path), 2, "(1, 8, 8)")
     assert {p.suffix for p in tmp_path.iterdir()} == {".npz"}
+
+
+def named_folder(folder, names):
+    """An image of the colour n and its neighbours for class n."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for copy in range(12 if name != "none" else 0):
+            pixels = np.full((8, 8), 40 * number + copy, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{copy}.png")
+    return f"folder:{folder}"
+
+
+def test_classes_count_in_the_order_of_the_model(tmp_path, capsys):
+    from sdbctl.cli.common import check_classes, open_data
+
+    model = SimpleNamespace(classes=("dog", "ant", "cat"))
+    found = open_data(named_folder(tmp_path / "a", ("ant", "cat", "dog")), tmp_path)
+    same = check_classes(found, 3, model, "m")
+    assert same.classes == model.classes and same.fingerprint != found.fingerprint
+    brightness = [float(same.train.pixels[same.train.labels == label].float().mean()) for label in range(3)]
+    assert brightness[1] < brightness[2] < brightness[0], "ant, cat, dog"
+    assert "in another order" in " ".join(capsys.readouterr().err.split())
+    other = open_data(named_folder(tmp_path / "b", ("ant", "bee", "none")), tmp_path)
+    assert "no training image is of class none" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="class 0 of m is 'dog', of the data set b 'ant'"):
+        check_classes(other, 3, model, "m")
+    for names in (("0", "1", "2"), ("Ant", "bee", "NONE")):
+        assert check_classes(other, 3, SimpleNamespace(classes=names), "m") is other
+    assert check_classes(other, 3, None, "m") is other
+
+
+def test_a_teacher_that_guesses_is_said(work, tmp_path):
+    common = ("--data", npz(tmp_path / "a.npz"), "--precision", "fp32")
+    small = ("--student", "cnn-tiny", "--epochs", 1, "-o", tmp_path / "s.safetensors")
+    said = run_cli("distill", work / "teacher.safetensors", *common, *small)
+    assert b"not clearly better than guessing" in said.stderr
+    made = run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r", "--json")
+    assert any("not clearly better than guessing" in note for note in json.loads(made.stdout)["notes"])
 
 
 def test_unknown_names(work, tmp_path):

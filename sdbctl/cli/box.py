@@ -280,7 +280,7 @@ def box(
         classes=original.classes,
         shape=shape,
     )
-    check_classes(dataset, original.classes, checkpoint.name)
+    dataset = check_classes(dataset, original.classes, recorded, checkpoint.name)
     if disturb and original.classes < 3:
         raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
     if dataset.train.shape[0] != original.channels:

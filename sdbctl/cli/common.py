@@ -125,6 +125,9 @@ def open_data(
     c, h, w = dataset.train.shape
     images = f"{len(dataset.train):,} {'' if dataset.test is None else 'training '}images"
     say(f"data: {dataset.name}, {images}, {len(dataset.classes)} classes, {c}x{h}x{w}")
+    there = set(dataset.train.labels.tolist())
+    if empty := [name for label, name in enumerate(dataset.classes) if label not in there]:
+        say(f"note: no training image is of class {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
     return dataset
 
 
@@ -161,13 +164,31 @@ def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, downlo
     return some
 
 
-def check_classes(dataset: Dataset, classes: int, what: str) -> None:
-    """Refuse data whose number of classes is not the model's."""
-    if len(dataset.classes) != classes:
-        raise UsageError(
-            f"{what} has {classes} classes, the data set {dataset.name} has {len(dataset.classes)}",
-            "use the data it was trained on",
-        )
+def check_classes(dataset: Dataset, classes: int, meta: Metadata | None, what: str) -> Dataset:
+    """The data with its labels in the order of the model's classes.
+
+    Raises:
+        UsageError: It has other classes than the model.
+    """
+    from sdbctl.data import reordered
+
+    hint, own = "use the data it was trained on", dataset.classes
+    if len(own) != classes:
+        raise UsageError(f"{what} has {classes} classes, the data set {dataset.name} has {len(own)}", hint)
+    names = own if meta is None else meta.classes
+    if own == names or any(all(name.isdigit() for name in found) for found in (own, names)):
+        # numbers are no names: they may only count
+        return dataset
+    if set(own) == set(names) and len(set(own)) == classes:
+        say(f"note: {dataset.name} has the classes in another order than {what}; its labels are put in that of {what}")
+        return reordered(dataset, names)
+    plain, other = (["".join(filter(str.isalnum, name.lower())) for name in found] for found in (own, names))
+    if plain == other:
+        return dataset
+    number = next(number for number, name in enumerate(plain) if name != other[number])
+    raise UsageError(
+        f"class {number} of {what} is {names[number][:40]!r}, of the data set {dataset.name} {own[number][:40]!r}", hint
+    )
 
 
 def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: int | None) -> Splits:

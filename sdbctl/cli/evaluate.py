@@ -157,7 +157,7 @@ def evaluate(
         classes=opened.classes,
         shape=opened.shape,
     )
-    check_classes(dataset, opened.classes, box.name)
+    dataset = check_classes(dataset, opened.classes, meta, box.name)
     size = dataset.train.shape
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
