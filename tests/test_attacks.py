@@ -1053,6 +1053,17 @@ def test_the_control_averages_rows_of_the_floor_that_cannot_be_told_apart():
     }  # fmt: skip
 
 
+def test_the_control_with_labels_is_never_below_the_one_without():
+    rows = [
+        some("a", "floor", (2.0, 2.0, 2.0), (3.0, 3.0, 3.0)),
+        some("bare", "floor", (6.0, 5.0, 4.0), (1.0, 1.0, 1.0), labels=False),
+        some("x", "attack", (6.0, 6.0, 6.0), (9.0, 9.0, 9.0)),
+    ]
+    made = controlled(made_of(*rows))
+    assert made["control"].values == made["control_unlabelled"].values == (6.0, 5.0, 4.0)
+    assert made["control"].name == "control" and made["x"].difference.mean == 1.0
+
+
 def test_every_attack_on_answers_has_a_twin_without_them():
     """Else what a loss does by itself would look like a leak; these are another thing, or have several students."""
     alone = {"restored", "data_free", "random_keys", "simple_keys", "simple_keys_unlabelled", "searched_key"}
