@@ -101,7 +101,7 @@ def evaluate(
     Returns:
         The report; what was not measured is None in it.
     """
-    begin = time.perf_counter()
+    begin, bench = time.perf_counter(), replace(bench, earlier={})
     progress = progress or Silent()
     models, outputs = measure_models(bench)
     guesses = [
@@ -322,6 +322,8 @@ def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict
     trained = [students[name] for name in plain if name in students and students[name].seconds]
     images = len(bench.transfer) * bench.config.recipe.epochs
     rate = images / float(np.mean([student.seconds for student in trained])) if trained else None
+    # what it goes on with took its time, too
+    seconds += sum(bench.earlier.values()) / bench.config.jobs
     return {
         "seconds": round(seconds, 1),
         "student_images_per_second": round(rate, 1) if rate else None,

@@ -1,6 +1,7 @@
 """Every attack trains a student, sees what it declares and nothing else, and asks no more than it says."""
 
 import inspect
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
@@ -605,6 +606,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(work, splits, boxed, pat
         return replace(report, students=students, created="", cost={})
 
     assert timeless(resumed) == timeless(whole)
+    # the first five took their time, too, and the second run none
+    kept = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "b").iterdir()]
+    again = evaluate.evaluate(made, title="x", box={}, folder=tmp_path / "b")
+    assert again.cost["seconds"] > sum(kept) * 0.99
 
 
 def test_what_was_not_tried_is_said(work, splits, boxed):
@@ -1055,7 +1060,7 @@ def test_the_control_averages_rows_of_the_floor_that_cannot_be_told_apart():
 
 def test_the_control_with_labels_is_never_below_the_one_without():
     rows = [
-        some("a", "floor", (2.0, 2.0, 2.0), (3.0, 3.0, 3.0)),
+        some("a", "floor", (2.0, 2.0, 2.0), (3.0, 3.0, 3.0), labels=True),
         some("bare", "floor", (6.0, 5.0, 4.0), (1.0, 1.0, 1.0), labels=False),
         some("x", "attack", (6.0, 6.0, 6.0), (9.0, 9.0, 9.0)),
     ]

@@ -882,7 +882,7 @@ def test_command_line_session(work, tmp_path):
     args += ["--reference", work / "boxed.reference.safetensors"]
     result = run_cli(*args, "--json")
     assert result.returncode == 0, result.stderr
-    made = json.loads(result.stdout)
+    first, made = result, json.loads(result.stdout)
     assert made["models"]["boxed"]["top1"] > 90
     assert made["unauthorized_advantage"]["api"]["labelled"]["mean"] is None
     assert (report / "report.html").read_text().startswith("<!doctype html>")
@@ -895,6 +895,8 @@ def test_command_line_session(work, tmp_path):
     assert result.returncode == 3
     assert b"unauthorized_advantage.api.labelled.high" in result.stderr
     assert run_cli("report", report / "report.json").returncode == 0
+    written = run_cli("report", report / "report.json", "--report", tmp_path / "again")
+    assert written.returncode == 0 and b"took" not in written.stderr and b"took" in first.stderr
 
 
 def test_eval_takes_models_that_are_no_box(work, tmp_path):

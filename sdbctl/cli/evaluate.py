@@ -430,8 +430,8 @@ def check_alike(opened: Opened, loaded: Loaded, path: Path) -> None:
         )
 
 
-def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool) -> None:
-    """Write a report, print it, and hold it against its gates."""
+def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool, *, measured: bool = True) -> None:
+    """Write a report, print it, and hold it against its gates; say how long it took if it was just measured."""
     from sdbctl.report.gates import check
     from sdbctl.report.render import write
     from sdbctl.report.terminal import tables
@@ -446,7 +446,7 @@ def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: 
     html = next(path for path in paths if path.suffix == ".html")
     say(f"report: {html} ({', '.join(path.name for path in paths)})")
     seconds = made.cost.get("seconds")
-    if isinstance(seconds, float):
+    if measured and isinstance(seconds, float):
         say(f"took {duration(seconds)}")
     enforce(results)
 
@@ -481,7 +481,7 @@ def rerender(
         enforce(results)
         return
     if folder is not None:
-        finish(made, folder, gates, force, json_)
+        finish(made, folder, gates, force, json_, measured=False)
         return
     results = check(made, gates)
     emit(json.loads(made.to_json()), json_, *tables(made, results))
