@@ -605,6 +605,7 @@ def test_write(tmp_path, report):
     with pytest.raises(UsageError, match="already exists"):
         write(report, folder, ["json"])
     write(report, folder, ["json"], force=True)
+    assert not (folder / "junit.xml").exists(), "it was of other gates"
 
 
 def test_write_all_or_nothing(tmp_path, report):
