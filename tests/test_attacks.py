@@ -518,7 +518,8 @@ class Counting(Silent):
 
 def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
     # fine_tuned holds the file; the box, the original, the right and a wrong key answer
-    assert protocol.plan(bench(work, splits, boxed, "quick", pattern)) == protocol.Plan(10, 10, 10.0, 1.0, 4)
+    made = bench(work, splits, boxed, "quick", pattern)
+    assert protocol.plan(made) == protocol.Plan(10, 10, 10.0, 1.0, 4, 300 * len(made.transfer))
     foreign = splits.test.take(range(60, 85))
     alone, more = (bench(work, splits, boxed, "strong", pattern, surrogate=one) for one in (None, foreign))
     # 25 images seen 40 times before a run of 4 epochs of 40

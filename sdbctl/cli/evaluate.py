@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -218,10 +219,14 @@ def evaluate(
         with as_worker(jobs if cpu and not cluster else 1):
             one = image_seconds(net, config.recipe.batch_size, size, engine)
             told = answer_seconds(bench.sources["boxed"], size, engine, bench.classes)
+            weights = bench.sources["boxed"].weights
+            own = 0.0
+            if weights is not None and planned.tuned:
+                own = image_seconds(copy.deepcopy(weights), min(64, len(transfer)), size, engine)
         images = len(transfer) * config.recipe.epochs
         say(
-            f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
-            f"{jobs} side by side"
+            f"suite {suite}: {planned.students:,} students, at most {planned.runs:,.0f} whole trainings "
+            f"({len(transfer):,} images × {config.recipe.epochs} epochs each), {jobs} side by side"
         )
         # who holds the file trains it, or asks it several times
         work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
@@ -229,7 +234,7 @@ def evaluate(
         seen = planned.students * len(validation) + planned.reported * len(test)
         # processes that share a GPU are hardly faster together
         at_once = jobs if cluster else min(jobs, torch.get_num_threads()) if cpu else max(1, min(jobs, 2) * 0.8)
-        seconds = (work * images + seen * one / 3) / at_once
+        seconds = (work * images + seen * one / 3 + planned.tuned * own) / at_once
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
