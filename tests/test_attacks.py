@@ -786,7 +786,7 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     assert (api.over_smoothing.mean, api.over_smoothing.n) == (pytest.approx(0.5), 1)
     assert (api.labelled.mean, api.unlabelled.mean) == pytest.approx((-0.967, 6.033), abs=0.01)
     assert numbers["protectable"].mean == pytest.approx(5.03, abs=0.01)
-    report = Report(title="x", created="", tool="", verdict="", **numbers)
+    report = Report(title="x", created="", tool="", verdict="", box={"kind": "box"}, **numbers)
     assert (api.labelled_by, api.unlabelled_by) == ("a", "b")
     said = evaluate.verdict(report)
     assert said.startswith("Not protected: distilling the box gains -1.0 points (at most -0.8) and +6.0 points without")
@@ -802,13 +802,30 @@ def test_a_verdict_says_when_outputs_are_no_more_than_top1_answers(share, said):
     report = replace(report, protectable=Interval(5.0, 4.0, 6.0, 3))
     assert ("no more than the predicted class" in evaluate.verdict(report)) is bool(said)
     assert said in evaluate.verdict(report)
+    open_ = replace(report, models={"boxed": replace(boxed, beyond_top1=0.98)})
+    more = "say more than the predicted class for 98 % of the images"
+    assert more in evaluate.verdict(replace(open_, box={"kind": "box"})) and more not in evaluate.verdict(open_)
+
+
+def test_a_model_that_nobody_defends_is_no_box():
+    held = some("stripped", "attack", (59.0, 60.1, 61.0), access="file")
+    kd = some("kd", "attack", (56.0, 57.1, 58.0), labels=True)
+    numbers = evaluate.headline(made_of(some("control", "floor", (50.0, 51.1, 52.0)), kd, held))
+    report = Report(title="x", created="", tool="", verdict="", **numbers)
+    assert evaluate.verdict(report) == (
+        "Distillable: through its outputs one gains +6.0 points (at most +6.0) over the floor. "
+        "Who holds the file gains +9.0 points (at most +9.0)."
+    )
+    assert " box " not in evaluate.verdict(replace(report, protectable=Interval(5.0, 4.0, 6.0, 3)))
+    boxed = evaluate.verdict(replace(report, box={"kind": "box"}))
+    assert "unknown without --original. Who holds the file gains +9.0" in boxed
 
 
 def test_a_suite_of_the_file_alone_has_a_verdict_of_its_own():
     held = some("stripped", "attack", (59.0, 60.1, 61.0), access="file")
     original = some("kd_original", "reference", (60.0, 61.1, 62.0))
     numbers = evaluate.headline(made_of(some("control", "floor", (50.0, 51.1, 52.0)), held, original))
-    said = evaluate.verdict(Report(title="x", created="", tool="", verdict="", **numbers))
+    said = evaluate.verdict(Report(title="x", created="", tool="", verdict="", box={"kind": "box"}, **numbers))
     assert said.startswith("Not protected: distilling the box gains +9.0")
     assert said.endswith("This is about who holds the file; attackers through the API were not tried.")
 
