@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from sdbctl import boxfile, files, team
 from sdbctl.box import digest
+from sdbctl.data import PRESETS
 from sdbctl.errors import UsageError
 from sdbctl.key import Key
 from tests.conftest import run_cli
@@ -232,7 +233,7 @@ def test_unusable_onnx(tmp_path):
     check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 4, "fixed batch size of 1")
     onnx.save(graph(1), path)
     check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
-    check(run_cli("eval", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
+    check(run_cli("eval", path, "--data", "digits", cwd=tmp_path), 2, "--normalize", "guessing", "none")
     model = graph(1)
     model.graph.initializer[0].float_data[3] = float("nan")
     onnx.save(model, path)
@@ -355,6 +356,32 @@ def test_classes_count_in_the_order_of_the_model(tmp_path, capsys):
     for names in (("0", "1", "2"), ("Ant", "bee", "NONE")):
         assert check_classes(other, 3, SimpleNamespace(classes=names), "m") is other
     assert check_classes(other, 3, None, "m") is other
+
+
+def test_the_split_is_said_and_that_it_is_small(tmp_path, capsys):
+    from sdbctl.cli.common import open_data, split_like
+
+    split_like(open_data(named_folder(tmp_path / "a", ("ant", "cat")), tmp_path), None)
+    said = capsys.readouterr().err
+    assert "split: 14 owner, 4 transfer, 2 validation, 4 test images" in said.replace("\n", " ")
+    assert "one of 2 validation images is 50.0 points" in said and "one of 4 test images is 25.0" in said
+
+
+def test_a_key_is_no_model(work):
+    shown = run_cli("inspect", work / "k.bin", "--json")
+    assert json.loads(shown.stdout) == {"file": "k.bin", "format": "key", "id": Key.load(work / "k.bin").id}
+    assert b"--key-file" in run_cli("inspect", work / "k.bin").stdout
+
+
+def test_the_normalisation_of_an_onnx_of_somebody_else_is_found(work, tmp_path):
+    model = onnx.load(work / "boxed.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "m.onnx")
+    made = run_cli("eval", tmp_path / "m.onnx", "--data", "digits", "--report", tmp_path / "r", "--json")
+    assert made.returncode == 0 and b"normalisation, by accuracy: " in made.stderr, made.stderr
+    assert json.loads(made.stdout)["models"]["boxed"]["top1"] > 90
+    shown = " ".join(run_cli("eval", "--help").stdout.decode().replace("│", " ").split())
+    assert all(f"{name}," in shown or f"{name} (" in shown for name in PRESETS)
 
 
 def test_a_teacher_that_guesses_is_said(work, tmp_path):
