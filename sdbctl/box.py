@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,17 @@ class Boxed:
 
 
 def find_preprocess(
-    net: nn.Module, images: ImageSet, engine: Engine, *, size: tuple[int, int, int], limit: int = 2000
+    net: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    engine: Engine,
+    *,
+    size: tuple[int, int, int],
+    limit: int = 2000,
 ) -> tuple[Preprocess, dict[str, float]]:
     """Try the known normalisations and take the one with which the model is most accurate.
 
     Args:
-        net: The original.
+        net: The original, a network or whatever else maps images to logits.
         images: Validation images.
         engine: Where to compute.
         size: Input shape (C, H, W).
@@ -164,7 +169,8 @@ def find_preprocess(
         The best, and the accuracy in percent of each preset by name.
     """
     some = images.take(range(min(limit, len(images))))
-    place(net, engine.device)
+    if isinstance(net, nn.Module):
+        place(net, engine.device)
     tried = {}
     found = {name: Preprocess(mean, std, size) for name, (mean, std) in presets(size[0]).items()}
     for name, preprocess in found.items():
@@ -182,12 +188,11 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
         BadInput: It is not clearly better than guessing.
     """
     found = accuracy(place(net, engine.device), images, preprocess, engine)
-    chance = 100 / classes
-    # five standard deviations of guessing, but of few images half of what there is to know
-    clearly = max(5 * (chance * (100 - chance) / len(images)) ** 0.5, 1.0)
-    if found < chance + min(clearly, (100 - chance) / 2):
+    least = metrics.least_known(classes, len(images))
+    if found < least:
         raise BadInput(
-            f"the original is at chance: {found:.1f} % top-1 on {len(images)} images, guessing gives {chance:.1f} %",
+            f"the original is not clearly better than guessing: {found:.1f} % top-1, while guessing gives "
+            f"{100 / classes:.1f} % (needs {least:.1f} % of {len(images):,} images)",
             "check --data, --arch and --normalize",
         )
     return found

@@ -214,6 +214,8 @@ class Bench:
         answers: Folder in which the teachers' answers are kept, so that students share one set of queries.
         surrogate: Unlabelled images of another data set, or None.
         strength: λ of the box, 0 if the teacher is none.
+        earlier: Seconds of the students that runs before this one trained, by what tells them apart; filled while it
+            runs.
     """
 
     sources: Mapping[str, Source]
@@ -228,6 +230,7 @@ class Bench:
     answers: Path | None = None
     surrogate: ImageSet | None = None
     strength: float = 0.0
+    earlier: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """The rows whose teachers are there, and which the attacker can try on them."""
@@ -360,6 +363,7 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         stored = _stored(bench, cell, folder)
         if stored:
             done[cell.id] = stored
+            bench.earlier.setdefault(cell.id, stored.seconds)
         elif cell not in todo:
             todo.append(cell)
     if done:
@@ -368,6 +372,7 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
 
     def finish(cell: Cell, outcome: Outcome) -> None:
         done[cell.id] = outcome
+        bench.earlier[cell.id] = 0.0
         if folder is not None:
             _keep(bench, cell, outcome, folder)
         progress.advance(1, {"validation": outcome.validation})

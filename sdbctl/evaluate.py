@@ -101,9 +101,16 @@ def evaluate(
     Returns:
         The report; what was not measured is None in it.
     """
-    begin = time.perf_counter()
+    begin, bench = time.perf_counter(), replace(bench, earlier={})
     progress = progress or Silent()
     models, outputs = measure_models(bench)
+    guesses = [
+        f"The {what} is not clearly better than guessing: check the data and --normalize."
+        for name, what in (("original", "original"), ("boxed", "model"))
+        if name in models and (models[name].top1 or 0.0) < metrics.least_known(bench.classes, len(bench.test))
+    ]
+    for guess in guesses:
+        progress.note(f"note: {guess}")
     before = outputs.get("reference", outputs.get("original"))
     cost = InferenceCost()
     if before is not None and "boxed" in outputs:
@@ -120,7 +127,7 @@ def evaluate(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         tool=boxfile.versions()["sdbctl"],
         verdict="",
-        notes=(*notes, *_caveats(bench, students)),
+        notes=(*notes, *guesses, *_caveats(bench, students)),
         inference_cost=cost,
         key_strength=replace(key_strength(curves, students), public=opened_by_anybody(bench)),
         models=models,
@@ -215,7 +222,7 @@ def verdict(report: Report) -> str:
     # a suite may have tried only those who hold the file
     threat, means = (held, "file") if api.labelled.mean is None else (api, "outputs")
     if threat.labelled.mean is None:
-        return "No student was trained, so nothing is known about protection; use --attack."
+        return f"No student was trained, so nothing is known about protection; use --attack.{_shown(report)}"
     # each is compared with a floor of its own, and judged only where the original is worth distilling
     threats = [
         (threat.labelled, "", report.protectable, report.nothing_to_protect),
@@ -223,10 +230,23 @@ def verdict(report: Report) -> str:
     ]
     known = [one for one in threats if one[0].mean is not None]
     gains = " and ".join(_gain(interval, who) for interval, who, _, _ in known)
+    if threat is held:
+        other = "This is about who holds the file; attackers through the API were not tried"
+    elif held.labelled.mean is None:
+        other = "Attackers who hold the file were not tried"
+    else:
+        parts = [(held.labelled, ""), (held.unlabelled, " without labels")]
+        other = "Who holds the file gains " + " and ".join(_gain(*part) for part in parts if part[0].mean is not None)
+    end = f"{other}.{_shown(report)}"
+    what = "box" if _boxed(report) else "model"
     if report.protectable.mean is None:
+        if what == "model":
+            surely = any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, *_ in known)
+            finding = "Distillable" if surely else "Not shown to be distillable"
+            return f"{finding}: through its {means} one gains {gains} over the floor. {end}"
         return (
             f"Distilling the box gains {gains} over the floor; whether there was something to protect is unknown "
-            "without --original."
+            f"without --original. {end}"
         )
     judged = [(interval, worth) for interval, _, worth, vain in known if not vain]
     if not judged:
@@ -245,7 +265,7 @@ def verdict(report: Report) -> str:
     else:
         finding = "Not shown to be undistillable"
     worths = " and ".join(_points(worth, who) for _, who, worth, _ in known if worth.mean is not None)
-    said = f"{finding}: distilling the box gains {gains} over the floor; the original gives {worths}"
+    said = f"{finding}: distilling the {what} gains {gains} over the floor; the original gives {worths}"
     if 0 < len(judged) < len(known):
         vain = "with labels" if report.nothing_to_protect else "without labels"
         said += f", so there is nothing to protect {vain}"
@@ -253,22 +273,24 @@ def verdict(report: Report) -> str:
         said += f"; the key is worth {_signed(gain.mean)} points against distilling the original"
     if (inner := report.sealed_gain).mean is not None:
         said += f"; the assistant sealed in the file is worth {_signed(inner.mean)} points to key holders"
-    if threat is held:
-        other = "This is about who holds the file; attackers through the API were not tried"
-    elif held.labelled.mean is None:
-        other = "Attackers who hold the file were not tried"
-    else:
-        parts = [(held.labelled, ""), (held.unlabelled, " without labels")]
-        other = "Who holds the file gains " + " and ".join(_gain(*part) for part in parts if part[0].mean is not None)
-    return f"{said}. {other}.{_shown(report)}"
+    return f"{said}. {end}"
+
+
+def _boxed(report: Report) -> bool:
+    """Whether what was measured is a box, and not a model that nobody defends."""
+    return bool(report.box) and report.box.get("kind", "box") == "box"
 
 
 def _shown(report: Report) -> str:
-    """What no attack can change, if it is so: that outputs say no more than top-1 answers."""
+    """What no attack can change: that outputs say no more than top-1 answers, or that those of a box say more."""
     boxed, public = report.models.get("boxed"), report.key_strength.public
     if public is not None and public > OPEN:
         return f" A pattern that anybody has opens it for {100 * public:.0f} % of the images."
-    if boxed is None or boxed.beyond_top1 is None or boxed.beyond_top1 > MOSTLY:
+    if boxed is None or boxed.beyond_top1 is None:
+        return ""
+    if boxed.beyond_top1 > 0.5 and _boxed(report):
+        return f" Its outputs say more than the predicted class for {100 * boxed.beyond_top1:.0f} % of the images."
+    if boxed.beyond_top1 > MOSTLY:
         return ""
     few = f" of all but {100 * boxed.beyond_top1:.2g} % of the images" if boxed.beyond_top1 else ""
     return f" Its outputs{few} say no more than the predicted class."
@@ -315,6 +337,8 @@ def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict
     trained = [students[name] for name in plain if name in students and students[name].seconds]
     images = len(bench.transfer) * bench.config.recipe.epochs
     rate = images / float(np.mean([student.seconds for student in trained])) if trained else None
+    # what it goes on with took its time, too
+    seconds += sum(bench.earlier.values()) / bench.config.jobs
     return {
         "seconds": round(seconds, 1),
         "student_images_per_second": round(rate, 1) if rate else None,

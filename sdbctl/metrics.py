@@ -185,6 +185,14 @@ def crossfit(validation: Sequence[Sequence[float]], test: Sequence[Sequence[floa
     return [float(np.dot(chances(rest), shown[:, seed])) for seed, rest in zip(seeds, others, strict=True)]
 
 
+def least_known(classes: int, images: int) -> float:
+    """The top-1 accuracy, in percent, from which a model clearly knows more of so many images than guessing does."""
+    chance = 100 / classes
+    # five standard deviations of guessing, but of few images half of what there is to know
+    clearly = max(5 * math.sqrt(chance * (100 - chance) / images), 1.0)
+    return chance + min(clearly, (100 - chance) / 2)
+
+
 def bootstrap_interval(
     before: Tensor, after: Tensor, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row
+from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -61,6 +61,7 @@ class Plan:
         runs: How many whole runs that is.
         held: Whole runs of students whose attacker trains or runs the box's weights as well.
         teachers: Who is asked.
+        tuned: Images that attackers train the network of the box itself on.
     """
 
     students: int
@@ -68,33 +69,42 @@ class Plan:
     runs: float
     held: float
     teachers: int
+    tuned: int
 
 
 def plan(bench: Bench) -> Plan:
     """Count the students before any is trained."""
     groups = options(bench)
     cells: list[float] = []
-    held, screened = 0.0, 0
+    held, screened, tuned = 0.0, 0, 0
     for name, found in groups.items():
         left, places, before = len(found), _places(found), sum(cells)
+        own = _tuned(bench, (option.row.name for option in found))
         for epochs in (lengths := rungs(bench, found[0].row)):
             if left > (goal := _goal(left, places, epochs == lengths[-1])):
                 # the longest may go on, and win
                 cells += _longest(bench, (option.row.name for option in found), epochs)[:left]
                 screened += left
+                tuned += sum(own[:left])
                 left = goal
         cells += _longest(bench, _rows(found))[:places] * _seeds(bench, name)
+        tuned += sum(_tuned(bench, _rows(found))[:places]) * _seeds(bench, name)
         held += sum(cells) - before if found[0].row.access == "file" else 0.0
     cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += _spare(bench)
     teachers = {option.teacher for found in groups.values() for option in found} - {""}
-    return Plan(len(cells), len(cells) - screened, sum(cells), held, len(teachers))
+    return Plan(len(cells), len(cells) - screened, sum(cells), held, len(teachers), tuned)
 
 
 def _longest(bench: Bench, rows: Iterable[str], epochs: int | None = None) -> list[float]:
     """How many whole runs a student of each of some rows takes, from the longest."""
     return sorted((bench.runs(row, epochs) for row in rows), reverse=True)
+
+
+def _tuned(bench: Bench, rows: Iterable[str]) -> list[int]:
+    """On how many images the attackers of some rows train the network of the box itself, from the most."""
+    return sorted((ATTACKS[BY_NAME[row].attack].own(len(bench.transfer)) for row in rows), reverse=True)
 
 
 def _competing(bench: Bench) -> list[list[Option]]:
@@ -252,7 +262,7 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
 
 def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
     """Students with the controls, the best of the floor with and without labels, and how all differ from the first."""
-    made, found = dict(students), {}
+    made, found, leaders = dict(students), dict[str, Student](), dict[str, str]()
     for name, note, labels in (
         ("control_unlabelled", "most of the control without labels", False),
         ("control", "most of the control", True),
@@ -264,7 +274,7 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
         seen = [validations_of(one) for one in rivals]
         values, validations, weights = best_of(rivals), metrics.crossfit(seen, seen), metrics.chances(seen)
         winner = rivals[int(np.argmax(weights))]
-        found[name] = replace(
+        best = replace(
             winner,
             name=name,
             mean=float(np.mean(values)),
@@ -274,8 +284,13 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
             validation=float(np.mean(validations)),
             config={"weights": {one.name: round(w, 3) for one, w in zip(rivals, weights, strict=True) if w}},
         )
-        before = made[winner.name].note
-        made[winner.name] = replace(made[winner.name], note=f"{before}, {note}" if before else note)
+        leader, bare = winner.name, found.get("control_unlabelled")
+        if bare is not None and bare.n >= best.n and (bare.mean or 0.0) > (best.mean or 0.0):
+            # who has labels need not use them
+            best, leader = replace(bare, name=name), leaders["control_unlabelled"]
+        found[name], leaders[name] = best, leader
+        before = made[leader].note
+        made[leader] = replace(made[leader], note=f"{before}, {note}" if before else note)
     made |= found
     if "control" in made:
         control = made["control"].values

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
@@ -518,7 +519,8 @@ class Counting(Silent):
 
 def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
     # fine_tuned holds the file; the box, the original, the right and a wrong key answer
-    assert protocol.plan(bench(work, splits, boxed, "quick", pattern)) == protocol.Plan(10, 10, 10.0, 1.0, 4)
+    made = bench(work, splits, boxed, "quick", pattern)
+    assert protocol.plan(made) == protocol.Plan(10, 10, 10.0, 1.0, 4, 300 * len(made.transfer))
     foreign = splits.test.take(range(60, 85))
     alone, more = (bench(work, splits, boxed, "strong", pattern, surrogate=one) for one in (None, foreign))
     # 25 images seen 40 times before a run of 4 epochs of 40
@@ -606,6 +608,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(work, splits, boxed, pat
         return replace(report, students=students, created="", cost={})
 
     assert timeless(resumed) == timeless(whole)
+    # the first five took their time, too, and the second run none
+    kept = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "b").iterdir()]
+    again = evaluate.evaluate(made, title="x", box={}, folder=tmp_path / "b")
+    assert again.cost["seconds"] > sum(kept) * 0.99
 
 
 def test_what_was_not_tried_is_said(work, splits, boxed):
@@ -781,7 +787,7 @@ def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():
     assert (api.over_smoothing.mean, api.over_smoothing.n) == (pytest.approx(0.5), 1)
     assert (api.labelled.mean, api.unlabelled.mean) == pytest.approx((-0.967, 6.033), abs=0.01)
     assert numbers["protectable"].mean == pytest.approx(5.03, abs=0.01)
-    report = Report(title="x", created="", tool="", verdict="", **numbers)
+    report = Report(title="x", created="", tool="", verdict="", box={"kind": "box"}, **numbers)
     assert (api.labelled_by, api.unlabelled_by) == ("a", "b")
     said = evaluate.verdict(report)
     assert said.startswith("Not protected: distilling the box gains -1.0 points (at most -0.8) and +6.0 points without")
@@ -797,13 +803,30 @@ def test_a_verdict_says_when_outputs_are_no_more_than_top1_answers(share, said):
     report = replace(report, protectable=Interval(5.0, 4.0, 6.0, 3))
     assert ("no more than the predicted class" in evaluate.verdict(report)) is bool(said)
     assert said in evaluate.verdict(report)
+    open_ = replace(report, models={"boxed": replace(boxed, beyond_top1=0.98)})
+    more = "say more than the predicted class for 98 % of the images"
+    assert more in evaluate.verdict(replace(open_, box={"kind": "box"})) and more not in evaluate.verdict(open_)
+
+
+def test_a_model_that_nobody_defends_is_no_box():
+    held = some("stripped", "attack", (59.0, 60.1, 61.0), access="file")
+    kd = some("kd", "attack", (56.0, 57.1, 58.0), labels=True)
+    numbers = evaluate.headline(made_of(some("control", "floor", (50.0, 51.1, 52.0)), kd, held))
+    report = Report(title="x", created="", tool="", verdict="", **numbers)
+    assert evaluate.verdict(report) == (
+        "Distillable: through its outputs one gains +6.0 points (at most +6.0) over the floor. "
+        "Who holds the file gains +9.0 points (at most +9.0)."
+    )
+    assert " box " not in evaluate.verdict(replace(report, protectable=Interval(5.0, 4.0, 6.0, 3)))
+    boxed = evaluate.verdict(replace(report, box={"kind": "box"}))
+    assert "unknown without --original. Who holds the file gains +9.0" in boxed
 
 
 def test_a_suite_of_the_file_alone_has_a_verdict_of_its_own():
     held = some("stripped", "attack", (59.0, 60.1, 61.0), access="file")
     original = some("kd_original", "reference", (60.0, 61.1, 62.0))
     numbers = evaluate.headline(made_of(some("control", "floor", (50.0, 51.1, 52.0)), held, original))
-    said = evaluate.verdict(Report(title="x", created="", tool="", verdict="", **numbers))
+    said = evaluate.verdict(Report(title="x", created="", tool="", verdict="", box={"kind": "box"}, **numbers))
     assert said.startswith("Not protected: distilling the box gains +9.0")
     assert said.endswith("This is about who holds the file; attackers through the API were not tried.")
 
@@ -1055,6 +1078,17 @@ def test_the_control_averages_rows_of_the_floor_that_cannot_be_told_apart():
     assert {name: one.note for name, one in made.items() if name in ("a", "b", "bare", "worse")} == {
         "a": "most of the control", "b": "", "bare": "most of the control without labels", "worse": "",
     }  # fmt: skip
+
+
+def test_the_control_with_labels_is_never_below_the_one_without():
+    rows = [
+        some("a", "floor", (2.0, 2.0, 2.0), (3.0, 3.0, 3.0), labels=True),
+        some("bare", "floor", (6.0, 5.0, 4.0), (1.0, 1.0, 1.0), labels=False),
+        some("x", "attack", (6.0, 6.0, 6.0), (9.0, 9.0, 9.0)),
+    ]
+    made = controlled(made_of(*rows))
+    assert made["control"].values == made["control_unlabelled"].values == (6.0, 5.0, 4.0)
+    assert made["control"].name == "control" and made["x"].difference.mean == 1.0
 
 
 def test_every_attack_on_answers_has_a_twin_without_them():

@@ -13,16 +13,20 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdbctl import boxfile, files, team
 from sdbctl.box import digest
+from sdbctl.data import PRESETS
+from sdbctl.errors import UsageError
 from sdbctl.key import Key
 from tests.conftest import run_cli
 
@@ -229,7 +233,7 @@ def test_unusable_onnx(tmp_path):
     check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 4, "fixed batch size of 1")
     onnx.save(graph(1), path)
     check(run_cli("distill", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
-    check(run_cli("eval", path, "--data", "digits", cwd=tmp_path), 2, "--normalize")
+    check(run_cli("eval", path, "--data", "digits", cwd=tmp_path), 2, "--normalize", "guessing", "none")
     model = graph(1)
     model.graph.initializer[0].float_data[3] = float("nan")
     onnx.save(model, path)
@@ -319,10 +323,74 @@ def npz(path, classes=10, size=8, channels=1):
 def test_data_that_does_not_fit_the_checkpoint(work, tmp_path):
     box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
     check(run_cli(*box, "--data", npz(tmp_path / "a.npz", classes=7)), 2, "10 classes", "7")
-    check(run_cli(*box, "--data", npz(tmp_path / "b.npz")), 4, "at chance")
+    check(run_cli(*box, "--data", npz(tmp_path / "b.npz")), 4, "not clearly better than guessing")
     distill = ["distill", work / "boxed.onnx", "--data", npz(tmp_path / "c.npz", size=12), "--image-size", "12"]
     check(run_cli(*distill, cwd=tmp_path), 2, "(1, 8, 8)")
     assert {p.suffix for p in tmp_path.iterdir()} == {".npz"}
+
+
+def named_folder(folder, names):
+    """An image of the colour n and its neighbours for class n."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for copy in range(12 if name != "none" else 0):
+            pixels = np.full((8, 8), 40 * number + copy, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{copy}.png")
+    return f"folder:{folder}"
+
+
+def test_classes_count_in_the_order_of_the_model(tmp_path, capsys):
+    from sdbctl.cli.common import check_classes, open_data
+
+    model = SimpleNamespace(classes=("dog", "ant", "cat"))
+    found = open_data(named_folder(tmp_path / "a", ("ant", "cat", "dog")), tmp_path)
+    same = check_classes(found, 3, model, "m")
+    assert same.classes == model.classes and same.fingerprint != found.fingerprint
+    brightness = [float(same.train.pixels[same.train.labels == label].float().mean()) for label in range(3)]
+    assert brightness[1] < brightness[2] < brightness[0], "ant, cat, dog"
+    assert "in another order" in " ".join(capsys.readouterr().err.split())
+    other = open_data(named_folder(tmp_path / "b", ("ant", "bee", "none")), tmp_path)
+    assert "no training image is of class none" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="class 0 of m is 'dog', of the data set b 'ant'"):
+        check_classes(other, 3, model, "m")
+    for names in (("0", "1", "2"), ("Ant", "bee", "NONE")):
+        assert check_classes(other, 3, SimpleNamespace(classes=names), "m") is other
+    assert check_classes(other, 3, None, "m") is other
+
+
+def test_the_split_is_said_and_that_it_is_small(tmp_path, capsys):
+    from sdbctl.cli.common import open_data, split_like
+
+    split_like(open_data(named_folder(tmp_path / "a", ("ant", "cat")), tmp_path), None)
+    said = capsys.readouterr().err
+    assert "split: 14 owner, 4 transfer, 2 validation, 4 test images" in said.replace("\n", " ")
+    assert "one of 2 validation images is 50.0 points" in said and "one of 4 test images is 25.0" in said
+
+
+def test_a_key_is_no_model(work):
+    shown = run_cli("inspect", work / "k.bin", "--json")
+    assert json.loads(shown.stdout) == {"file": "k.bin", "format": "key", "id": Key.load(work / "k.bin").id}
+    assert b"--key-file" in run_cli("inspect", work / "k.bin").stdout
+
+
+def test_the_normalisation_of_an_onnx_of_somebody_else_is_found(work, tmp_path):
+    model = onnx.load(work / "boxed.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "m.onnx")
+    made = run_cli("eval", tmp_path / "m.onnx", "--data", "digits", "--report", tmp_path / "r", "--json")
+    assert made.returncode == 0 and b"normalisation, by accuracy: " in made.stderr, made.stderr
+    assert json.loads(made.stdout)["models"]["boxed"]["top1"] > 90
+    shown = " ".join(run_cli("eval", "--help").stdout.decode().replace("│", " ").split())
+    assert all(f"{name}," in shown or f"{name} (" in shown for name in PRESETS)
+
+
+def test_a_teacher_that_guesses_is_said(work, tmp_path):
+    common = ("--data", npz(tmp_path / "a.npz"), "--precision", "fp32")
+    small = ("--student", "cnn-tiny", "--epochs", 1, "-o", tmp_path / "s.safetensors")
+    said = run_cli("distill", work / "teacher.safetensors", *common, *small)
+    assert b"not clearly better than guessing" in said.stderr
+    made = run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r", "--json")
+    assert any("not clearly better than guessing" in note for note in json.loads(made.stdout)["notes"])
 
 
 def test_unknown_names(work, tmp_path):

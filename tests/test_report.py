@@ -472,6 +472,15 @@ def test_terminal(report):
     assert "✗ broken" in text and "Settings" not in text
 
 
+@pytest.mark.parametrize(("width", "over", "bounds"), [(48, False, False), (60, False, True), (110, True, True)])
+def test_a_narrow_terminal_shows_every_verdict(report, width, over, bounds):
+    text = printed(report, width)
+    shown = text[: text.index("Gates")]
+    assert "Verdict" in shown and shown.count("✓") == 3 and "surely" in shown and "broken" in text
+    assert (" Over " in shown, "to +0.27" in shown) == (over, bounds)
+    assert max(map(len, text.splitlines())) <= width
+
+
 def test_terminal_prints_hostile_text_as_text():
     text = printed(hostile())
     assert "\x1b" not in text and "‮" not in text and "[x](http" in text
@@ -596,6 +605,7 @@ def test_write(tmp_path, report):
     with pytest.raises(UsageError, match="already exists"):
         write(report, folder, ["json"])
     write(report, folder, ["json"], force=True)
+    assert not (folder / "junit.xml").exists(), "it was of other gates"
 
 
 def test_write_all_or_nothing(tmp_path, report):

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from sdbctl.cli import output
 from sdbctl.cli.output import Live
 
 SDBCTL = f"{sys.executable} -m sdbctl"
@@ -51,3 +53,17 @@ def test_a_run_goes_on_when_nobody_reads_its_messages():
 def test_notes_do_not_control_the_terminal(capsys):
     Live().note("[b]a\x1b[31mb")
     assert capsys.readouterr().err == "[b]a[31mb\n"
+
+
+def test_a_log_is_never_silent_for_long(monkeypatch, capsys):
+    monkeypatch.setattr(output, "QUIET_SECONDS", 0.02)
+    with Live() as progress:
+        progress.start("students", 40)
+        progress.advance(1, {"validation": 50.0})
+        # long ago
+        progress._begun, progress._known = progress._begun - 3600, 0
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and lines[0] == "students 1/40, 60 min so far, about 39.0 h left  validation 50.0"
+    time.sleep(0.1)
+    assert capsys.readouterr().err == "", "it has ended"

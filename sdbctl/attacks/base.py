@@ -223,6 +223,7 @@ class Attack:
         twin: The attack of the floor that does the same without soft outputs. Where an attack is reported, so is its
             twin, with as many seeds.
         extra: (images of a run on the transfer set, images of another data set) → how many more its students see.
+        own: Number of transfer images → how many the network of the box itself is trained on first.
     """
 
     summary: str
@@ -235,6 +236,7 @@ class Attack:
     on_key: bool = False
     twin: str = ""
     extra: Callable[[float, int], float] = lambda run, foreign: 0.0
+    own: Callable[[int], int] = lambda images: 0
 
     @property
     def role(self) -> Literal["floor", "attack"]:

@@ -54,6 +54,16 @@ def pretrained_held(attacker: Attacker, config: Config) -> None:
     pretrained(attacker, config, soft_loss, lambda images: outputs(attacker, net, images))
 
 
+def _tuning(images: int) -> tuple[int, int]:
+    """Batch size and epochs with which the box itself is trained on so many images."""
+    size = min(64, images)
+    return size, max(TUNE_EPOCHS, -(-TUNE_STEPS * size // images))
+
+
+def _tuned(images: int) -> int:
+    return images * _tuning(images)[1]
+
+
 def _train_box(
     attacker: Attacker,
     net: nn.Module,
@@ -61,8 +71,7 @@ def _train_box(
     rate: float,
     mode: Callable[[nn.Module], nn.Module] = nn.Module.train,
 ) -> None:
-    size = min(64, len(images))
-    epochs = max(TUNE_EPOCHS, -(-TUNE_STEPS * size // len(images)))
+    size, epochs = _tuning(len(images))
     recipe = scaled(attacker.recipe, epochs=epochs, lr=rate, batch_size=size)
     attacker.fit(net, lambda model, batch: cross_entropy(mode(model)(batch.x), batch.y), images, recipe=recipe)
 
@@ -258,8 +267,10 @@ STRIPPED_DIST = _attack(
     "correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, DIST.grid, "dist_hard"
 )
 AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, AMPLIFYING, "dkd_hard")
-REHEAD = _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead, _GRID)
-FINE_TUNED = _attack(
+REHEAD = replace(
+    _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead, _GRID), own=_tuned
+)
+_FINE_TUNED = _attack(
     "the box fine-tuned on few labels",
     "Liu et al., RAID 2018",
     fine_tuned,
@@ -269,6 +280,7 @@ FINE_TUNED = _attack(
         {**_ANY[-1], "share": 0.01},
     ),
 )
+FINE_TUNED = replace(_FINE_TUNED, own=_tuned)
 PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, ({**config, "share": 0.3} for config in _ANY))
 NOISY = _attack(
     "boxes with noisy weights, averaged", "own", noisy, ({**config, "sigma": 0.1} for config in _ANY), "dist_hard"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     begin,
+    box_fields,
     check_classes,
     check_known,
     finite,
@@ -82,6 +83,16 @@ def assistant_of(path: Path, described: Metadata) -> Loaded | None:
         return None
     found = boxfile.load(path)
     return found if found.meta is not None and found.meta.run == described.run else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that are not the same, with both values."""
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new)
+        elif old != new:
+            yield f"{name} {str(old)[:40]}, not {str(new)[:40]}"
 
 
 def decided(teacher: str, seal: bool | None, learned: Mapping[str, float]) -> tuple[str, bool]:
@@ -280,7 +291,7 @@ def box(
         classes=original.classes,
         shape=shape,
     )
-    check_classes(dataset, original.classes, checkpoint.name)
+    dataset = check_classes(dataset, original.classes, recorded, checkpoint.name)
     if disturb and original.classes < 3:
         raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
     if dataset.train.shape[0] != original.channels:
@@ -325,9 +336,12 @@ def box(
     tuned, learned = None, dict[str, float]()
     if found is not None and found.meta is not None:
         # one that was asked for may be of another recipe
-        if reference is None and replace(found.meta, versions={}, measured={}) != replace(reference_meta, versions={}):
+        before, now = (replace(meta, versions={}, measured={}) for meta in (found.meta, reference_meta))
+        if reference is None and before != now:
+            other = "; ".join(differences(box_fields(before), box_fields(now)))
             raise UsageError(
-                f"{reference_path} was made with other settings", "use those, delete it, or give it with --reference"
+                f"{reference_path} was made with other settings ({other})",
+                "use those, delete it, or give it with --reference",
             )
         tuned = found.net
         learned = {name: value for name, value in found.meta.measured.items() if name in TEACHERS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,17 @@ from sdbctl.cli.output import duration, ending, err, say
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from sdbctl.boxfile import Loaded, Metadata
     from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
     from sdbctl.key import Key
     from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import Engine, Recipe
+
+
+FEW_IMAGES = 200
+"""Validation or test images below which it is said that they are few."""
 
 
 def together(devices: int, nodes: int) -> int:
@@ -125,6 +129,9 @@ def open_data(
     c, h, w = dataset.train.shape
     images = f"{len(dataset.train):,} {'' if dataset.test is None else 'training '}images"
     say(f"data: {dataset.name}, {images}, {len(dataset.classes)} classes, {c}x{h}x{w}")
+    there = set(dataset.train.labels.tolist())
+    if empty := [name for label, name in enumerate(dataset.classes) if label not in there]:
+        say(f"note: no training image is of class {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}")
     return dataset
 
 
@@ -161,13 +168,31 @@ def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, downlo
     return some
 
 
-def check_classes(dataset: Dataset, classes: int, what: str) -> None:
-    """Refuse data whose number of classes is not the model's."""
-    if len(dataset.classes) != classes:
-        raise UsageError(
-            f"{what} has {classes} classes, the data set {dataset.name} has {len(dataset.classes)}",
-            "use the data it was trained on",
-        )
+def check_classes(dataset: Dataset, classes: int, meta: Metadata | None, what: str) -> Dataset:
+    """The data with its labels in the order of the model's classes.
+
+    Raises:
+        UsageError: It has other classes than the model.
+    """
+    from sdbctl.data import reordered
+
+    hint, own = "use the data it was trained on", dataset.classes
+    if len(own) != classes:
+        raise UsageError(f"{what} has {classes} classes, the data set {dataset.name} has {len(own)}", hint)
+    names = own if meta is None else meta.classes
+    if own == names or any(all(name.isdigit() for name in found) for found in (own, names)):
+        # numbers are no names: they may only count
+        return dataset
+    if set(own) == set(names) and len(set(own)) == classes:
+        say(f"note: {dataset.name} has the classes in another order than {what}; its labels are put in that of {what}")
+        return reordered(dataset, names)
+    plain, other = (["".join(filter(str.isalnum, name.lower())) for name in found] for found in (own, names))
+    if plain == other:
+        return dataset
+    number = next(number for number, name in enumerate(plain) if name != other[number])
+    raise UsageError(
+        f"class {number} of {what} is {names[number][:40]!r}, of the data set {dataset.name} {own[number][:40]!r}", hint
+    )
 
 
 def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: int | None) -> Splits:
@@ -206,6 +231,11 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
                 "ask for fewer; the others may be what it was trained on",
             )
         splits = replace(splits, **{name: part.take(range(asked[name]))})
+    parts = {name: len(getattr(splits, name)) for name in ("owner", "transfer", "validation", "test")}
+    say(f"split: {', '.join(f'{size:,} {name}' for name, size in parts.items())} images")
+    for name in ("validation", "test"):
+        if parts[name] < FEW_IMAGES:
+            say(f"note: one of {parts[name]} {name} images is {100 / parts[name]:.1f} points: differences may be luck")
     return splits
 
 
@@ -227,7 +257,8 @@ def pick(
 
     from sdbctl.training import pick_device, pick_engine
 
-    if precision == "auto" and kept is not None:
+    before = precision == "auto" and kept is not None
+    if before and kept is not None:
         # what was measured when the run began, or what it made would not fit
         precision = kept
     if precision not in ("auto", "fp32", "bf16"):
@@ -241,6 +272,8 @@ def pick(
         # processes that start together would spoil each other's timings, and must all choose the same
         precision = "bf16" if pick_device(device).type == "cuda" else "fp32"
     engine, why = pick_engine(device, precision, model, torch.zeros(batch_size, *shape))  # type: ignore[arg-type]
+    if before:
+        why = why.replace("as asked", "as in the run before")
     if several:
         team.join(engine.device, engine.precision, devices, nodes, strategy)
         err.quiet = team.rank() > 0
@@ -337,6 +370,8 @@ def preprocess_for(
     opened: Opened, normalize: str | None, images: ImageSet, engine: Engine, size: tuple[int, int, int]
 ) -> Preprocess:
     """How a model wants its images: as asked for, as recorded, or found by trying."""
+    from sdbctl import metrics
+    from sdbctl.data import presets
     from sdbctl.training import check_takes
 
     if opened.shape is not None and tuple(opened.shape) != tuple(size):
@@ -348,26 +383,41 @@ def preprocess_for(
     if opened.loaded is not None:
         check_takes(opened.loaded.net, size)
         return preprocess_of(opened.loaded, normalize, images, engine, size)
-    if normalize is None:
-        raise UsageError(f"{opened.path} does not record how it wants its images", "give --normalize PRESET")
-    return preset(normalize, size)
+    if normalize is not None:
+        return preset(normalize, size)
+    assert opened.served is not None
+    found, best = tried_preprocess(opened.served.logits, images, engine, size)
+    if best < metrics.least_known(opened.classes, len(images)):
+        raise UsageError(
+            f"{opened.path} does not record how it wants its images, and with no known normalisation it clearly does "
+            "better than guessing",
+            f"check --data, or give --normalize PRESET: {', '.join(presets(size[0]))}",
+        )
+    return found
 
 
 def preprocess_of(
     loaded: Loaded, normalize: str | None, images: ImageSet, engine: Engine, size: tuple[int, int, int]
 ) -> Preprocess:
     """The checkpoint's normalisation: as recorded, as asked for, or the best of the known ones."""
-    from sdbctl.box import find_preprocess
-
     if normalize is not None:
         return preset(normalize, size)
     if loaded.meta is not None:
         return loaded.meta.preprocess
-    best, tried = find_preprocess(loaded.net, images, engine, size=size)
+    return tried_preprocess(loaded.net, images, engine, size)[0]
+
+
+def tried_preprocess(
+    model: Callable[[Tensor], Tensor], images: ImageSet, engine: Engine, size: tuple[int, int, int]
+) -> tuple[Preprocess, float]:
+    """The known normalisation with which a model is most accurate, and how accurate it is, in percent."""
+    from sdbctl.box import find_preprocess
+
+    best, tried = find_preprocess(model, images, engine, size=size)
     ranked = sorted(tried.items(), key=lambda item: -item[1])
     say("normalisation, by accuracy: " + ", ".join(f"{name} {value:.1f} %" for name, value in ranked))
     say(f"taking {ranked[0][0]} (--normalize overrides)")
-    return best
+    return best, ranked[0][1]
 
 
 def announce(estimates: Mapping[str, float], *, dry_run: bool = False) -> None:

@@ -94,7 +94,7 @@ def distill(
 
     from dataclasses import replace
 
-    from sdbctl import boxfile
+    from sdbctl import boxfile, metrics
     from sdbctl.attacks import ATTACKS
     from sdbctl.attacks.queries import PRETRAINED
     from sdbctl.attacks.soft import METHODS
@@ -130,7 +130,7 @@ def distill(
         classes=classes,
         shape=opened.shape,
     )
-    check_classes(dataset, classes, teacher.name)
+    dataset = check_classes(dataset, classes, meta, teacher.name)
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if helpers and sealed is None and len(splits.transfer) > FEW:
         say(f"note: of more than {FEW:,} images students were not seen to learn more from what is sealed (--sealed)")
@@ -178,6 +178,8 @@ def distill(
     say(f"teacher: {asked.where}, {shown}")
     taught = accuracy(asked.logits, splits.validation, preprocess, engine)
     say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")
+    if taught < metrics.least_known(classes, len(splits.validation)):
+        say("note: the teacher is not clearly better than guessing; check --data, --arch and --normalize")
     one = image_seconds(net, recipe.batch_size, size, engine)
     queries = len(splits.transfer) * recipe.epochs
     seen = queries + attack.extra(queries, len(foreign) if foreign is not None else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -157,7 +158,7 @@ def evaluate(
         classes=opened.classes,
         shape=opened.shape,
     )
-    check_classes(dataset, opened.classes, box.name)
+    dataset = check_classes(dataset, opened.classes, meta, box.name)
     size = dataset.train.shape
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if jobs == 0:
@@ -218,10 +219,14 @@ def evaluate(
         with as_worker(jobs if cpu and not cluster else 1):
             one = image_seconds(net, config.recipe.batch_size, size, engine)
             told = answer_seconds(bench.sources["boxed"], size, engine, bench.classes)
+            weights = bench.sources["boxed"].weights
+            own = 0.0
+            if weights is not None and planned.tuned:
+                own = image_seconds(copy.deepcopy(weights), min(64, len(transfer)), size, engine)
         images = len(transfer) * config.recipe.epochs
         say(
-            f"suite {suite}: {planned.students} students, as much as {planned.runs:.0f} of {images:,} images, "
-            f"{jobs} side by side"
+            f"suite {suite}: {planned.students:,} students, at most {planned.runs:,.0f} whole trainings "
+            f"({len(transfer):,} images × {config.recipe.epochs} epochs each), {jobs} side by side"
         )
         # who holds the file trains it, or asks it several times
         work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
@@ -229,7 +234,7 @@ def evaluate(
         seen = planned.students * len(validation) + planned.reported * len(test)
         # processes that share a GPU are hardly faster together
         at_once = jobs if cluster else min(jobs, torch.get_num_threads()) if cpu else max(1, min(jobs, 2) * 0.8)
-        seconds = (work * images + seen * one / 3) / at_once
+        seconds = (work * images + seen * one / 3 + planned.tuned * own) / at_once
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -430,8 +435,8 @@ def check_alike(opened: Opened, loaded: Loaded, path: Path) -> None:
         )
 
 
-def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool) -> None:
-    """Write a report, print it, and hold it against its gates."""
+def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool, *, measured: bool = True) -> None:
+    """Write a report, print it, and hold it against its gates; say how long it took if it was just measured."""
     from sdbctl.report.gates import check
     from sdbctl.report.render import write
     from sdbctl.report.terminal import tables
@@ -446,7 +451,7 @@ def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: 
     html = next(path for path in paths if path.suffix == ".html")
     say(f"report: {html} ({', '.join(path.name for path in paths)})")
     seconds = made.cost.get("seconds")
-    if isinstance(seconds, float):
+    if measured and isinstance(seconds, float):
         say(f"took {duration(seconds)}")
     enforce(results)
 
@@ -481,7 +486,7 @@ def rerender(
         enforce(results)
         return
     if folder is not None:
-        finish(made, folder, gates, force, json_)
+        finish(made, folder, gates, force, json_, measured=False)
         return
     results = check(made, gates)
     emit(json.loads(made.to_json()), json_, *tables(made, results))

@@ -118,8 +118,14 @@ def inspect(
 ) -> None:
     """Show what a file says of itself, and whether a key fits."""
     from sdbctl import boxfile
+    from sdbctl.key import KEY_BYTES
     from sdbctl.seal import readers
 
+    if path.is_file() and path.stat().st_size == KEY_BYTES:
+        found = {"file": path.name, "format": "key", "id": read_key(path, insecure_key_file).id}
+        hint = "to see whether it fits a box: sdbctl inspect BOX --key-file FILE"
+        emit(found, json_, pairs("", {**found, "format": "a key, or whatever else has 32 bytes", "hint": hint}))
+        return
     key: Any | None = read_key(key_file, insecure_key_file) if key_file else None
     opened = open_model(path, "cpu", arch=arch, trust=trust)
     meta, sealed, loaded = opened.meta, opened.sealed, opened.loaded

@@ -120,7 +120,8 @@ Normalize = Annotated[
     typer.Option(
         "--normalize",
         metavar="PRESET",
-        help="Normalisation preset, if it is not to be found by trying.",
+        help="Normalisation, if it is not to be found by trying: imagenet, cifar10, cifar10-narrow, cifar100, svhn, "
+        "mnist, fashionmnist, half (-1 to 1) or none (0 to 1).",
         rich_help_panel=DATA,
     ),
 ]

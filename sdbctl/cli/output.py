@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,10 +80,15 @@ def pairs(title: str, rows: Mapping[str, Any]) -> Table:
     return table
 
 
+QUIET_SECONDS = 60.0
+"""How long a log shows nothing at most while something is computed."""
+
+
 class Live:
     """Progress bars on stderr: one line per run, with the loss terms and accuracies of the moment.
 
-    Without a terminal it prints a line at the start of each run and at every tenth of it.
+    Without a terminal it prints a line at every tenth of a run, and one whenever it said nothing for
+    :data:`QUIET_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -98,17 +105,37 @@ class Live:
         self._task: Any = None
         self._name, self._total, self._done, self._told = "", 0, 0, 0
         self._metrics: dict[str, float] = {}
+        self._over = threading.Event()
+        # when a run began, what was done in its first second, and when something was said last
+        self._begun, self._known, self._said = 0.0, 0, time.monotonic()
 
     def __enter__(self) -> Live:
         self._bars.start()
+        if not err.is_terminal:
+            threading.Thread(target=self._remind, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._over.set()
         self._bars.stop()
+
+    def _remind(self) -> None:
+        while not self._over.wait(min(1.0, QUIET_SECONDS)):
+            if self._name and time.monotonic() - self._said >= QUIET_SECONDS:
+                self._tell()
+
+    def _tell(self) -> None:
+        self._said = time.monotonic()
+        # what an earlier run left is done at once, and tells nothing of the pace
+        done, passed = self._done - self._known, self._said - self._begun
+        rest = f", about {duration(passed / done * (self._total - self._done))} left" if done > 0 else ""
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in [*self._metrics.items()])
+        say(f"{self._name} {self._done}/{self._total}, {duration(passed)} so far{rest}  {shown}".rstrip())
 
     def start(self, name: str, steps: int) -> None:
         """See :class:`sdbctl.training.Progress`."""
         self._name, self._total, self._done, self._told, self._metrics = name, steps, 0, 0, {}
+        self._begun, self._known = time.monotonic(), 0
         self._task = self._bars.add_task(name, total=steps, shown="")
 
     def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
@@ -118,9 +145,11 @@ class Live:
         self._done += steps
         self._bars.update(self._task, advance=steps, shown=shown)
         tenth = 10 * self._done // max(1, self._total)
+        if time.monotonic() - self._begun < 1:
+            self._known = self._done
         if not err.is_terminal and tenth > self._told:
             self._told = tenth
-            say(f"{self._name} {self._done}/{self._total}  {shown}")
+            self._tell()
 
     def note(self, text: str) -> None:
         """See :class:`sdbctl.training.Progress`."""

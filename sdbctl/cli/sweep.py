@@ -161,7 +161,7 @@ def sweep(
     from sdbctl.cli import box, evaluate, export
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
-    from sdbctl.report.terminal import rich_table
+    from sdbctl.report.terminal import Fitting
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
     for row in rows:
@@ -286,5 +286,5 @@ def sweep(
         ("html", sweep.html(title, reports)),
     ):
         files.write(report / f"sweep.{suffix}", content)
-    emit(json.loads(text), json_, rich_table(sweep.table(reports)))
+    emit(json.loads(text), json_, Fitting(sweep.table(reports)))
     say(f"report: {report / 'sweep.html'} (sweep.json, sweep.md, sweep.html)")

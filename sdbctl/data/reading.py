@@ -354,6 +354,17 @@ def _images(
     return images.alone()
 
 
+def reordered(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """The same images with labels that count in the order of ``classes``, which are the data set's own."""
+    numbers = torch.tensor([classes.index(name) for name in dataset.classes])
+    train, test = (
+        part if part is None else replace(part, labels=torch.where(part.labels < 0, -1, numbers[part.labels]))
+        for part in (dataset.train, dataset.test)
+    )
+    assert train is not None
+    return replace(dataset, train=train, test=test, classes=classes, fingerprint=_fingerprint(train, test))
+
+
 def _fingerprint(train: ImageSet, test: ImageSet | None) -> str:
     """SHA-256 of sizes, labels and 64 decoded images of each part."""
     digest = hashlib.sha256()

@@ -289,7 +289,7 @@ class Report:
         environment: Versions and hardware.
         config: The resolved configuration, without local paths.
         box: Metadata of the box. It is untrusted.
-        cost: Seconds, images per second, peak memory.
+        cost: Seconds, with those of the students that earlier runs trained, images per second, peak memory.
     """
 
     schema_version: int = SCHEMA_VERSION

@@ -51,7 +51,7 @@ def write(
         report: The report.
         folder: Where to.
         formats: Keys of ``FORMATS``; with gates, "junit" is added.
-        force: Whether existing files may be replaced.
+        force: Whether existing files may be replaced; without gates the JUnit file of another report is removed.
         gates: The gates it was held against.
 
     Returns:
@@ -72,4 +72,7 @@ def write(
     paths = {name: files.claim(folder / FORMATS[name].file, force=force) for name in names}
     report = Report.from_json(report.to_json())
     texts = {name: FORMATS[name].render(report, gates) for name in names}
+    if force and not gates:
+        # what stands there says how another report was judged
+        (folder / FORMATS["junit"].file).unlink(missing_ok=True)
     return [files.write(path, texts[name], force=force) for name, path in paths.items()]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from textwrap import fill
 
 from rich import box
-from rich.console import Group, JustifyMethod, RenderableType
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -31,9 +32,9 @@ def tables(report: Report, gates: Sequence[GateResult] = ()) -> list[RenderableT
     shown = view(report, gates)
     result: list[RenderableType] = [
         Group(Text(shown.title, "bold"), Text(shown.verdict)),
-        rich_table(headline(shown.cards)),
+        Fitting(headline(shown.cards)),
     ]
-    result += [rich_table(table) for table in shown.tables]
+    result += [Fitting(table) for table in shown.tables]
     result += [Text(f"Note: {note}", "dim") for note in shown.notes]
     return result
 
@@ -41,16 +42,35 @@ def tables(report: Report, gates: Sequence[GateResult] = ()) -> list[RenderableT
 def gate_table(results: Sequence[GateResult]) -> list[RenderableType]:
     """The gates alone, if there are any."""
     table = gates_table(results)
-    return [rich_table(table)] if table.rows else []
+    return [Fitting(table)] if table.rows else []
 
 
 def comparison(report: Report, baseline: Report) -> RenderableType:
     """What changed since another report."""
-    return rich_table(compare(report, baseline))
+    return Fitting(compare(report, baseline))
 
 
-def rich_table(table: Table) -> RichTable:
-    """A rich table of the columns that fit a terminal; cells are plain text, so no markup is read."""
+@dataclass(frozen=True)
+class Fitting:
+    """A table without the columns for which a terminal is too narrow."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See ``rich``."""
+        columns = self.table.columns
+        giving = sorted(
+            (index for index, column in enumerate(columns) if column.spare), key=lambda index: columns[index].spare
+        )
+        for count in range(len(giving) + 1):
+            rich = rich_table(self.table, giving[:count])
+            if rich.__rich_measure__(console, options).minimum <= options.max_width:
+                break
+        yield rich
+
+
+def rich_table(table: Table, without: Collection[int] = ()) -> RichTable:
+    """A rich table; cells are plain text, so no markup is read."""
     rich = RichTable(
         title=Text(table.title, "bold") if table.title else None,
         title_justify="left",
@@ -61,19 +81,18 @@ def rich_table(table: Table) -> RichTable:
         collapse_padding=True,
     )
     cells = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
-    for column, content in zip(table.columns, cells, strict=True):
-        if column.wide:
-            continue
+    kept = [index for index, column in enumerate(table.columns) if not column.wide and index not in without]
+    for column, content in ((table.columns[index], cells[index]) for index in kept):
         # numbers stay on one line, so their titles break, and words give way
         justify: JustifyMethod = "right" if column.numeric else "left"
         title = fill(column.title, NARROW) if column.numeric else column.title
-        least = None if column.numeric else min(NARROW, max(map(len, (column.title, *content))))
+        widest = max(map(len, (*title.split("\n"), *content)))
+        least = widest if column.numeric else min(NARROW, widest)
         rich.add_column(Text(title), justify=justify, no_wrap=column.numeric, overflow="fold", min_width=least)
     marks = table.marks or ("",) * len(table.rows)
     for row, mark in zip(table.rows, marks, strict=True):
-        shown = [cell for column, cell in zip(table.columns, row, strict=True) if not column.wide]
         rich.add_row(
-            *(Text(cell, "dim" if cell == NOT_MEASURED else "") for cell in shown),
+            *(Text(row[index], "dim" if row[index] == NOT_MEASURED else "") for index in kept),
             style=_STYLES.get(mark, ""),
         )
     return rich

@@ -114,11 +114,19 @@ class Card:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; only wide media show the ``wide`` ones."""
+    """A column of a table.
+
+    Attributes:
+        title: Its heading.
+        numeric: Whether it holds numbers.
+        wide: Whether only wide media show it.
+        spare: When it gives way where a table is wider than the terminal: 1 is the first, 0 never.
+    """
 
     title: str
     numeric: bool = True
     wide: bool = False
+    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,8 +198,8 @@ def headline(cards: Sequence[Card]) -> Table:
     columns = (
         Column("Headline", numeric=False),
         Column("Points"),
-        Column("95 % bounds"),
-        Column("Over"),
+        Column("95 % bounds", spare=2),
+        Column("Over", spare=1),
         Column("Verdict", numeric=False),
     )
     values = (card.value if card.unit in ("", "points") else f"{card.value} {card.unit}" for card in cards)
@@ -345,7 +353,7 @@ def _costs(report: Report) -> Table:
         Column("Metric", numeric=False),
         Column("Boxed is worse by"),
         Column("95 % bounds"),
-        Column("Images"),
+        Column("Images", spare=1),
     )
     rows = (
         _cost("Top-1 accuracy, points", cost.top1, 2),
@@ -368,10 +376,10 @@ def _models(report: Report) -> Table:
     columns = (
         Column("Model", numeric=False),
         Column("Top-1 %"),
-        Column("Top-5 %"),
-        Column("ECE"),
-        Column("NLL of prediction"),
-        Column("NLL"),
+        Column("Top-5 %", spare=2),
+        Column("ECE", spare=4),
+        Column("NLL of prediction", spare=3),
+        Column("NLL", spare=1),
         Column("Dark knowledge left"),
         Column("Beyond top-1 %"),
         Column("Images", wide=True),
@@ -405,9 +413,9 @@ def _students(report: Report) -> Table:
         Column("Student", numeric=False),
         Column("Role", numeric=False),
         Column("Accuracy %"),
-        Column("Seeds"),
+        Column("Seeds", spare=1),
         Column("Over control"),
-        Column("95 % bounds"),
+        Column("95 % bounds", spare=2),
         Column("Settings", numeric=False, wide=True),
         Column("Queries", wide=True),
         Column("Seconds", wide=True),
