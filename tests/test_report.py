@@ -18,6 +18,7 @@ import jsonschema
 import numpy as np
 import pytest
 from junitparser import JUnitXml
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import sdbctl.report as module
@@ -41,7 +42,7 @@ from sdbctl.report.html import html
 from sdbctl.report.junit import junit
 from sdbctl.report.markdown import markdown
 from sdbctl.report.render import FORMATS, write
-from sdbctl.report.terminal import tables
+from sdbctl.report.terminal import comparison, tables
 from sdbctl.report.view import bounds, compare, number, view
 
 RESULTS = Path(__file__).parent.parent / "examples" / "results"
@@ -571,6 +572,22 @@ def test_html_puts_the_finding_above_its_grounds(report):
     assert 'class="grounds"' not in html(dataclasses.replace(report, verdict="Nothing is known."))
 
 
+def test_few_images_are_no_bin_and_legends_hide_nothing(report):
+    from sdbctl.report import plots
+
+    assert [plots._many(share, 1000) for share in (0.009, 0.01, None)] == [False, True, True]
+    few = dataclasses.replace(report.models["boxed"], n_images=20, reliability=(Bin(0.5, 0.5, 0.1), Bin(0.9, 0.9, 0.9)))
+    (one,) = plots.reliability(dataclasses.replace(report, models={"boxed": few}))
+    (both,) = plots.reliability(dataclasses.replace(report, models={"boxed": dataclasses.replace(few, n_images=200)}))
+    assert both.svg.count("<path") > one.svg.count("<path")
+    axes = Figure(layout="constrained").add_subplot()
+    axes.plot([0, 1], label="a")
+    plots._legend(axes)
+    axes.figure.draw_without_rendering()
+    (legend,) = axes.figure.legends
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+
+
 def test_html_is_reproducible(report):
     assert html(report) == html(report)
 
@@ -654,6 +671,10 @@ def test_a_comparison_shows_what_is_no_longer_measured_and_what_else_changed(rep
     assert rows["authorized_gain.mean"][1:] == ("not measured", "not measured")
     assert "suite" in table.note
     assert compare(report, report).note == ""
+    assert table.rows[0][0] == "authorized_gain.mean", "what changed comes first"
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(comparison(now, report))
+    assert console.export_text().startswith("Made otherwise, so numbers may not be compared: suite none, now other.")
 
 
 @pytest.mark.parametrize("worth", [Interval(2.5, -3.0, 8.0, 5), Interval(1.0, n=1), Interval()])

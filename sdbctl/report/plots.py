@@ -18,6 +18,8 @@ from sdbctl.report.view import clean, ordered, spread
 
 WIDE, NARROW = 1000, 340
 """Widths in CSS pixels, for a desktop and for a phone."""
+FEW = 10
+"""Images below which a bin of a reliability diagram is not drawn."""
 _DPI = 72  # matplotlib writes SVG in points of 1/72 inch, so a point is a CSS pixel here
 _COLOURS = (
     "ink",
@@ -159,16 +161,24 @@ def reliability(report: Report) -> Iterator[Plot]:
             bins = [
                 (item.confidence, item.accuracy, 8 + 220 * (item.share or 0))
                 for item in model.reliability
-                if item.confidence is not None and item.accuracy is not None
+                if item.confidence is not None and item.accuracy is not None and _many(item.share, model.n_images)
             ]
             x, y, area = zip(*bins, strict=True) if bins else ((), (), ())
             axes.plot(x, y, color=_PAINT[role], linewidth=1.5, marker=mark, markersize=3, label=_short(model.label))
             axes.scatter(x, y, area, color=_PAINT[role], alpha=0.35, linewidth=0, marker=mark)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="Confidence", ylabel="Accuracy")
-        axes.legend(loc="upper left")
+        _legend(axes)
 
-    words = "Accuracy over confidence; on the dashed line they agree. Large dots hold many images."
+    words = (
+        "Accuracy over confidence; on the dashed line they agree. Large dots hold many images; bins of fewer than "
+        f"{FEW} are left out."
+    )
     yield Plot("Reliability", _svg(draw, NARROW, 320, words))
+
+
+def _many(share: float | None, images: int | None) -> bool:
+    """Whether the accuracy of so many images is more than luck; of old reports it is not known how many they are."""
+    return share is None or images is None or round(share * images) >= FEW
 
 
 def curves(report: Report) -> Iterator[Plot]:
@@ -193,9 +203,15 @@ def _curve(curve: Curve) -> Callable[[Axes], None]:
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel=_short(curve.x_label), ylabel=_short(curve.y_label))
         if curve.series:
-            axes.legend(loc="best")
+            _legend(axes)
 
     return draw
+
+
+def _legend(axes: Axes) -> None:
+    """Above the plot, where it hides no curve; in two columns if the names are short."""
+    names = axes.get_legend_handles_labels()[1]
+    axes.figure.legend(loc="outside upper left", ncols=2 if max(map(len, names), default=0) < 18 else 1)
 
 
 def trade_off(reports: Mapping[str, Report], cost: str, words: str) -> Plot | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sdbctl.report import Report
 from sdbctl.report.gates import GateResult
-from sdbctl.report.view import NOT_MEASURED, Table, compare, gates_table, headline, view
+from sdbctl.report.view import NOT_MEASURED, Table, compare, gates_table, headline, made_otherwise, view
 
 NARROW = 10
 """Characters of a line of a numeric column's title, and the least that a column of words keeps."""
@@ -47,7 +47,8 @@ def gate_table(results: Sequence[GateResult]) -> list[RenderableType]:
 
 def comparison(report: Report, baseline: Report) -> RenderableType:
     """What changed since another report."""
-    return Fitting(compare(report, baseline))
+    other = made_otherwise(report, baseline)
+    return Group(*([Text(other, "bold")] if other else []), Fitting(compare(report, baseline)))
 
 
 @dataclass(frozen=True)

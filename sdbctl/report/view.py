@@ -183,14 +183,33 @@ def compare(report: Report, baseline: Report) -> Table:
     def change(path: str) -> float | None:
         return now[path] - before[path] if path in before and path in now else None
 
+    # what changed comes first
+    paths = sorted({**now, **before}, key=lambda path: before.get(path) == now.get(path))
     rows = tuple(
         (clean(path), number(before.get(path), 3), number(now.get(path), 3), number(change(path), 3, sign=True))
-        for path in {**now, **before}
+        for path in paths
     )
-    old, new = ({"title": made.title, **dict(_settings(made.config))} for made in (baseline, report))
+    old, new = _made(baseline), _made(report)
     other = sorted(clean(name) for name in {**old, **new} if old.get(name) != new.get(name))
     note = f"These differ in {', '.join(other)}, not only in the model." if other else ""
     return Table("Compared with the baseline", columns, rows, note=note)
+
+
+def made_otherwise(report: Report, baseline: Report) -> str:
+    """In what makes numbers no match two reports differ, or nothing."""
+    old, new = _made(baseline), _made(report)
+    names = {"suite": "suite", "student": "student", "recipe.epochs": "epochs", "data_fingerprint": "data"}
+    told = [
+        f"{words} {old.get(name, 'none')[:40]}, now {new.get(name, 'none')[:40]}"
+        for name, words in names.items()
+        if old.get(name) != new.get(name)
+    ]
+    return f"Made otherwise, so numbers may not be compared: {'; '.join(told)}." if told else ""
+
+
+def _made(report: Report) -> dict[str, str]:
+    """How a report was made, by dotted names."""
+    return {"title": clean(report.title), **dict(_settings(report.config))}
 
 
 def headline(cards: Sequence[Card]) -> Table:
