@@ -357,11 +357,8 @@ def _images(
 def reordered(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
     """The same images with labels that count in the order of ``classes``, which are the data set's own."""
     numbers = torch.tensor([classes.index(name) for name in dataset.classes])
-    train, test = (
-        part if part is None else replace(part, labels=torch.where(part.labels < 0, -1, numbers[part.labels]))
-        for part in (dataset.train, dataset.test)
-    )
-    assert train is not None
+    train = replace(dataset.train, labels=numbers[dataset.train.labels])
+    test = dataset.test and replace(dataset.test, labels=numbers[dataset.test.labels])
     return replace(dataset, train=train, test=test, classes=classes, fingerprint=_fingerprint(train, test))
 
 
