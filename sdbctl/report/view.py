@@ -303,7 +303,7 @@ def _cards(report: Report) -> Iterator[Card]:
             count = f"{found.n} {tries}" if (found.n or 0) > 1 else ""
             yield Card(title, number(found.mean, digits), unit, bounds(found, digits, False), count, "neutral", words)
     if key.public is not None:
-        status, words = ("fail", "opens without the key") if key.public > OPEN else ("neutral", "through the best of them")
+        status, words = ("fail", "a key for all") if key.public > OPEN else ("neutral", "through the best of them")
         yield Card("Patterns that anybody has", number(100 * key.public), "% of answers", "", "", status, words)
     for title, worth, vain in (
         ("Original over the floor", report.protectable, nothing),
