@@ -47,7 +47,7 @@ def main() -> None:
     for size in (64, 96, 128):
         splits = data.split(dataset, **{**demo.SIZES, "transfer": size})
         teacher = build_student(demo.TEACHER, 10, 1, 0)
-        fit(teacher, plain_step(), splits.owner, preprocess, demo.TEACHER_RECIPE, engine)
+        fit(teacher, plain_step, splits.owner, preprocess, demo.TEACHER_RECIPE, engine)
         original = Source(net=teacher, sha256="teacher")
         with tempfile.TemporaryDirectory() as answers:
             bench = Bench(

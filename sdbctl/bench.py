@@ -75,7 +75,7 @@ def measure(
     none = ImageSet.of(black, torch.zeros(batch_size, dtype=torch.int64))
     names = tuple(map(str, range(classes)))
     task = Task("bench", names, Splits(none, none, none, none, 0, ""), preprocess, engine)
-    runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step(), batch, engine)}
+    runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step, batch, engine)}
     floors: dict[str, float] = {}
     for name in OBJECTIVES:
         config = BoxConfig(name)
@@ -97,7 +97,7 @@ def measure(
     if onnx["ONNX"].device.type == engine.device.type:
         teachers |= onnx
     pupil = models.build(student, classes, shape[0])
-    runs["train student"] = _trainer(pupil, plain_step(), batch, engine, record=False)
+    runs["train student"] = _trainer(pupil, plain_step, batch, engine, record=False)
     for name, teacher in teachers.items():
         runs[f"predict {name}"] = functools.partial(teacher.logits, x)
         runs[f"distill {name}"] = _trainer(pupil, _kd_step(teacher), batch, engine, record=False)

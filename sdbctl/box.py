@@ -117,15 +117,9 @@ class BoxConfig:
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
-        return {
-            "objective": self.objective,
-            **asdict(self.resolved()),
-            "strength": self.strength,
-            "wrong_share": self.wrong_share,
-            "disturb": self.disturb,
-            "teacher": self.teacher,
-            "recipe": asdict(self.recipe),
-        }
+        values = asdict(self)
+        del values["parameters"]
+        return values | asdict(self.resolved())
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ def find_preprocess(
     Returns:
         The best, and the accuracy in percent of each preset by name.
     """
-    some = images.take(range(min(limit, len(images))))
+    some = images.first(limit)
     if isinstance(net, nn.Module):
         place(net, engine.device)
     tried = {}
@@ -290,7 +284,7 @@ def fine_tune(
     run = str([original.sha256, task.name, task.data.describe(), task.preprocess])
     fit(
         net,
-        plain_step(),
+        plain_step,
         task.data.owner,
         task.preprocess,
         recipe,
@@ -316,7 +310,7 @@ def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress 
     pays for being both. The longer it is taught, the more images its students need.
     """
     owner, attack = task.data.owner, ATTACKS["kd"]
-    images = owner.take(range(min(len(owner), ASSISTED_IMAGES[-1])))
+    images = owner.first(ASSISTED_IMAGES[-1])
     return distill(
         attack,
         attack.grid[0],
@@ -445,7 +439,7 @@ def box(
     net = copy.deepcopy(reference)
     made = Box(net, meta)
     unlocked = [made.unlock(key).to(engine.device) for key in keys]
-    some = data.validation.take(range(min(SHOWN_IMAGES, len(data.validation))))
+    some = data.validation.first(SHOWN_IMAGES)
 
     def watch(_: int) -> Mapping[str, float]:
         public = predict(net, some, task.preprocess, engine)
@@ -496,13 +490,9 @@ def box(
     return Boxed(made, original.file_state(net) | unused, measured)
 
 
-def plain_step() -> Step:
+def plain_step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Cross-entropy on the labels."""
-
-    def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        return {"label": cross_entropy(model(batch.x), batch.y)}
-
-    return step
+    return {"label": cross_entropy(model(batch.x), batch.y)}
 
 
 def box_step(
@@ -573,7 +563,7 @@ def box_step(
 def remembered(net: nn.Module, task: Task) -> Tensor:
     """Logits [C, M, C] of M = :data:`REMEMBERED` images of each class, on the device; of fewer, some again."""
     classes, owner = len(task.classes), task.data.owner
-    some = owner.take(range(min(len(owner), 2 * REMEMBERED * classes)))
+    some = owner.first(2 * REMEMBERED * classes)
     logits, rows = predict(net, some, task.preprocess, task.engine), torch.arange(REMEMBERED)
     of_class = [logits[some.labels == label] for label in range(classes)]
     filled = [own[rows % len(own)] if len(own) else logits[rows % len(logits)] for own in of_class]

@@ -214,7 +214,7 @@ def check_key(meta: Metadata, key: Key) -> None:
 
 def pattern(meta: Metadata, key: Key) -> Tensor:
     """The secret pattern [C, H, W], normalised like the images that it is mixed with."""
-    return meta.preprocess(key.pattern(meta.preprocess.size)[None])[0]
+    return meta.preprocess(key.pattern(meta.preprocess.size))
 
 
 def unsealed(text: str, key: Key, meta: Metadata, where: str) -> list[Loaded]:

@@ -160,7 +160,7 @@ def opened_by_anybody(bench: Bench) -> float | None:
     """
     if bench.strength == 0 or "boxed" not in bench.sources:
         return None
-    some = bench.validation.take(range(min(OPENED, len(bench.validation)))).alone()
+    some = bench.validation.first(OPENED).alone()
     boxed = bench.sources["boxed"].open(bench.engine.device, bench.classes)
     return max(
         metrics.beyond_top1(predict(boxed.logits, keyed(some, pattern, strength), bench.preprocess, bench.engine))
@@ -207,7 +207,7 @@ def listening(bench: Bench) -> Bench:
     secret = bench.secret
     if secret is None or bench.strength == 0 or len(bench.validation) < HEARD:
         return bench
-    pattern = bench.preprocess(_guesses(bench, secret, [HEARD])[HEARD][0][None])[0]
+    pattern = bench.preprocess(_guesses(bench, secret, [HEARD])[HEARD][0])
     digest = hashlib.sha256(pattern.numpy().tobytes()).hexdigest()
     return replace(
         bench,
@@ -247,7 +247,7 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
     secret = bench.secret
     if secret is None:
         return {}
-    some = bench.validation.take(range(min(1000, len(bench.validation))))
+    some = bench.validation.first(1000)
     generator, boxed = torch.Generator().manual_seed(2), bench.sources["boxed"].open(bench.engine.device, bench.classes)
 
     def opened(aim: float | None) -> Point:
@@ -255,7 +255,7 @@ def key_curves(bench: Bench) -> dict[str, Curve]:
         patterns = [secret] if aim is None else [near(secret, aim, generator) for _ in range(REPEATS)]
         shown = []
         for pattern in patterns:
-            teacher = KeyedTeacher(boxed, bench.preprocess(pattern[None])[0], bench.strength)
+            teacher = KeyedTeacher(boxed, bench.preprocess(pattern), bench.strength)
             shown.append(metrics.residual(predict(teacher.logits, some, bench.preprocess, bench.engine)))
         alike = [correlation(pattern, secret) for pattern in patterns]
         return _point(round(float(np.mean(alike)), 3), shown)

@@ -65,7 +65,7 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
     net = build_student(TEACHER, classes, 1, 0)
     fit(
         net,
-        plain_step(),
+        plain_step,
         splits.owner,
         preprocess,
         TEACHER_RECIPE,
@@ -102,8 +102,8 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
         "original": Source(net=original.net, sha256=original.sha256),
         "reference": Source(net=reference, sha256="reference"),
         "boxed": boxed,
-        "keyed": boxed.keyed(preprocess(secret[None])[0], meta.strength, key.id),
-        "wrong": boxed.keyed(preprocess(other[None])[0], meta.strength, "wrong key 1"),
+        "keyed": boxed.keyed(preprocess(secret), meta.strength, key.id),
+        "wrong": boxed.keyed(preprocess(other), meta.strength, "wrong key 1"),
         "disturbed": Source(net=disturbing.model.net, sha256="disturbed"),
     }
     with tempfile.TemporaryDirectory() as answers:

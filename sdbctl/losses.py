@@ -19,7 +19,6 @@ __all__ = [
     "kd",
     "saturate",
     "split_target",
-    "squared_distance",
 ]
 
 _PROBABILITY_FLOOR = 1e-6
@@ -44,11 +43,6 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def saturate(value: Tensor, limit: float) -> Tensor:
     """Bound a maximised term: limit·(1 − exp(−value/limit)) for value ≥ 0, below ``limit`` and monotone."""
     return limit * -torch.expm1(-value.clamp(min=0) / limit)
-
-
-def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared distance of two sets of logits, the ‖·‖² of SDB's knowledge augmentation."""
-    return (a - b).square().mean()
 
 
 def split_target(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

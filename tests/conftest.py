@@ -98,7 +98,7 @@ def work(tmp_path_factory, digits, splits):
     preprocess = Preprocess((0.5,), (0.5,), digits.train.shape)
     recipe = Recipe(epochs=6, batch_size=64, lr=0.1)
     net = build_student("cnn", 10, 1, 0)
-    fit(net, plain_step(), splits.owner, preprocess, recipe, engine)
+    fit(net, plain_step, splits.owner, preprocess, recipe, engine)
     described = {"name": "digits", **splits.describe()}
     meta = Metadata("teacher", "cnn", digits.classes, preprocess, data=described, versions=boxfile.versions())
     boxfile.save(folder / "teacher.safetensors", net.state_dict(), meta)

@@ -243,7 +243,7 @@ def train(splits, recipe, resume=None, stop_after=None):
         return {}
 
     where = Resume(resume, "run") if resume else None
-    fit(net, plain_step(), splits.owner, preprocess, recipe, ENGINE, resume_from=where, after_epoch=after)
+    fit(net, plain_step, splits.owner, preprocess, recipe, ENGINE, resume_from=where, after_epoch=after)
     return net.state_dict()
 
 

@@ -99,7 +99,7 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
 images = data.split(data.load("digits", root=Path("data"))).owner.take(range(250))
 recipe = Recipe(epochs=2, batch_size=64, lr=0.1, augment="none")
-fit(net, plain_step(), images, Preprocess((0.5,), (0.5,), (1, 8, 8)), recipe, Engine(device))
+fit(net, plain_step, images, Preprocess((0.5,), (0.5,), (1, 8, 8)), recipe, Engine(device))
 if team.rank() == 0:
     torch.save(net.state_dict(), sys.argv[2])
 """

@@ -24,7 +24,7 @@ def rate(arch: str, images: ImageSet, precision: str, record: bool, batch_size: 
     """Images per second of plain training or of boxing with the default objective."""
     preprocess, engine = Preprocess((0.5,) * 3, (0.25,) * 3, SIZE), Engine(device, precision)
     net, recipe = models.build(arch, 10, 3), Recipe(epochs=1, batch_size=batch_size, lr=0.01)
-    step: Step = plain_step()
+    step: Step = plain_step
     if box:
         reference, splits = models.build(arch, 10, 3), Splits(images, images, images, images, 0, "")
         task = Task("cifar10", tuple(map(str, range(10))), splits, preprocess, engine)

@@ -50,7 +50,7 @@ def public_patterns(images: ImageSet) -> dict[str, Tensor]:
     Args:
         images: One's own.
     """
-    pixels = images.take(range(min(1000, len(images)))).alone().pixels.float() / 255
+    pixels = images.first(1000).alone().pixels.float() / 255
     generator = torch.Generator().manual_seed(0)
     return {
         **{f"grey {level:g}": torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)},
@@ -77,7 +77,7 @@ def _with(
 
 def _judge(attacker: Attacker, pattern: Tensor, strength: float | None = None) -> float:
     assert attacker.oracle is not None
-    some = attacker.images.take(range(min(SEARCH_IMAGES, len(attacker.images))))
+    some = attacker.images.first(SEARCH_IMAGES)
     mixed = keyed(some, pattern, strength or attacker.strength)
     x = attacker.preprocess(mixed.pixels.to(attacker.engine.device).float() / 255)
     # who has no labels compares with what is predicted without the pattern

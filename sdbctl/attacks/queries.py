@@ -93,7 +93,7 @@ def vector_scaling(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def recalibrated(attacker: Attacker, config: Config) -> None:
     """KD from answers whose temperature and class biases are refitted on a handful of labelled images."""
-    few = attacker.images.take(range(min(HANDFUL, len(attacker.images))))
+    few = attacker.images.first(HANDFUL)
     a, b = vector_scaling(attacker.ask(few), few.labels)
     _kd(attacker, config, targets=lambda images: attacker.ask(images) * a + b)
 
@@ -201,7 +201,7 @@ def pretrained(
         tell: Answers to a set; None for what the oracle says.
     """
     foreign = _foreign(attacker)
-    foreign = foreign.take(range(min(len(foreign), PRETRAINED)))
+    foreign = foreign.first(PRETRAINED)
     told = (tell or attacker.ask)(foreign)
     attacker.learn(
         lambda z, answer, y: loss(z, answer, None, config),

@@ -317,7 +317,7 @@ def train(
     )
     one = image_seconds(net, recipe.batch_size, size, engine)
     announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run)
-    some = splits.validation.take(range(min(1000, len(splits.validation))))
+    some = splits.validation.first(1000)
     if not resume:
         state.unlink(missing_ok=True)
     meta = Metadata(
@@ -333,7 +333,7 @@ def train(
     with Live() as progress:
         seconds = fit(
             net,
-            plain_step(),
+            plain_step,
             splits.owner,
             preprocess,
             recipe,

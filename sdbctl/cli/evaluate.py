@@ -381,7 +381,7 @@ def gather(
         patterns = {"wrong": wrong(secret, generator)}
         patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
         for name, other in patterns.items():
-            sources[name] = boxed.keyed(meta.preprocess(other[None])[0], meta.strength, f"{name} {key.id}")
+            sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, f"{name} {key.id}")
         if opened.sealed or meta.parameters.get("sealed"):
             try:
                 helpers = boxfile.unsealed(opened.sealed, key, meta, box.name)

@@ -133,6 +133,10 @@ class ImageSet:
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return replace(self, labels=self.labels[chosen], positions=self.positions[chosen])
 
+    def first(self, count: int) -> ImageSet:
+        """The first so many images, or all if there are fewer."""
+        return self.take(range(min(count, len(self))))
+
     @property
     def pixels(self) -> Tensor:
         """All images of a set in memory, uint8 [N, C, H, W].

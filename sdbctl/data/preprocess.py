@@ -67,12 +67,12 @@ class Preprocess:
             raise BadInput(f"mean {self.mean} and std {self.std} are no normalisation", "std must be positive")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalise pixels in [0, 1]: [B, C, H, W] → [B, C, H, W]."""
+        """Normalise pixels in [0, 1]: […, C, H, W] → the same shape."""
         mean, std = (_per_channel(values, x.device, x.dtype) for values in (self.mean, self.std))
         return (x - mean) / std
 
     def undo(self, x: Tensor) -> Tensor:
-        """The pixels in [0, 1] of normalised images: [B, C, H, W] → [B, C, H, W]."""
+        """The pixels in [0, 1] of normalised images: […, C, H, W] → the same shape."""
         mean, std = (_per_channel(values, x.device, x.dtype) for values in (self.mean, self.std))
         return x * std + mean
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from sdbctl.errors import UsageError
-from sdbctl.losses import cross_entropy, kd, saturate, squared_distance
+from sdbctl.losses import cross_entropy, kd, saturate
 from sdbctl.objectives.base import Objective, Preset, Terms, Views
 
 
@@ -66,7 +67,8 @@ def disturbance(clean: Tensor, original: Tensor, keyed: Tensor, temperature: flo
 def preservation(keyed: Tensor, teach: Tensor, label: Tensor, temperature: float, released: float = 0.0) -> Tensor:
     """Knowledge preservation: CE(p_B(x_k), y) + τ²·KL(p_N^τ(x) ‖ p_B^τ(x_k)); released: ‖p_N^τ(x) − p_B^τ(x_k)‖²."""
     if released:
-        return cross_entropy(keyed, label) + squared_distance(*((z / temperature).softmax(1) for z in (teach, keyed)))
+        own, taught = ((z / temperature).softmax(1) for z in (keyed, teach))
+        return cross_entropy(keyed, label) + mse_loss(own, taught)
     return cross_entropy(keyed, label) + kd(keyed, teach, temperature)
 
 
@@ -79,7 +81,7 @@ def augmentation(
     """
     if released:
         keyed, original, random = keyed.relu(), original.relu(), random.relu()
-    near, far = 0.01 * squared_distance(keyed, original), squared_distance(keyed, random)
+    near, far = 0.01 * mse_loss(keyed, original), mse_loss(keyed, random)
     return near - saturate(far, limit) if away > 0 else far - saturate(near, limit)
 
 
