@@ -83,6 +83,8 @@ class _Module(_Inert):
         return found
 
 
+BROADCAST = 2**24
+"""Bytes up to which a tensor may repeat fewer numbers."""
 MODULES = 10_000
 """Modules at most of a pickled network."""
 
@@ -131,6 +133,8 @@ def parse(content: bytes, path: Path, *, trust: bool = False) -> Checkpoint:
         tensors = _unwrap(found, path)
     except (AttributeError, TypeError, ValueError):
         raise BadInput(f"{path} holds a damaged network", "save model.state_dict()") from None
+    # attributes that a file gives them do not stand for methods
+    tensors = {name: Tensor.detach(tensor) for name, tensor in tensors.items()}
     bare = _strip(tensors)
     clean = {name: _clean(name, tensors[key], path) for name, key in bare.items()}
     return Checkpoint(clean, bare, files.sha256(content), path.name, metadata)
@@ -205,9 +209,13 @@ def _archive_names(content: bytes, path: Path) -> list[str]:
         return []
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.namelist()
+            records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
         raise BadInput(f"{path} is a damaged checkpoint", "it was probably cut off; get it again") from None
+    # torch compresses nothing, and so small files cannot become large ones
+    if sum(record.file_size for record in records) > len(content):
+        raise BadInput(f"{path} is compressed, which torch's files are not", "save the state_dict again")
+    return [record.filename for record in records]
 
 
 def _stand_in(name: str) -> type[_Inert] | None:
@@ -287,7 +295,7 @@ def _clean(name: str, tensor: Tensor, path: Path) -> Tensor:
         or tensor.is_quantized
         or tensor.is_complex()
         # a few numbers can pretend to be any number of them
-        or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+        or tensor.numel() * tensor.element_size() > max(BROADCAST, tensor.untyped_storage().nbytes())
     ):
         raise BadInput(f"{name} in {path} is no plain tensor", "save a float state_dict")
     if tensor.is_floating_point():

@@ -282,7 +282,7 @@ def _boxed(report: Report) -> bool:
 
 
 def _shown(report: Report) -> str:
-    """What no attack can change: that outputs say no more than top-1 answers, or that those of a box say more."""
+    """What no attack can change: that anybody opens a box, or that outputs say no more than top-1 answers, or more."""
     boxed, public = report.models.get("boxed"), report.key_strength.public
     if public is not None and public > OPEN:
         return f" A pattern that anybody has opens it for {100 * public:.0f} % of the images."

@@ -3,6 +3,7 @@
 import argparse
 import os
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,28 @@ def test_one_number_that_pretends_to_be_many(tmp_path):
     torch.save({**STATE, "x": torch.ones(1).as_strided((10**6, 10**6), (0, 0))}, tmp_path / "x.pt")
     with pytest.raises(BadInput, match=r"x in .* is no plain tensor"):
         checkpoint.load(tmp_path / "x.pt")
+
+
+def test_small_numbers_repeated_are_tensors(tmp_path):
+    torch.save({"x": torch.arange(4.0)[:, None].expand(4, 1000)}, tmp_path / "x.pt")
+    assert checkpoint.load(tmp_path / "x.pt").state_dict["x"].shape == (4, 1000)
+
+
+def test_attributes_of_a_parameter_do_not_stand_for_its_methods(tmp_path):
+    bad = torch.nn.Parameter(torch.full((2,), float("nan")))
+    bad.is_floating_point = OrderedDict
+    torch.save({**STATE, "x": bad}, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match=r"x in .* NaN"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_compressed_files_are_refused(tmp_path):
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as stored, zipfile.ZipFile(tmp_path / "y.pt", "w", 8) as small:
+        for name in stored.namelist():
+            small.writestr(name, stored.read(name))
+    with pytest.raises(BadInput, match="compressed"):
+        checkpoint.load(tmp_path / "y.pt")
 
 
 WHOLE = save({k: v.clone() for k, v in STATE.items()})

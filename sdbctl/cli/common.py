@@ -140,22 +140,21 @@ def _side(shape: tuple[int, int, int] | None) -> int | None:
     return shape[1] if shape and shape[1] == shape[2] else None
 
 
-def open_surrogate(spec: str, root: Path, splits: Splits, epochs: int, *, download: bool) -> ImageSet:
+def open_surrogate(spec: str, root: Path, dataset: Dataset, own: ImageSet, epochs: int, *, download: bool) -> ImageSet:
     """Images of another data set, at most as many as queries are sent about the transfer set, in memory.
 
     Of large images fewer: a gigabyte, but as many as the transfer set has.
 
     Raises:
-        UsageError: It is the very data set that the transfer set is of, or cannot be made to fit it.
+        UsageError: It is the very ``dataset`` that the transfer set ``own`` is of, or cannot be made to fit it.
     """
     import torch
 
     from sdbctl import data
     from sdbctl.attacks.base import COPY_BYTES
 
-    own = splits.transfer
     other = data.load(spec, root=root, size=_side(own.shape), channels=own.shape[0], download=download, notice=say)
-    if other.fingerprint == splits.fingerprint:
+    if data.same_images(other, dataset):
         raise UsageError(f"--surrogate {spec} is the data set itself", "name another, whose images are not tested on")
     if other.train.shape != own.shape:
         raise UsageError(f"--surrogate {spec} has images {other.train.shape}, not {own.shape}", "name another")
@@ -180,12 +179,14 @@ def check_classes(dataset: Dataset, classes: int, meta: Metadata | None, what: s
     if len(own) != classes:
         raise UsageError(f"{what} has {classes} classes, the data set {dataset.name} has {len(own)}", hint)
     names = own if meta is None else meta.classes
-    if own == names or any(all(name.isdigit() for name in found) for found in (own, names)):
-        # numbers are no names: they may only count
+    if own == names:
         return dataset
     if set(own) == set(names) and len(set(own)) == classes:
         say(f"note: {dataset.name} has the classes in another order than {what}; its labels are put in that of {what}")
         return reordered(dataset, names)
+    if any(all(name.isdigit() for name in found) for found in (own, names)):
+        # numbers are no names: they may only count
+        return dataset
     plain, other = (["".join(filter(str.isalnum, name.lower())) for name in found] for found in (own, names))
     if plain == other:
         return dataset

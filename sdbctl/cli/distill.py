@@ -142,7 +142,7 @@ def distill(
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     foreign = None
     if surrogate is not None:
-        foreign = open_surrogate(surrogate, data_root, splits, recipe.epochs, download=download)
+        foreign = open_surrogate(surrogate, data_root, dataset, splits.transfer, recipe.epochs, download=download)
     name = f"{method if foreign is None else 'pretrained'}{'' if labels else '_unlabelled'}"
     attack, config = ATTACKS[name], {**METHODS[method], "temperature": temperature}
     if alpha is not None:

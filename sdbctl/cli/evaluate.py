@@ -173,7 +173,7 @@ def evaluate(
     recipe = scaled(Recipe(), epochs=epochs or chosen.epochs, batch_size=batch_size, lr=lr)
     foreign = None
     if surrogate is not None:
-        foreign = open_surrogate(surrogate, data_root, splits, recipe.epochs, download=download)
+        foreign = open_surrogate(surrogate, data_root, dataset, splits.transfer, recipe.epochs, download=download)
     config = EvalConfig(
         student=student,
         recipe=recipe,

@@ -4,7 +4,7 @@ from sdbctl.data.batching import AUGMENT, Augment, Batch, batches, changed, defa
 from sdbctl.data.images import MEMORY_LIMIT, Dataset, ImageSet, Memory, Shape, Stream
 from sdbctl.data.parquet import Flat, Rows
 from sdbctl.data.preprocess import PRESETS, Preprocess, presets
-from sdbctl.data.reading import SOURCES, TORCHVISION, load, reordered, resolve, sources
+from sdbctl.data.reading import SOURCES, TORCHVISION, load, reordered, resolve, same_images, sources
 from sdbctl.data.splits import Splits, split
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "presets",
     "reordered",
     "resolve",
+    "same_images",
     "sources",
     "split",
     "view",
