@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdbctl import boxfile, files, team
+from sdbctl import boxfile, data, files, team
 from sdbctl.box import digest
 from sdbctl.data import PRESETS
 from sdbctl.errors import UsageError
@@ -349,8 +349,13 @@ def test_classes_count_in_the_order_of_the_model(tmp_path, capsys):
     brightness = [float(same.train.pixels[same.train.labels == label].float().mean()) for label in range(3)]
     assert brightness[1] < brightness[2] < brightness[0], "ant, cat, dog"
     assert "in another order" in " ".join(capsys.readouterr().err.split())
+    assert data.same_images(same, found)
+    # sorted as text
+    numbers = replace(found, classes=("1", "10", "2"))
+    assert check_classes(numbers, 3, SimpleNamespace(classes=("1", "2", "10")), "m").classes == ("1", "2", "10")
     other = open_data(named_folder(tmp_path / "b", ("ant", "bee", "none")), tmp_path)
     assert "no training image is of class none" in capsys.readouterr().err
+    assert not data.same_images(other, found)
     with pytest.raises(UsageError, match="class 0 of m is 'dog', of the data set b 'ant'"):
         check_classes(other, 3, model, "m")
     for names in (("0", "1", "2"), ("Ant", "bee", "NONE")):
