@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,6 @@ _BESIDE = re.compile(
 class _Inert:
     """Stands for an object of a pickle whose class is not called, lest what a stranger wrote is computed."""
 
-    def __new__(cls, *args: object, **options: object) -> Self:
-        return super().__new__(cls)
-
     def __init__(self, *args: object, **options: object) -> None:
         pass
 
@@ -70,12 +67,13 @@ class _Module(_Inert):
         """Names → tensors, as of a real one.
 
         Raises:
-            ValueError: A module holds itself.
+            ValueError: A module holds itself, or there are too many.
         """
-        found, ahead, above = dict[str, Tensor](), list[tuple[str, _Module, tuple[int, ...]]]([("", self, ())]), 0
+        found, ahead, count = dict[str, Tensor](), list[tuple[str, _Module, tuple[int, ...]]]([("", self, ())]), 0
         while ahead:
             prefix, module, holders = ahead.pop()
-            if id(module) in holders or (above := above + 1) > MODULES:
+            count += 1
+            if id(module) in holders or count > MODULES:
                 raise ValueError
             found |= {prefix + name: value for name, value in module._own.items()}
             inner = [(f"{prefix}{name}.", one) for name, one in module._inner.items() if isinstance(one, _Module)]
@@ -133,8 +131,6 @@ def parse(content: bytes, path: Path, *, trust: bool = False) -> Checkpoint:
         tensors = _unwrap(found, path)
     except (AttributeError, TypeError, ValueError):
         raise BadInput(f"{path} holds a damaged network", "save model.state_dict()") from None
-    # attributes that a file gives them do not stand for methods
-    tensors = {name: Tensor.detach(tensor) for name, tensor in tensors.items()}
     bare = _strip(tensors)
     clean = {name: _clean(name, tensors[key], path) for name, key in bare.items()}
     return Checkpoint(clean, bare, files.sha256(content), path.name, metadata)
@@ -158,11 +154,11 @@ def _read_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], di
 
 
 def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
-    archive = _archive_names(content, path)
+    archive = _archive(content, path)
     kind = None
-    if any(name.endswith("constants.pkl") for name in archive):
+    if any(record.filename.endswith("constants.pkl") for record in archive):
         kind = "a TorchScript program"
-    elif any(name.endswith((".json", "archive_format")) for name in archive):
+    elif any(record.filename.endswith((".json", "archive_format")) for record in archive):
         kind = "an exported program (.pt2)"
     if kind is not None:
         if not trust:
@@ -171,6 +167,9 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
                 "save its state_dict instead, or use --trust if you made it",
             )
         return _trusted(content, path, kind)
+    # of these torch compresses nothing, and so a small file cannot become a large one
+    if sum(record.file_size for record in archive) > len(content):
+        raise BadInput(f"{path} is compressed, which torch's files are not", "save the state_dict again")
     stream = io.BytesIO(content)
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
@@ -204,18 +203,14 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None
 
 
-def _archive_names(content: bytes, path: Path) -> list[str]:
+def _archive(content: bytes, path: Path) -> list[zipfile.ZipInfo]:
     if content[:2] != b"PK":
         return []
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            records = archive.infolist()
+            return archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
         raise BadInput(f"{path} is a damaged checkpoint", "it was probably cut off; get it again") from None
-    # torch compresses nothing, and so small files cannot become large ones
-    if sum(record.file_size for record in records) > len(content):
-        raise BadInput(f"{path} is compressed, which torch's files are not", "save the state_dict again")
-    return [record.filename for record in records]
 
 
 def _stand_in(name: str) -> type[_Inert] | None:
@@ -288,6 +283,8 @@ def _strip(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _clean(name: str, tensor: Tensor, path: Path) -> Tensor:
+    # attributes that a file gives it do not stand for methods
+    tensor = Tensor.detach(tensor)
     if (
         tensor.layout != torch.strided
         or tensor.is_nested
@@ -302,4 +299,4 @@ def _clean(name: str, tensor: Tensor, path: Path) -> Tensor:
         tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise BadInput(f"{name} in {path} holds NaN or infinite weights", "train it again, or take an older one")
-    return tensor.detach().cpu().contiguous().clone()
+    return tensor.cpu().contiguous().clone()
