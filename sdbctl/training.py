@@ -184,7 +184,9 @@ def check_takes(model: nn.Module, shape: tuple[int, ...]) -> None:
         model.train(training)
 
 
-def pick_engine(device: str, precision: Precision, model: nn.Module, example: Tensor) -> tuple[Engine, str]:
+def pick_engine(
+    device: str, precision: Precision, model: nn.Module, example: Tensor, reason: str = "as asked"
+) -> tuple[Engine, str]:
     """Choose the precision by timing some training steps of each.
 
     Args:
@@ -192,6 +194,7 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
         precision: A fixed choice, or ``auto``.
         model: The network to be trained; it is not changed.
         example: A batch [B, C, H, W] of its input.
+        reason: Why a fixed choice is one, in words.
 
     Returns:
         The engine and one line that says what was chosen and why.
@@ -202,7 +205,7 @@ def pick_engine(device: str, precision: Precision, model: nn.Module, example: Te
     where = pick_device(device)
     check_takes(model, tuple(example.shape[1:]))
     if precision != "auto":
-        return Engine(where, precision), f"{where}, {precision} (as asked)"
+        return Engine(where, precision), f"{where}, {precision} ({reason})"
     seconds = {"fp32": math.inf, "bf16": math.inf}
     # in turn, so that a machine that is busy for a moment hits both
     for _ in range(3 if where.type == "cpu" else 1):

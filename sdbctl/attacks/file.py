@@ -267,10 +267,15 @@ STRIPPED_DIST = _attack(
     "correlations with the bare weights", "Huang et al., NeurIPS 2022", stripped, DIST.grid, "dist_hard"
 )
 AMPLIFIED = _attack("what the bare weights still show, amplified", "own", stripped, AMPLIFYING, "dkd_hard")
-REHEAD = replace(
-    _attack("a new last layer on the box's features", "Alain & Bengio, ICLR 2017 workshop", rehead, _GRID), own=_tuned
+REHEAD = Attack(
+    "a new last layer on the box's features",
+    "Alain & Bengio, ICLR 2017 workshop",
+    rehead,
+    _GRID,
+    Access.WEIGHTS,
+    own=_tuned,
 )
-_FINE_TUNED = _attack(
+FINE_TUNED = Attack(
     "the box fine-tuned on few labels",
     "Liu et al., RAID 2018",
     fine_tuned,
@@ -279,8 +284,9 @@ _FINE_TUNED = _attack(
         *({**config, "share": 0.1} for config in _ANY[1:]),
         {**_ANY[-1], "share": 0.01},
     ),
+    Access.WEIGHTS,
+    own=_tuned,
 )
-FINE_TUNED = replace(_FINE_TUNED, own=_tuned)
 PRUNED = _attack("the box pruned", "Han et al., NeurIPS 2015", pruned, ({**config, "share": 0.3} for config in _ANY))
 NOISY = _attack(
     "boxes with noisy weights, averaged", "own", noisy, ({**config, "sigma": 0.1} for config in _ANY), "dist_hard"

@@ -87,8 +87,8 @@ def begin(
     from sdbctl import files
 
     outputs = [path for path in (output, *others) if path is not None]
-    named = [path.resolve() for path in (*states, *outputs, *set(kept))]
-    twice = next((path for path in named if named.count(path) > 1), None)
+    paths = [path.resolve() for path in (*states, *outputs, *set(kept))]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise UsageError(
             f"{twice.name} would be two files of this run at once", "give --output or --profile another name"
@@ -258,10 +258,10 @@ def pick(
 
     from sdbctl.training import pick_device, pick_engine
 
-    before = precision == "auto" and kept is not None
-    if before and kept is not None:
+    reason = "as asked"
+    if precision == "auto" and kept is not None:
         # what was measured when the run began, or what it made would not fit
-        precision = kept
+        precision, reason = kept, "as in the run before"
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
     several = devices * nodes > 1
@@ -272,9 +272,8 @@ def pick(
     if several and precision == "auto":
         # processes that start together would spoil each other's timings, and must all choose the same
         precision = "bf16" if pick_device(device).type == "cuda" else "fp32"
-    engine, why = pick_engine(device, precision, model, torch.zeros(batch_size, *shape))  # type: ignore[arg-type]
-    if before:
-        why = why.replace("as asked", "as in the run before")
+    example = torch.zeros(batch_size, *shape)
+    engine, why = pick_engine(device, precision, model, example, reason)  # type: ignore[arg-type]
     if several:
         team.join(engine.device, engine.precision, devices, nodes, strategy)
         err.quiet = team.rank() > 0
