@@ -44,6 +44,7 @@ def run_cli(*args, stdin=None, cwd=None):
     return Result(result.exit_code, result.stdout_bytes, result.stderr_bytes)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """Of ``--numprocesses auto``: a core each, but four to a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """sdbctl.toml: defaults for options, unknown keys named."""
 
+import os
 import sys
 
 import pytest
@@ -99,3 +100,21 @@ def test_defaults_that_apply_are_named(tmp_path, capsys):
     assert not capsys.readouterr().err
     run_cli("train", "--epochs", 0, cwd=tmp_path)
     assert "defaults from sdbctl.toml: data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_waiting_threads_sleep_soon_unless_told_otherwise(given, found, monkeypatch, tmp_path):
+    # set first, so that what main adds is taken back, too
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sdbctl", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert os.environ.get("GOMP_SPINCOUNT") == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +73,9 @@ def defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
 def main() -> Any:
     """Entry point of the console script; ``sdbctl.toml`` in this folder fills in options."""
     streams.mend()
+    # threads that wait for one another soon sleep: beside other work, spinning keeps those from the CPU they wait for
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         return app(default_map=defaults_for(sys.argv[1:]))
     except (SdbError, OSError) as error:
