@@ -135,7 +135,7 @@ def test_kinds_are_told_by_content(tmp_path):
 def test_other_pickle_protocols_are_named_and_need_trust(protocol, legacy, tmp_path):
     path = tmp_path / "x.pt"
     torch.save(STATE, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(BadInput, match="another pickle protocol.*without pickle_protocol, or use --trust"):
+    with pytest.raises(BadInput, match=r"another pickle protocol.*without pickle_protocol, or use --trust"):
         checkpoint.load(path)
     same(checkpoint.load(path, trust=True))
 
