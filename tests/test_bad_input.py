@@ -395,7 +395,8 @@ def test_a_teacher_that_guesses_is_said(work, tmp_path):
     said = run_cli("distill", work / "teacher.safetensors", *common, *small)
     assert b"not clearly better than guessing" in said.stderr
     made = run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r", "--json")
-    assert any("not clearly better than guessing" in note for note in json.loads(made.stdout)["notes"])
+    notes = " ".join(json.loads(made.stdout)["notes"])
+    assert "not clearly better than guessing" in notes and "splits may overlap" in notes
 
 
 def test_unknown_names(work, tmp_path):
@@ -644,10 +645,29 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_pat
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_max_cost(work, tmp_path):
-    args = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
-    result = run_cli(*args, "--no-seal", "--epochs", "1", "--max-cost", "-50", "--precision", "fp32")
+def test_max_cost(work, tmp_path, monkeypatch):
+    from sdbctl.cli import box
+
+    monkeypatch.setattr(box, "DEAR", -100.0)
+    shutil.copy(work / "k.bin", tmp_path / "k.bin")
+    (tmp_path / "k.bin").chmod(0o644)
+    args = ["box", work / "teacher.safetensors", "--key-file", tmp_path / "k.bin", "-o", tmp_path / "b.safetensors"]
+    options = [
+        "--insecure-key-file",
+        "--no-seal",
+        "--epochs",
+        "1",
+        "--max-cost",
+        "-50",
+        "--precision",
+        "fp32",
+        "--json",
+    ]
+    result = run_cli(*args, *options)
     assert result.returncode == 3
+    warnings = json.loads(result.stdout)["warnings"]
+    assert "read by other users" in warnings[0] and "points of top-1; train for more --epochs" in warnings[-1]
+    assert all(f"warning: {warning}\n".encode() in result.stderr for warning in warnings)
     assert b"more than --max-cost" in result.stderr.splitlines()[-1]
     assert (tmp_path / "b.safetensors").exists()
 

@@ -25,7 +25,7 @@ from sdbctl.cli.common import (
     split_like,
     together,
 )
-from sdbctl.cli.output import Live, emit, pairs, say
+from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -459,6 +459,10 @@ def box(
     for done in states:
         done.unlink(missing_ok=True)
     cost, measured = made.cost, made.measured
+    if measured["keyed_residual"] < 3 * measured["residual"]:
+        warn("the key opens hardly more than everybody sees; train for more --epochs")
+    if cost > DEAR:
+        warn(f"the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
     emit(
         {
             "box": str(output),
@@ -467,6 +471,7 @@ def box(
             "key_ids": meta.key_ids,
             "cost_top1": cost,
             **measured,
+            "warnings": warned,
         },
         json_,
         pairs(
@@ -485,10 +490,6 @@ def box(
             },
         ),
     )
-    if measured["keyed_residual"] < 3 * measured["residual"]:
-        say("warning: the key opens hardly more than everybody sees; train for more --epochs")
-    if cost > DEAR:
-        say(f"warning: the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
     if max_cost is not None and cost > max_cost:
         raise GateFailed(
             f"the box costs {cost:.2f} top-1 points, more than --max-cost {max_cost:g}", "the files were kept"

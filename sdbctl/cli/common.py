@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdbctl import team
-from sdbctl.cli.output import duration, ending, err, say
+from sdbctl.cli.output import duration, ending, err, say, warn
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
 
     recorded = recorded or {}
     if recorded.get("fingerprint") not in (None, dataset.fingerprint):
-        say("warning: this is not the data that the file was made with; splits may overlap")
+        warn("this is not the data that the file was made with; splits may overlap")
         recorded = {}
     asked = {name: size for name, size in sizes.items() if size is not None}
     kept = {

@@ -24,7 +24,7 @@ from sdbctl.cli.common import (
     split_like,
     together,
 )
-from sdbctl.cli.output import Live, emit, pairs, say
+from sdbctl.cli.output import Live, emit, pairs, say, warned
 from sdbctl.errors import BadInput, UsageError
 
 FEW = 10_000
@@ -241,6 +241,7 @@ def distill(
         "teacher_top1": round(taught, 3),
         **measured,
         **config,
+        "warnings": warned,
     }
     rows = {
         "student": f"{student}: {top1:.2f} % top-1 on {len(splits.test):,} test images",

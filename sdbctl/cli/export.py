@@ -9,7 +9,7 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import box_fields, check_known, named, open_model, preset, read_key
-from sdbctl.cli.output import emit, pairs, say
+from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
@@ -98,14 +98,14 @@ def export(
                 why = "it was made to disturb"
             else:
                 why = "what it shows with and without the key cannot be told apart"
-            say(f"warning: this box is served with ALL that it shows, not with the predicted class alone: {why}")
+            warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, sealed=loaded.sealed, force=force)
-    emit(result, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
 def inspect(
