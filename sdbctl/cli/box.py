@@ -25,6 +25,7 @@ from sdbctl.cli.common import (
     split_like,
     together,
 )
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
@@ -124,7 +125,9 @@ def box(
     test_size: o.TestSize = None,
     arch: o.Arch = None,
     normalize: o.Normalize = None,
-    objective: Annotated[str, typer.Option("--objective", help="See sdbctl list objectives.")] = "conceal",
+    objective: Annotated[
+        str, typer.Option("--objective", help="See sdbctl list objectives.", autocompletion=complete("objectives"))
+    ] = "conceal",
     preset: Annotated[
         str | None, typer.Option("--preset", help="Published or default parameters of the objective.")
     ] = None,
@@ -146,6 +149,7 @@ def box(
         str,
         typer.Option(
             "--teacher",
+            autocompletion=complete("teachers"),
             help="Whose answers the key opens: reference, original, or auto, from whom of the two small students learn "
             "more; or assistant, a small network that the reference taught: students learn more from it, users lose "
             "accuracy.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdbctl import team
+from sdbctl.cli.names import NAMES
 from sdbctl.cli.output import duration, ending, err, say, warn
 from sdbctl.errors import UsageError
 
@@ -262,8 +263,7 @@ def pick(
     if precision == "auto" and kept is not None:
         # what was measured when the run began, or what it made would not fit
         precision, reason = kept, "as in the run before"
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
+    check_known("precision", precision, NAMES["precisions"])
     several = devices * nodes > 1
     if batch_size < 2 * devices * nodes:
         raise UsageError(

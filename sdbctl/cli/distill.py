@@ -24,6 +24,7 @@ from sdbctl.cli.common import (
     split_like,
     together,
 )
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, emit, pairs, say, warned
 from sdbctl.errors import BadInput, UsageError
 
@@ -33,7 +34,9 @@ FEW = 10_000
 
 def distill(
     teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A box, checkpoint or ONNX file.")],
-    student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
+    student: Annotated[
+        str, typer.Option("--student", help="See sdbctl list students.", autocompletion=complete("students"))
+    ] = "wrn16",
     key_file: o.KeyFile = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
@@ -44,7 +47,13 @@ def distill(
     arch: o.Arch = None,
     normalize: o.Normalize = None,
     method: Annotated[
-        str, typer.Option("--method", help="Loss: kd, dkd or dist, which often teaches more.", metavar="NAME")
+        str,
+        typer.Option(
+            "--method",
+            autocompletion=complete("methods"),
+            help="Loss: kd, dkd or dist, which often teaches more.",
+            metavar="NAME",
+        ),
     ] = "kd",
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
     alpha: Annotated[
@@ -255,7 +264,9 @@ def distill(
 
 
 def train(
-    arch: Annotated[str, typer.Option("--arch", help="See sdbctl list students.")] = "resnet20",
+    arch: Annotated[
+        str, typer.Option("--arch", help="See sdbctl list students.", autocompletion=complete("students"))
+    ] = "resnet20",
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
     download: o.Download = False,

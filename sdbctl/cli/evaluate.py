@@ -25,6 +25,7 @@ from sdbctl.cli.common import (
     read_key,
     split_like,
 )
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, duration, emit, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
@@ -71,10 +72,17 @@ def evaluate(
     attack: Annotated[bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")] = False,
     key_file: o.KeyFile = None,
     student: Annotated[
-        str | None, typer.Option("--student", help="See sdbctl list students. [default: wrn16, in quick resnet8]")
+        str | None,
+        typer.Option(
+            "--student",
+            autocompletion=complete("students"),
+            help="See sdbctl list students. [default: wrn16, in quick resnet8]",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
-    suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "standard",
+    suite: Annotated[
+        str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
+    ] = "standard",
     surrogate: o.Surrogate = None,
     tune: Annotated[
         int | None,

@@ -9,6 +9,7 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import box_fields, check_known, named, open_model, preset, read_key
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError
 
@@ -27,13 +28,19 @@ def export(
         str | None,
         typer.Option(
             "--confidence",
+            autocompletion=complete("confidences"),
             help="What public outputs of a box say of how sure they are: class, one per class; rough, two; or "
             "exact, all that they show, which helps attackers. [default: class]",
         ),
     ] = None,
     wrapper: Annotated[
         str | None,
-        typer.Option("--wrapper", metavar="NAME", help="Put a serving-time defence into the graph; see sdbctl list."),
+        typer.Option(
+            "--wrapper",
+            metavar="NAME",
+            autocompletion=complete("wrappers"),
+            help="Put a serving-time defence into the graph; see sdbctl list.",
+        ),
     ] = None,
     force: o.Force = False,
     trust: o.Trust = False,
