@@ -389,6 +389,32 @@ def test_the_normalisation_of_an_onnx_of_somebody_else_is_found(work, tmp_path):
     assert all(f"{name}," in shown or f"{name} (" in shown for name in PRESETS)
 
 
+def test_partners_learn_from_all_that_they_have(work, tmp_path):
+    common = (
+        "distill",
+        work / "boxed.safetensors",
+        "--key-file",
+        work / "k.bin",
+        "--student",
+        "cnn-tiny",
+        "--epochs",
+        1,
+    )
+    common = (*common, "--precision", "fp32", "-o", tmp_path / "s.safetensors", "--force", "--json")
+    other = ("--data", npz(tmp_path / "a.npz"))
+    made = run_cli(*common, *other)
+    said = made.stderr.decode()
+    assert "split: 112 owner, 32 transfer, 16 validation, 40 test images" in said
+    assert "the student learns from 32 of the images" in said
+    most = int(said.partition("--transfer-size may be up to ")[2].split()[0])
+    assert most == 143 and json.loads(made.stdout)["queries"] == 32
+    more = run_cli(*common, *other, "--transfer-size", most)
+    assert json.loads(more.stdout)["queries"] == most and b"--transfer-size" not in more.stderr
+    assert run_cli(*common, *other, "--transfer-size", most + 1).returncode == 2
+    # of the box maker's data the others are those that it was made with
+    assert b"--transfer-size" not in run_cli(*common, "--data", "digits", "--dry-run").stderr
+
+
 def test_a_teacher_that_guesses_is_said(work, tmp_path):
     common = ("--data", npz(tmp_path / "a.npz"), "--precision", "fp32")
     small = ("--student", "cnn-tiny", "--epochs", 1, "-o", tmp_path / "s.safetensors")

@@ -140,7 +140,15 @@ def distill(
         shape=opened.shape,
     )
     dataset = check_classes(dataset, classes, meta, teacher.name)
-    splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
+    recorded = meta.data if meta else {}
+    splits = split_like(dataset, recorded, transfer=transfer_size, test=test_size)
+    own = "transfer" not in recorded or recorded.get("fingerprint") not in (None, dataset.fingerprint)
+    if own and transfer_size is None:
+        # a split has no empty part, and the owner's is of no use here
+        most = len(splits.transfer) + len(splits.owner) - 1
+        say(
+            f"note: the student learns from {len(splits.transfer):,} of the images; --transfer-size may be up to {most}"
+        )
     if helpers and sealed is None and len(splits.transfer) > FEW:
         say(f"note: of more than {FEW:,} images students were not seen to learn more from what is sealed (--sealed)")
     elif helpers:

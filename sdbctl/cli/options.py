@@ -45,7 +45,13 @@ ImageSize = Annotated[
 ]
 TransferSize = Annotated[
     int | None,
-    typer.Option("--transfer-size", metavar="N", min=1, help="Images of the attacker's split.", rich_help_panel=DATA),
+    typer.Option(
+        "--transfer-size",
+        metavar="N",
+        min=1,
+        help="Images of the attacker's split, which students learn from.",
+        rich_help_panel=DATA,
+    ),
 ]
 Surrogate = Annotated[
     str | None,
