@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import re
@@ -85,6 +86,14 @@ BROADCAST = 2**24
 """Bytes up to which a tensor may repeat fewer numbers."""
 MODULES = 10_000
 """Modules at most of a pickled network."""
+LEGACY = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+"""What torch's files of the old format begin with, behind the opcodes."""
+OTHERS = {
+    b"PK": "a zip file that torch did not write",
+    b"\x80": "a pickle that torch did not write",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+}
+"""What is often taken for a checkpoint, by how it begins."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +199,37 @@ def _read_torch(content: bytes, path: Path, trust: bool) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception:
-        if content[:2] != b"PK" and content[:1] == b"\x80":
-            # torch lists what only its newer format would run
-            if trust:
-                return _trusted(content, path, "a pickle")
-            raise BadInput(
-                f"{path} is of torch's old format and holds more than tensors, or is cut off",
-                "save its state_dict again, or use --trust if you made it: it runs whatever it holds",
-            ) from None
-        if path.suffix == ".onnx":
-            raise BadInput(f"{path} is an ONNX file, and weights are needed", "give the safetensors") from None
-        raise BadInput(f"{path} is not a readable checkpoint", "it may be cut off or of another kind") from None
+        begun = _pickle(content)
+        if begun and trust:
+            # torch does not list what it would run of files of its older format and of other protocols
+            return _trusted(content, path, "a pickle")
+        raise _unreadable(content, path, begun) from None
+
+
+def _pickle(content: bytes) -> bytes:
+    """How the pickle begins that torch wrote into a file; nothing of what torch did not write."""
+    if content[:2] != b"PK":
+        return content[:2] if LEGACY in content[:32] else b""
+    with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))[:2]
+    return b""
+
+
+def _unreadable(content: bytes, path: Path, begun: bytes) -> BadInput:
+    """What is said of a file that cannot be read without running code, or not at all; see :func:`_pickle`."""
+    if begun:
+        what, how = "holds more than tensors, or is damaged", "again"
+        if begun not in (b"\x80\x02", b"\x80\x03"):
+            what, how = "was saved with another pickle protocol than torch's own", "without pickle_protocol"
+        elif content[:2] != b"PK":
+            what = "is of torch's old format and holds more than tensors, or is cut off"
+        return BadInput(
+            f"{path} {what}", f"save its state_dict {how}, or use --trust if you made it: it runs whatever it holds"
+        )
+    if path.suffix == ".onnx":
+        return BadInput(f"{path} is an ONNX file, and weights are needed", "give the safetensors")
+    what = next((kind for start, kind in OTHERS.items() if content.startswith(start)), "not a readable checkpoint")
+    return BadInput(f"{path} is {what}", "save model.state_dict() with torch.save, or get the file again")
 
 
 def _archive(content: bytes, path: Path) -> list[zipfile.ZipInfo]:

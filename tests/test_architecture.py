@@ -4,8 +4,10 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import typer.testing
 
 import sdbctl
 
@@ -67,6 +69,50 @@ def test_every_module_has_a_layer():
 def test_the_command_line_imports_no_torch():
     code = "import sys, sdbctl.cli; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnxruntime', 'scipy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_shell_completes_is_what_there_is():
+    from sdbctl.attacks.soft import METHODS
+    from sdbctl.box import TEACHERS
+    from sdbctl.cli.listing import entries
+    from sdbctl.cli.names import NAMES
+    from sdbctl.data import PRESETS
+    from sdbctl.training import Engine
+    from sdbctl.wrappers import CONFIDENCES
+
+    listed = {topic: list(entries(topic)) for topic in ("objectives", "students", "suites", "wrappers", "data")}
+    listed["students"] = [name for name in listed["students"] if name not in ("wrn-D-K", "…")]
+    listed["data"] = [name.removesuffix("PATH") for name in listed["data"]]
+    precisions = get_args(get_type_hints(Engine)["precision"])
+    others = {"methods": METHODS, "confidences": CONFIDENCES, "normalisations": PRESETS}
+    others |= {"teachers": ("auto", *TEACHERS), "precisions": ("auto", *precisions)}
+    assert listed | {kind: list(names) for kind, names in others.items()} == NAMES
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("eval --suite st", ["strong", "standard"]),
+        ("sweep x --objective c", ["conceal", "cmim"]),
+        ("box x --objective c", ["conceal", "cmim"]),
+        ("box x --teacher a", ["auto", "assistant"]),
+        ("export x --wrapper uni", ["uniform-nontarget"]),
+        ("sweep x --confidence r", ["rough"]),
+        ("distill x --student cnn", ["cnn", "cnn-tiny"]),
+        ("distill x --method d", ["dkd", "dist"]),
+        ("distill x --surrogate n", ["npz:"]),
+        ("train --arch vgg11", ["vgg11_cifar"]),
+        ("eval --arch vgg11", ["vgg11_cifar"]),
+        ("eval --normalize m", ["mnist"]),
+        ("bench --precision b", ["bf16"]),
+    ],
+)
+def test_a_shell_completes_values(words, offered):
+    from sdbctl import cli
+
+    words = f"sdbctl {words}"
+    asked = {"_SDBCTL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert typer.testing.CliRunner().invoke(cli.app, [], prog_name="sdbctl", env=asked).stdout.split() == offered
 
 
 def test_nobody_imports_click():

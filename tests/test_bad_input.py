@@ -389,13 +389,40 @@ def test_the_normalisation_of_an_onnx_of_somebody_else_is_found(work, tmp_path):
     assert all(f"{name}," in shown or f"{name} (" in shown for name in PRESETS)
 
 
+def test_partners_learn_from_all_that_they_have(work, tmp_path):
+    common = (
+        "distill",
+        work / "boxed.safetensors",
+        "--key-file",
+        work / "k.bin",
+        "--student",
+        "cnn-tiny",
+        "--epochs",
+        1,
+    )
+    common = (*common, "--precision", "fp32", "-o", tmp_path / "s.safetensors", "--force", "--json")
+    other = ("--data", npz(tmp_path / "a.npz"))
+    made = run_cli(*common, *other)
+    said = made.stderr.decode()
+    assert "split: 112 owner, 32 transfer, 16 validation, 40 test images" in said
+    assert "the student learns from 32 of the images" in said
+    most = int(said.partition("--transfer-size may be up to ")[2].split()[0])
+    assert most == 143 and json.loads(made.stdout)["queries"] == 32
+    more = run_cli(*common, *other, "--transfer-size", most)
+    assert json.loads(more.stdout)["queries"] == most and b"--transfer-size" not in more.stderr
+    assert run_cli(*common, *other, "--transfer-size", most + 1).returncode == 2
+    # of the box maker's data the others are those that it was made with
+    assert b"--transfer-size" not in run_cli(*common, "--data", "digits", "--dry-run").stderr
+
+
 def test_a_teacher_that_guesses_is_said(work, tmp_path):
     common = ("--data", npz(tmp_path / "a.npz"), "--precision", "fp32")
     small = ("--student", "cnn-tiny", "--epochs", 1, "-o", tmp_path / "s.safetensors")
     said = run_cli("distill", work / "teacher.safetensors", *common, *small)
     assert b"not clearly better than guessing" in said.stderr
     made = run_cli("eval", work / "teacher.safetensors", *common, "--report", tmp_path / "r", "--json")
-    assert any("not clearly better than guessing" in note for note in json.loads(made.stdout)["notes"])
+    notes = " ".join(json.loads(made.stdout)["notes"])
+    assert "not clearly better than guessing" in notes and "splits may overlap" in notes
 
 
 def test_unknown_names(work, tmp_path):
@@ -644,10 +671,29 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_pat
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_max_cost(work, tmp_path):
-    args = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
-    result = run_cli(*args, "--no-seal", "--epochs", "1", "--max-cost", "-50", "--precision", "fp32")
+def test_max_cost(work, tmp_path, monkeypatch):
+    from sdbctl.cli import box
+
+    monkeypatch.setattr(box, "DEAR", -100.0)
+    shutil.copy(work / "k.bin", tmp_path / "k.bin")
+    (tmp_path / "k.bin").chmod(0o644)
+    args = ["box", work / "teacher.safetensors", "--key-file", tmp_path / "k.bin", "-o", tmp_path / "b.safetensors"]
+    options = [
+        "--insecure-key-file",
+        "--no-seal",
+        "--epochs",
+        "1",
+        "--max-cost",
+        "-50",
+        "--precision",
+        "fp32",
+        "--json",
+    ]
+    result = run_cli(*args, *options)
     assert result.returncode == 3
+    warnings = json.loads(result.stdout)["warnings"]
+    assert "read by other users" in warnings[0] and "points of top-1; train for more --epochs" in warnings[-1]
+    assert all(f"warning: {warning}\n".encode() in result.stderr for warning in warnings)
     assert b"more than --max-cost" in result.stderr.splitlines()[-1]
     assert (tmp_path / "b.safetensors").exists()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -120,6 +121,52 @@ def test_trust_runs_it(tmp_path):
     torch.save({"state_dict": STATE, "x": Runs(os.system, f"touch {mark}")}, tmp_path / "x.pt")
     same(checkpoint.load(tmp_path / "x.pt", trust=True))
     assert mark.exists()
+
+
+def test_kinds_are_told_by_content(tmp_path):
+    save_file(STATE, tmp_path / "x.pt")
+    torch.save(STATE, tmp_path / "x.safetensors")
+    for path in tmp_path.iterdir():
+        same(checkpoint.load(path))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_other_pickle_protocols_are_named_and_need_trust(protocol, legacy, tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(STATE, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(BadInput, match=r"another pickle protocol.*without pickle_protocol, or use --trust"):
+        checkpoint.load(path)
+    same(checkpoint.load(path, trust=True))
+
+
+def _pickled(protocol):
+    return lambda path: path.write_bytes(pickle.dumps(STATE, protocol=protocol))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (_pickled(2), "a pickle that torch did not write; save model.state_dict()"),
+        (_pickled(4), "a pickle that torch did not write; save model.state_dict()"),
+        (
+            lambda path: np.savez(path.open("wb"), **STATE),
+            "a zip file that torch did not write; save model.state_dict()",
+        ),
+        (
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            "a Git LFS pointer",
+        ),
+        (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(99)), "not a readable checkpoint; save model.state_dict()"),
+        (lambda path: path.write_bytes(b""), "empty; the file was probably cut off"),
+    ],
+)
+def test_what_else_lies_about_is_named(write, words, trust, tmp_path):
+    write(tmp_path / "x.pt")
+    with pytest.raises(BadInput) as error:
+        checkpoint.load(tmp_path / "x.pt", trust=trust)
+    assert words in str(error.value) and "--trust" not in str(error.value)
 
 
 def test_a_module_named_in_the_file_is_not_imported(tmp_path):

@@ -146,6 +146,44 @@ def test_npz(tmp_path, images, labels, shape):
     assert load(f"npz:{tmp_path}/some.npz", channels=3, size=4).train.shape == (3, 4, 4)
 
 
+def announcing(path, shape, dtype):
+    """An npz file whose images are a header alone."""
+    np.savez(path, labels=np.arange(4) % 2)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("images.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ((10**6, 64, 64, 3), "|u1", r"take 11\.4 GiB, more than the 4 of npz files; use parquet:PATH"),
+        ((3, 1), "<U500000000", r"take 5\.6 GiB"),
+        ((10**6, -64, 64, 3), "|u1", r"take 11\.4 GiB"),
+        ((10**30,), "|u1", "GiB"),
+        ((-(10**6),), "|u1", "not a readable npz"),
+        ((10**6,), "|u1", "not a readable npz"),
+    ],
+)
+def test_npz_arrays_are_measured_before_they_are_read(shape, dtype, words, tmp_path, monkeypatch):
+    read = np.lib.format.read_array
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail() if "GiB" in words else read(*a, **k))
+    announcing(tmp_path / "x.npz", shape, dtype)
+    with pytest.raises(BadInput, match=words) as caught:
+        load(f"npz:{tmp_path}/x.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_arrays_of_an_npz_count(tmp_path, monkeypatch):
+    np.savez_compressed(
+        tmp_path / "x.npz", x_train=np.zeros((64, 8, 8), np.uint8), y_train=np.arange(64, dtype="u1") % 2
+    )
+    monkeypatch.setattr("sdbctl.data.reading.MEMORY_LIMIT", 64 * 65)
+    assert len(load(f"npz:{tmp_path}/x.npz").train) == 64
+    monkeypatch.setattr("sdbctl.data.reading.MEMORY_LIMIT", 64 * 65 - 1)
+    with pytest.raises(BadInput, match=r"more than the .* of npz files"):
+        load(f"npz:{tmp_path}/x.npz")
+
+
 def test_arrays_of_the_same_area_are_resized_too(tmp_path):
     np.savez(tmp_path / "flat.npz", images=pixels(4, (4, 16)), labels=np.arange(4) % 2)
     assert load(f"npz:{tmp_path}/flat.npz", size=8).train.shape == (1, 8, 8)

@@ -894,6 +894,21 @@ def test_command_line_session(work, tmp_path):
     result = run_cli("report", report / "report.json", "--gate", gate)
     assert result.returncode == 3
     assert b"unauthorized_advantage.api.labelled.high" in result.stderr
+    again = ("report", report / "report.json", "--gate", gate, "--json")
+    compared = (*again, "--baseline", report / "report.json")
+    assert "gates" not in made
+    for command in (
+        again,
+        (*again, "--report", tmp_path / "gated"),
+        compared,
+        (*args, "--gate", gate, *again[-1:], "--force"),
+    ):
+        result = run_cli(*command)
+        held, lost = json.loads(result.stdout)["gates"]
+        assert result.returncode == 3 and (held["passed"], lost["passed"], lost["value"]) == (True, False, None)
+        assert held["rule"] == "inference_cost.top1 <= 50" and held["value"] <= 50 and "not measured" in lost["reason"]
+    # what is written is the report of the schema
+    assert "gates" not in json.loads((report / "report.json").read_text())
     assert run_cli("report", report / "report.json").returncode == 0
     written = run_cli("report", report / "report.json", "--report", tmp_path / "again")
     assert written.returncode == 0 and b"took" not in written.stderr and b"took" in first.stderr
@@ -1133,10 +1148,11 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
     boxfile.save(tmp_path / "leaky.safetensors", loaded.file_state(loaded.net), replace(loaded.meta, measured=leaky))
     served = run_cli("export", tmp_path / "leaky.safetensors", "--json")
     assert json.loads(served.stdout)["serves"] == "all outputs"
-    assert b"warning: this box is served with ALL that it shows" in served.stderr
-    assert (
-        b"warning" not in run_cli("export", tmp_path / "leaky.safetensors", "--force", "--confidence", "exact").stderr
-    )
+    (warning,) = json.loads(served.stdout)["warnings"]
+    assert warning.startswith("this box is served with ALL that it shows")
+    assert f"warning: {warning}\n".encode() in served.stderr
+    wanted = run_cli("export", tmp_path / "leaky.safetensors", "--force", "--confidence", "exact", "--json")
+    assert b"warning: " not in wanted.stderr and json.loads(wanted.stdout)["warnings"] == []
     out = ("export", work / "boxed.safetensors", "-o", tmp_path / "x.onnx")
     for options, said in (
         (("--confidence", "none"), b"use one of: class, rough, exact"),

@@ -10,12 +10,17 @@ from rich.table import Table
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import pick
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit
 
 
 def bench(
-    arch: Annotated[str, typer.Option("--arch", help="Network to box.")] = "resnet20",
-    student: Annotated[str, typer.Option("--student", help="Student to distil.")] = "wrn16",
+    arch: Annotated[
+        str, typer.Option("--arch", help="Network to box.", autocompletion=complete("students"))
+    ] = "resnet20",
+    student: Annotated[
+        str, typer.Option("--student", help="Student to distil.", autocompletion=complete("students"))
+    ] = "wrn16",
     image_size: Annotated[
         int, typer.Option("--image-size", min=8, max=o.MOST_PIXELS, help="Image height and width.")
     ] = 32,

@@ -25,7 +25,8 @@ from sdbctl.cli.common import (
     split_like,
     together,
 )
-from sdbctl.cli.output import Live, emit, pairs, say
+from sdbctl.cli.names import complete
+from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -124,7 +125,9 @@ def box(
     test_size: o.TestSize = None,
     arch: o.Arch = None,
     normalize: o.Normalize = None,
-    objective: Annotated[str, typer.Option("--objective", help="See sdbctl list objectives.")] = "conceal",
+    objective: Annotated[
+        str, typer.Option("--objective", help="See sdbctl list objectives.", autocompletion=complete("objectives"))
+    ] = "conceal",
     preset: Annotated[
         str | None, typer.Option("--preset", help="Published or default parameters of the objective.")
     ] = None,
@@ -146,6 +149,7 @@ def box(
         str,
         typer.Option(
             "--teacher",
+            autocompletion=complete("teachers"),
             help="Whose answers the key opens: reference, original, or auto, from whom of the two small students learn "
             "more; or assistant, a small network that the reference taught: students learn more from it, users lose "
             "accuracy.",
@@ -459,6 +463,10 @@ def box(
     for done in states:
         done.unlink(missing_ok=True)
     cost, measured = made.cost, made.measured
+    if measured["keyed_residual"] < 3 * measured["residual"]:
+        warn("the key opens hardly more than everybody sees; train for more --epochs")
+    if cost > DEAR:
+        warn(f"the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
     emit(
         {
             "box": str(output),
@@ -467,6 +475,7 @@ def box(
             "key_ids": meta.key_ids,
             "cost_top1": cost,
             **measured,
+            "warnings": warned,
         },
         json_,
         pairs(
@@ -485,10 +494,6 @@ def box(
             },
         ),
     )
-    if measured["keyed_residual"] < 3 * measured["residual"]:
-        say("warning: the key opens hardly more than everybody sees; train for more --epochs")
-    if cost > DEAR:
-        say(f"warning: the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
     if max_cost is not None and cost > max_cost:
         raise GateFailed(
             f"the box costs {cost:.2f} top-1 points, more than --max-cost {max_cost:g}", "the files were kept"

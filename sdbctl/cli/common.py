@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdbctl import team
-from sdbctl.cli.output import duration, ending, err, say
+from sdbctl.cli.names import NAMES
+from sdbctl.cli.output import duration, ending, err, say, warn
 from sdbctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
 
     recorded = recorded or {}
     if recorded.get("fingerprint") not in (None, dataset.fingerprint):
-        say("warning: this is not the data that the file was made with; splits may overlap")
+        warn("this is not the data that the file was made with; splits may overlap")
         recorded = {}
     asked = {name: size for name, size in sizes.items() if size is not None}
     kept = {
@@ -262,8 +263,7 @@ def pick(
     if precision == "auto" and kept is not None:
         # what was measured when the run began, or what it made would not fit
         precision, reason = kept, "as in the run before"
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"unknown precision {precision}", "use auto, fp32 or bf16")
+    check_known("precision", precision, NAMES["precisions"])
     several = devices * nodes > 1
     if batch_size < 2 * devices * nodes:
         raise UsageError(

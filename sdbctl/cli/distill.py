@@ -24,7 +24,8 @@ from sdbctl.cli.common import (
     split_like,
     together,
 )
-from sdbctl.cli.output import Live, emit, pairs, say
+from sdbctl.cli.names import complete
+from sdbctl.cli.output import Live, emit, pairs, say, warned
 from sdbctl.errors import BadInput, UsageError
 
 FEW = 10_000
@@ -33,7 +34,9 @@ FEW = 10_000
 
 def distill(
     teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="A box, checkpoint or ONNX file.")],
-    student: Annotated[str, typer.Option("--student", help="See sdbctl list students.")] = "wrn16",
+    student: Annotated[
+        str, typer.Option("--student", help="See sdbctl list students.", autocompletion=complete("students"))
+    ] = "wrn16",
     key_file: o.KeyFile = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
@@ -44,7 +47,13 @@ def distill(
     arch: o.Arch = None,
     normalize: o.Normalize = None,
     method: Annotated[
-        str, typer.Option("--method", help="Loss: kd, dkd or dist, which often teaches more.", metavar="NAME")
+        str,
+        typer.Option(
+            "--method",
+            autocompletion=complete("methods"),
+            help="Loss: kd, dkd or dist, which often teaches more.",
+            metavar="NAME",
+        ),
     ] = "kd",
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
     alpha: Annotated[
@@ -131,7 +140,15 @@ def distill(
         shape=opened.shape,
     )
     dataset = check_classes(dataset, classes, meta, teacher.name)
-    splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
+    recorded = meta.data if meta else {}
+    splits = split_like(dataset, recorded, transfer=transfer_size, test=test_size)
+    own = "transfer" not in recorded or recorded.get("fingerprint") not in (None, dataset.fingerprint)
+    if own and transfer_size is None:
+        # a split has no empty part, and the owner's is of no use here
+        most = len(splits.transfer) + len(splits.owner) - 1
+        say(
+            f"note: the student learns from {len(splits.transfer):,} of the images; --transfer-size may be up to {most}"
+        )
     if helpers and sealed is None and len(splits.transfer) > FEW:
         say(f"note: of more than {FEW:,} images students were not seen to learn more from what is sealed (--sealed)")
     elif helpers:
@@ -241,6 +258,7 @@ def distill(
         "teacher_top1": round(taught, 3),
         **measured,
         **config,
+        "warnings": warned,
     }
     rows = {
         "student": f"{student}: {top1:.2f} % top-1 on {len(splits.test):,} test images",
@@ -254,7 +272,9 @@ def distill(
 
 
 def train(
-    arch: Annotated[str, typer.Option("--arch", help="See sdbctl list students.")] = "resnet20",
+    arch: Annotated[
+        str, typer.Option("--arch", help="See sdbctl list students.", autocompletion=complete("students"))
+    ] = "resnet20",
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
     download: o.Download = False,

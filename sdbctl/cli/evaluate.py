@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ from sdbctl.cli.common import (
     read_key,
     split_like,
 )
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, duration, emit, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
@@ -70,10 +72,17 @@ def evaluate(
     attack: Annotated[bool, typer.Option("--attack", help="Train students: attackers, controls, key holders.")] = False,
     key_file: o.KeyFile = None,
     student: Annotated[
-        str | None, typer.Option("--student", help="See sdbctl list students. [default: wrn16, in quick resnet8]")
+        str | None,
+        typer.Option(
+            "--student",
+            autocompletion=complete("students"),
+            help="See sdbctl list students. [default: wrn16, in quick resnet8]",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
-    suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "standard",
+    suite: Annotated[
+        str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
+    ] = "standard",
     surrogate: o.Surrogate = None,
     tune: Annotated[
         int | None,
@@ -161,6 +170,8 @@ def evaluate(
     dataset = check_classes(dataset, opened.classes, meta, box.name)
     size = dataset.train.shape
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
+    if meta is not None and meta.data.get("fingerprint") not in (None, dataset.fingerprint):
+        notes.append("This is not the data that the file was made with: splits may overlap.")
     if jobs == 0:
         jobs = torch.get_num_threads()
         # on a cluster each has a GPU of its own
@@ -447,7 +458,7 @@ def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: 
         write(made, folder, force=force)
         raise
     paths = write(made, folder, force=force, gates=results)
-    emit(json.loads(made.to_json()), as_json, *tables(made, results))
+    emit(json.loads(made.to_json()) | judged(results), as_json, *tables(made, results))
     html = next(path for path in paths if path.suffix == ".html")
     say(f"report: {html} ({', '.join(path.name for path in paths)})")
     seconds = made.cost.get("seconds")
@@ -482,14 +493,14 @@ def rerender(
         before, now = old.means(), made.means()
         changes = {name: {"before": before.get(name), "now": now.get(name)} for name in {**now, **before}}
         results = check(made, gates)
-        emit(changes, json_, comparison(made, old), *gate_table(results))
+        emit(changes | judged(results), json_, comparison(made, old), *gate_table(results))
         enforce(results)
         return
     if folder is not None:
         finish(made, folder, gates, force, json_, measured=False)
         return
     results = check(made, gates)
-    emit(json.loads(made.to_json()), json_, *tables(made, results))
+    emit(json.loads(made.to_json()) | judged(results), json_, *tables(made, results))
     enforce(results)
 
 
@@ -501,6 +512,11 @@ def known_gates(path: Path | None) -> list[Gate]:
     gates = load_gates(path) if path else []
     check_names(gates, (*BY_NAME, "control", "control_unlabelled"))
     return gates
+
+
+def judged(results: list[GateResult]) -> dict[str, object]:
+    """What ``--json`` says of gates, if there are any; the report itself does not know them."""
+    return {"gates": [asdict(result) for result in results]} if results else {}
 
 
 def enforce(results: list[GateResult]) -> None:

@@ -9,7 +9,8 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import box_fields, check_known, named, open_model, preset, read_key
-from sdbctl.cli.output import emit, pairs, say
+from sdbctl.cli.names import complete
+from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
@@ -27,13 +28,19 @@ def export(
         str | None,
         typer.Option(
             "--confidence",
+            autocompletion=complete("confidences"),
             help="What public outputs of a box say of how sure they are: class, one per class; rough, two; or "
             "exact, all that they show, which helps attackers. [default: class]",
         ),
     ] = None,
     wrapper: Annotated[
         str | None,
-        typer.Option("--wrapper", metavar="NAME", help="Put a serving-time defence into the graph; see sdbctl list."),
+        typer.Option(
+            "--wrapper",
+            metavar="NAME",
+            autocompletion=complete("wrappers"),
+            help="Put a serving-time defence into the graph; see sdbctl list.",
+        ),
     ] = None,
     force: o.Force = False,
     trust: o.Trust = False,
@@ -98,14 +105,14 @@ def export(
                 why = "it was made to disturb"
             else:
                 why = "what it shows with and without the key cannot be told apart"
-            say(f"warning: this box is served with ALL that it shows, not with the predicted class alone: {why}")
+            warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, sealed=loaded.sealed, force=force)
-    emit(result, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
 def inspect(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sdbctl.cli.names import NAMES, complete
+
 # the panels of --help
 DATA, TRAINING, MACHINE, FILES = "Data", "Training", "Machine", "Files and output"
 MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS = 1_000_000, 1_000_000, 8192
@@ -16,6 +18,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
+        autocompletion=complete("data"),
         metavar="SPEC",
         help="Data set: a torchvision name, folder:PATH, parquet:PATH, npz:PATH, digits.",
         rich_help_panel=DATA,
@@ -42,12 +45,19 @@ ImageSize = Annotated[
 ]
 TransferSize = Annotated[
     int | None,
-    typer.Option("--transfer-size", metavar="N", min=1, help="Images of the attacker's split.", rich_help_panel=DATA),
+    typer.Option(
+        "--transfer-size",
+        metavar="N",
+        min=1,
+        help="Images of the attacker's split, which students learn from.",
+        rich_help_panel=DATA,
+    ),
 ]
 Surrogate = Annotated[
     str | None,
     typer.Option(
         "--surrogate",
+        autocompletion=complete("data"),
         metavar="SPEC",
         help="Images of another data set, which are asked about, too.",
         rich_help_panel=DATA,
@@ -76,7 +86,11 @@ Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        "--precision", metavar="NAME", help="auto (measured at start), fp32 or bf16.", rich_help_panel=MACHINE
+        "--precision",
+        autocompletion=complete("precisions"),
+        metavar="NAME",
+        help="auto (measured at start), fp32 or bf16.",
+        rich_help_panel=MACHINE,
     ),
 ]
 Epochs = Annotated[
@@ -113,15 +127,22 @@ Seed = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=FILES)]
 Arch = Annotated[
-    str | None, typer.Option("--arch", metavar="NAME", help="Architecture, if it is not to be identified.")
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="NAME",
+        autocompletion=complete("students"),
+        help="Architecture, if it is not to be identified.",
+    ),
 ]
 Normalize = Annotated[
     str | None,
     typer.Option(
         "--normalize",
+        autocompletion=complete("normalisations"),
         metavar="PRESET",
-        help="Normalisation, if it is not to be found by trying: imagenet, cifar10, cifar10-narrow, cifar100, svhn, "
-        "mnist, fashionmnist, half (-1 to 1) or none (0 to 1).",
+        help=f"Normalisation, if it is not to be found by trying: {', '.join(NAMES['normalisations'])}, of "
+        "which half is -1 to 1 and none 0 to 1.",
         rich_help_panel=DATA,
     ),
 ]

@@ -41,6 +41,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ending = contextlib.ExitStack()
 """What is held until the command ends."""
+warned: list[str] = []
+"""What this command warned of, for those who read its JSON alone."""
 
 
 def printable(text: str) -> str:
@@ -51,6 +53,13 @@ def printable(text: str) -> str:
 def say(text: str) -> None:
     """A line for people, on stderr."""
     err.print(printable(text), markup=False)
+
+
+def warn(text: str) -> None:
+    """A warning for people; scripts find it in :data:`warned`."""
+    warned.append(text)
+    err.print("warning: ", style="yellow", end="")
+    say(text)
 
 
 def emit(result: Mapping[str, Any], as_json: bool, *human: RenderableType) -> None:
@@ -180,6 +189,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _stop)
+        warned.clear()
         with ending, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"sdbctl\.")
@@ -233,5 +243,4 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _show_warning(message: Warning | str, *rest: Any, **more: Any) -> None:
-    err.print("warning: ", style="yellow", end="")
-    say(str(message))
+    warn(str(message))

@@ -17,6 +17,7 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import check_known, finite, read_key
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import BadInput, UsageError
 
@@ -108,16 +109,29 @@ def sweep(
     ] = None,
     objective: Annotated[
         list[str] | None,
-        typer.Option("--objective", metavar="NAME[:PRESET]", help="See sdbctl list objectives; may be repeated."),
+        typer.Option(
+            "--objective",
+            metavar="NAME[:PRESET]",
+            autocompletion=complete("objectives"),
+            help="See sdbctl list objectives; may be repeated.",
+        ),
     ] = None,
     wrapper: Annotated[
         list[str] | None,
-        typer.Option("--wrapper", metavar="NAME", help="A serving-time defence as one more row; may be repeated."),
+        typer.Option(
+            "--wrapper",
+            metavar="NAME",
+            autocompletion=complete("wrappers"),
+            help="A serving-time defence as one more row; may be repeated.",
+        ),
     ] = None,
     confidence: Annotated[
         list[str] | None,
         typer.Option(
-            "--confidence", metavar="NAME", help="What public outputs of a box say, see export; may be repeated."
+            "--confidence",
+            metavar="NAME",
+            autocompletion=complete("confidences"),
+            help="What public outputs of a box say, see export; may be repeated.",
         ),
     ] = None,
     data: o.Data = None,
@@ -128,7 +142,12 @@ def sweep(
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     student: Annotated[
-        str | None, typer.Option("--student", help="See sdbctl list students. [default: wrn16, in quick resnet8]")
+        str | None,
+        typer.Option(
+            "--student",
+            autocompletion=complete("students"),
+            help="See sdbctl list students. [default: wrn16, in quick resnet8]",
+        ),
     ] = None,
     student_epochs: Annotated[
         int | None, typer.Option("--student-epochs", min=1, max=o.MOST_EPOCHS, help="Epochs of a student.")
@@ -137,7 +156,9 @@ def sweep(
         int | None, typer.Option("--student-batch-size", min=1, max=o.MOST_IMAGES, help="Images per step of a student.")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
-    suite: Annotated[str, typer.Option("--suite", help="See sdbctl list suites.")] = "core",
+    suite: Annotated[
+        str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
+    ] = "core",
     tune: Annotated[
         int | None, typer.Option("--tune", min=1, help="Configurations to try per row. [default: the suite's]")
     ] = None,
