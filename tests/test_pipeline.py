@@ -907,6 +907,9 @@ def test_command_line_session(work, tmp_path):
         held, lost = json.loads(result.stdout)["gates"]
         assert result.returncode == 3 and (held["passed"], lost["passed"], lost["value"]) == (True, False, None)
         assert held["rule"] == "inference_cost.top1 <= 50" and held["value"] <= 50 and "not measured" in lost["reason"]
+    # what was printed can be read again
+    (tmp_path / "printed.json").write_bytes(result.stdout)
+    assert run_cli("report", tmp_path / "printed.json").returncode == 0
     # what is written is the report of the schema
     assert "gates" not in json.loads((report / "report.json").read_text())
     assert run_cli("report", report / "report.json").returncode == 0
