@@ -28,7 +28,7 @@ LAYERS = [
     {"wrappers"},
     {"teacher"},
     {"boxfile", "training"},
-    {"checkpoint", "data", "models", "seal"},
+    {"checkpoint", "data", "models", "onnxfile", "seal"},
     {"losses", "metrics", "key"},
     {"files", "batchnorm"},
     {"team"},

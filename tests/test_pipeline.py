@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, losses, metrics, models, training
+from sdbctl import boxfile, data, evaluate, losses, metrics, models, onnxfile, training
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.soft import METHODS
@@ -143,14 +143,14 @@ def test_onnx_signature_metadata_and_parity(work, boxed, images):
 
 
 def test_export_refuses_what_does_not_match(tmp_path, boxed, monkeypatch):
-    monkeypatch.setattr(boxfile, "_difference", lambda *_: float("nan"))
+    monkeypatch.setattr(onnxfile, "_difference", lambda *_: float("nan"))
     with pytest.raises(ParityMismatch):
         boxfile.export_onnx(tmp_path / "x.onnx", boxed.net, boxed.meta)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
-    export = boxfile._to_onnx
+    export = onnxfile._to_onnx
 
     def slightly_off(net, example):
         other = copy.deepcopy(net)
@@ -160,7 +160,7 @@ def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
 
     net = Concealed(boxed.net, boxed.meta.preprocess, 0.9, torch.full((2, 10), 0.9), 1e3, "x")
     boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
-    monkeypatch.setattr(boxfile, "_to_onnx", slightly_off)
+    monkeypatch.setattr(onnxfile, "_to_onnx", slightly_off)
     with pytest.raises(ParityMismatch):
         boxfile.export_onnx(tmp_path / "x.onnx", net, boxed.meta)
     assert [path.name for path in tmp_path.iterdir()] == ["right.onnx"]
@@ -479,7 +479,7 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     # whoever loads the weights as those of the original finds no others
     assert load_file(out).keys() == load_file(work / "teacher.safetensors").keys()
     assert run_cli("export", out).returncode == 0
-    inner = boxfile.properties(onnx)[boxfile.SEALED_KEY]
+    inner = onnxfile.properties(onnx)[boxfile.SEALED_KEY]
     assert [digest(found.net) for found in boxfile.unsealed(inner, key, sealing.meta, "x")] == [digest(helper)]
     for content in (out.read_bytes(), onnx.read_bytes()):
         assert not any(
