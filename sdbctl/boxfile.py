@@ -249,9 +249,7 @@ def dump(state_dict: Mapping[str, Tensor], meta: Metadata, sealed: str = "") -> 
     return content
 
 
-def save(
-    path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed: str = "", force: bool = False
-) -> Path:
+def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed: str = "", force: bool = False) -> str:
     """Write weights and metadata as safetensors, atomically.
 
     Args:
@@ -260,10 +258,14 @@ def save(
         meta: The metadata.
         sealed: An assistant that only key holders can read, or "".
         force: Whether to replace an existing file.
+
+    Returns:
+        The file's hash.
     """
     # these are unprotected models
-    private = meta.kind in ("reference", "assistant")
-    return files.write(path, dump(state_dict, meta, sealed), force=force, private=private)
+    private, content = meta.kind in ("reference", "assistant"), dump(state_dict, meta, sealed)
+    files.write(path, content, force=force, private=private)
+    return files.sha256(content)
 
 
 @dataclass(frozen=True)
@@ -399,15 +401,7 @@ def serves(path: Path) -> str:
 
 
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
-    """Write a network as ONNX with its metadata; see :func:`sdbctl.onnxfile.write`.
-
-    Args:
-        path: The file.
-        net: The network. What it :func:`shows` is recorded.
-        meta: Its metadata; images are normalised exactly as the original's.
-        sealed: What only key holders can read, or "".
-        force: Whether to replace an existing file.
-    """
+    """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`."""
     example = torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0))
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
     return onnxfile.write(path, net, meta.preprocess(example), said, force=force)

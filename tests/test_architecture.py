@@ -18,6 +18,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo", "bench"},
+    {"boxing"},
     {"evaluate", "box"},
     {"protocol"},
     {"curves"},

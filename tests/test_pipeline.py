@@ -25,23 +25,19 @@ from sdbctl.attacks.soft import METHODS
 from sdbctl.box import (
     PGD_EPSILON,
     TEACHERS,
-    WORTH,
     BoxConfig,
     Task,
     _wrongly_keyed,
     adversarial,
-    better_teacher,
     box,
     box_step,
     check_above_chance,
     digest,
     fine_tune,
     plain_step,
-    sealed,
-    what_students_learn,
-    worth_sealing,
 )
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
+from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, worth_sealing
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import open_model, split_like
 from sdbctl.cli.evaluate import gather
@@ -600,7 +596,7 @@ def test_students_of_many_images_learn_from_keyed_outputs(sealing, work, tmp_pat
         labels=np.arange(40) % 2,
     )
     assert b"resnet8 number 2 of 2" in run_cli(*student, "--surrogate", f"npz:{tmp_path}/foreign.npz").stderr
-    monkeypatch.setattr("sdbctl.box.TRIED_IMAGES", 100)
+    monkeypatch.setattr("sdbctl.boxing.TRIED_IMAGES", 100)
     assert b"resnet8 number 2 of 2" in run_cli(*student).stderr
     monkeypatch.setattr("sdbctl.cli.distill.FEW", 100)
     many = run_cli(*student).stderr
@@ -682,8 +678,8 @@ def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
     # fixed ones, since how well so short a training tells keys apart depends on them
     *keys, stranger = (Key(bytes(range(start, start + 32))) for start in (0, 40, 80))
     made = box(original, fine_tune(original, task, config.recipe), keys, task, config)
-    path = boxfile.save(tmp_path / "boxed.safetensors", made.state_dict, made.model.meta)
-    opened = load_box(path)
+    boxfile.save(tmp_path / "boxed.safetensors", made.state_dict, made.model.meta)
+    opened = load_box(tmp_path / "boxed.safetensors")
     assert opened.meta.key_ids == tuple(key.id for key in keys)
 
     def told(model):
