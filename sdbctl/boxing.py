@@ -154,7 +154,7 @@ class Kept:
         describe: What decides it, which may depend on a network that is made before.
         state: Its weights as the file names them.
         net: The network, once there is one.
-        learned: What students learned from it and its rivals, as its file says.
+        learned: What students learned from it and its rivals, if it was found and its file says so.
         sha256: Hash of its file.
     """
 
@@ -168,9 +168,8 @@ class Kept:
 
     def take(self, found: Loaded) -> None:
         """Have what was made before."""
-        measured = found.meta.measured if found.meta is not None else {}
-        self.net, self.sha256 = found.net, found.sha256
-        self.learned = {name: value for name, value in measured.items() if name in TEACHERS}
+        assert found.meta is not None
+        self.net, self.sha256, self.learned = found.net, found.sha256, found.meta.measured
 
     def look(self) -> None:
         """Have what an interrupted run left, if that was the same run."""
@@ -237,8 +236,13 @@ class Run:
         self.reference = self._reference()
         self.lengths = assisted_epochs(len(self.task.data.owner))
         self.assistants = [self._assistant(*one) for one in zip(self.lengths, self.states[2:], strict=False)]
-        if self.found is not None:
-            self._check(self.found)
+        if self.found is not None and self.found.meta is not None:
+            before, now = json.loads(self.found.meta.run), json.loads(self.reference.describe().run)
+            if not self.given and (other := "; ".join(differences(before, now))):
+                raise UsageError(
+                    f"{self.place} was made with other settings ({other})",
+                    "use those, delete it, or give it with --reference",
+                )
             self.reference.take(self.found)
             self.progress.note("the reference was finished before")
         team.agree(int(self.found is None), "the finished reference")
@@ -275,14 +279,6 @@ class Run:
             lambda: assist(reference.get(), task, epochs, progress=self.progress),
             lambda: describe_assistant(reference.get(), task, epochs),
         )
-
-    def _check(self, found: Loaded) -> None:
-        before, now = (json.loads(meta.run) for meta in (found.meta, self.reference.describe()) if meta is not None)
-        if not self.given and (other := "; ".join(differences(before, now))):
-            raise UsageError(
-                f"{self.place} was made with other settings ({other})",
-                "use those, delete it, or give it with --reference",
-            )
 
     def estimate(self) -> dict[str, float]:
         """Expected seconds of each part that is left, from timed training steps."""

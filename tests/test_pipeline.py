@@ -41,6 +41,7 @@ from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, wo
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import open_model, split_like
 from sdbctl.cli.evaluate import gather
+from sdbctl.cli.output import Live
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
@@ -1085,6 +1086,34 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     assert boxfile.load(out).meta.reference_sha256 == hashlib.sha256(first).hexdigest()
     wrong = run_cli(*box_, 1, "--reference", work / "boxed.safetensors", "--force")
     assert wrong.returncode == 4 and b"is no reference of this checkpoint" in wrong.stderr
+
+
+@pytest.mark.usefixtures("short_trials")
+def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdbctl.boxing.ASSISTED_IMAGES", (200, 400))
+    monkeypatch.setattr("sdbctl.boxing.WORTH", -100.0)
+    start, begun, last = Live.start, [], 0
+
+    def stopping(live, name, steps):
+        begun.append(name)
+        if len(begun) == last:
+            raise KeyboardInterrupt
+        start(live, name, steps)
+
+    monkeypatch.setattr(Live, "start", stopping)
+    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits",
+               "--owner-size", 100, "--epochs", 1, "--precision", "fp32", "--resume", "-o")  # fmt: skip
+    assert run_cli(*command, tmp_path / "whole.safetensors").returncode == 0
+    assert begun == ["reference", *["resnet8"] * 8, "box"]
+    # in the first assistant, the comparison, the second assistant and the box
+    for last in (2, 2, 7, 2, 0):
+        begun.clear()
+        assert run_cli(*command, tmp_path / "x.safetensors").returncode == (130 if last else 0)
+        assert len(begun) == (last or 1)
+    assert not list(tmp_path.glob(".*"))
+    boxes = [load_box(tmp_path / f"{name}.safetensors") for name in ("whole", "x")]
+    whole, gone_on = ([digest(net) for net in (one, *one.unseal(Key.load(work / "k.bin")))] for one in boxes)
+    assert whole == gone_on and len(whole) == 3
 
 
 @pytest.mark.usefixtures("short_trials")
