@@ -13,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, metrics, models, seal, team
-from sdbctl.attacks import ATTACKS
+from sdbctl import boxfile, metrics, models
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
-from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, embed, ids_of, near
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
-from sdbctl.teacher import TorchTeacher
 from sdbctl.training import (
     Engine,
     Progress,
@@ -50,14 +47,6 @@ HIGHEST = 20.0
 PGD_EPSILON = 0.3
 TEACHERS = ("reference", "original", "assistant")
 """Whose answers the key may open."""
-TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
-"""Training of the small students that compare them."""
-TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
-"""Their architecture, images and number, and by how many points the original must teach better than the reference, an
-assistant than both, to be taken."""
-ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = (150_000, 300_000), 40, 20_000
-"""Images that an assistant for students of few images, and one for those of more, see, in how many epochs at most, and
-a seed that no student has."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 
@@ -95,7 +84,36 @@ class BoxConfig:
             raise UsageError(f"disturb is {self.disturb}", "use a number from 0 (off) to 1")
         if not 0 <= self.wrong_share <= 1:
             raise UsageError(f"wrong share is {self.wrong_share}", "use a number from 0 to 1")
-        self.resolved()
+        if not self.keyed and self.teacher == "assistant":
+            raise UsageError(
+                "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
+            )
+
+    @classmethod
+    def of(cls, objective: str, preset: str | None, parameters: Mapping[str, float], **asked: Any) -> BoxConfig:
+        """A preset of an objective, or its default one, but for what was asked for; None is not asked for.
+
+        Raises:
+            UsageError: Objective or preset is unknown, or a value is out of range.
+        """
+        recipe, presets = cls(objective).recipe, OBJECTIVES[objective].presets
+        if preset not in (None, *presets):
+            raise UsageError(f"unknown preset of {objective}: {preset}", f"use one of: {', '.join(presets)}")
+        base = presets[preset or "default"]
+        chosen: dict[str, Any] = {"strength": base.strength, "wrong_share": base.wrong_share}
+        chosen |= {name: value for name, value in asked.items() if value is not None}
+        return cls(
+            objective,
+            {**base.parameters, **parameters},
+            recipe=scaled(recipe, epochs=base.epochs, lr=base.lr),
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the key opens the answers of a teacher."""
+        parameters = self.resolved()
+        return bool(getattr(parameters, "preserve", getattr(parameters, "teach", 1.0)))
 
     def resolved(self) -> Any:
         """The objective's parameter dataclass, filled in.
@@ -193,17 +211,9 @@ def check_above_chance(net: nn.Module, images: ImageSet, preprocess: Preprocess,
 
 
 def estimate(
-    config: BoxConfig,
-    net: nn.Module,
-    preprocess: Preprocess,
-    images: int,
-    engine: Engine,
-    *,
-    compared: int = 0,
-    assisted: int = 0,
-    teachers: int = 2,
+    config: BoxConfig, net: nn.Module, preprocess: Preprocess, images: int, engine: Engine
 ) -> dict[str, float]:
-    """Expected seconds of each part of a box run, from timed training steps.
+    """Expected seconds of both trainings, from timed steps.
 
     Args:
         config: How to box.
@@ -211,22 +221,12 @@ def estimate(
         preprocess: Its normalisation.
         images: The owner's.
         engine: Where to compute.
-        compared: Images on which teachers are compared; 0 if they are not.
-        assisted: For how many epochs of all its images assistants are taught.
-        teachers: How many are compared.
     """
-    size = config.recipe.batch_size
-    one = image_seconds(copy.deepcopy(net), size, preprocess.size, engine)
+    one = image_seconds(copy.deepcopy(net), config.recipe.batch_size, preprocess.size, engine)
     trainable, frozen = config.trainable_and_frozen()
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
-    comparison = {}
-    if compared or assisted:
-        student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
-        both = image_seconds(student, size, preprocess.size, engine) + one / 3
-        trials = teachers * compared * TRIED.epochs * TRIED_SEEDS
-        comparison["teachers"] = both * (trials + assisted * min(images, ASSISTED_IMAGES[-1]))
-    return {"reference": plain, **comparison, "box": before + plain * (3 * trainable + frozen) / 3}
+    return {"reference": plain, "box": before + plain * (3 * trainable + frozen) / 3}
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,16 @@ class Task:
     data: Splits
     preprocess: Preprocess
     engine: Engine
+
+    def describe(self, **said: Any) -> Metadata:
+        """What the file of a network for this task says of it, beside what is ``said``."""
+        return Metadata(
+            classes=self.classes,
+            preprocess=self.preprocess,
+            data={"name": self.name, **self.data.describe()},
+            versions=boxfile.versions(),
+            **said,
+        )
 
     def top1(self, model: nn.Module, images: ImageSet) -> float:
         """Accuracy of a model, which is moved to the device, in percent."""
@@ -297,101 +307,6 @@ def fine_tune(
     return net
 
 
-def assisted_epochs(images: int) -> list[int]:
-    """How often assistants see each of so many images, in rising order."""
-    return sorted({min(ASSISTED_EPOCHS, max(1, round(seen / images))) for seen in ASSISTED_IMAGES})
-
-
-def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress | None = None) -> nn.Module:
-    """A teaching assistant: the reference, distilled into a small network on the owner's images (KD, τ = 4, α = 0.9).
-
-    What a small network has learned another can learn, too, and from fewer images (Mirzadeh et al., AAAI 2020, for one
-    that is between teacher and student in size). It is less accurate than the reference, and a box whose key opens it
-    pays for being both. The longer it is taught, the more images its students need.
-    """
-    owner, attack = task.data.owner, ATTACKS["kd"]
-    images = owner.first(ASSISTED_IMAGES[-1])
-    return distill(
-        attack,
-        attack.grid[0],
-        TorchTeacher(reference, len(task.classes), task.engine),
-        TRIED_STUDENT,
-        len(task.classes),
-        images,
-        task.preprocess,
-        scaled(Recipe(), epochs=epochs, seed=ASSISTANT_SEED),
-        task.engine,
-        progress=progress,
-    ).student
-
-
-def describe_assistant(reference: nn.Module, task: Task, epochs: int) -> Metadata:
-    """What is said of the assistant of a reference, but for what is measured."""
-    return Metadata(
-        kind="assistant",
-        architecture=TRIED_STUDENT,
-        classes=task.classes,
-        preprocess=task.preprocess,
-        objective="kd",
-        parameters={"reference": digest(reference), "epochs": epochs},
-        data={"name": task.name, **task.data.describe()},
-        versions=boxfile.versions(),
-    )
-
-
-def sealed(assistants: Sequence[tuple[nn.Module, Metadata]], box: Metadata, keys: Sequence[Key]) -> str:
-    """Assistants, with their own metadata, as only key holders of a box can read them."""
-    return seal.seal([boxfile.dump(net.state_dict(), meta) for net, meta in assistants], keys, box.origin)
-
-
-def what_students_learn(
-    teachers: Mapping[str, nn.Module], task: Task, *, progress: Progress | None = None
-) -> dict[str, float]:
-    """How good small students of some teachers become: mean top-1 by the teacher's name, in percent.
-
-    A more accurate teacher need not be the better one. Half of the validation images, at most :data:`TRIED_IMAGES`, are
-    distilled by DIST at τ = 4; the others judge.
-    """
-    images, attack = task.data.validation, ATTACKS["dist"]
-    count = tried_images(task.data)
-    some, others = images.take(range(count)).alone(), images.take(range(count, len(images)))
-    learned = {}
-    for name, net in teachers.items():
-        teacher = TorchTeacher(net, len(task.classes), task.engine)
-        students = [
-            distill(
-                attack,
-                attack.grid[0],
-                teacher,
-                TRIED_STUDENT,
-                len(task.classes),
-                some,
-                task.preprocess,
-                scaled(TRIED, seed=seed, batch_size=max(TRIED.batch_size, 2 * team.size())),
-                task.engine,
-                progress=progress,
-            ).student
-            for seed in range(TRIED_SEEDS)
-        ]
-        learned[name] = sum(task.top1(student, others) for student in students) / TRIED_SEEDS
-    return learned
-
-
-def tried_images(data: Splits) -> int:
-    """On how many images teachers are compared."""
-    return min(TRIED_IMAGES, len(data.validation) // 2)
-
-
-def better_teacher(learned: Mapping[str, float]) -> str:
-    """Whom the key should open: the reference, unless students learn clearly more from the original."""
-    return "original" if learned["original"] - learned["reference"] > WORTH else "reference"
-
-
-def worth_sealing(learned: Mapping[str, float]) -> bool:
-    """Whether students learn clearly more from the assistant than from the others."""
-    return learned["assistant"] - max(learned["original"], learned["reference"]) > WORTH
-
-
 def box(
     original: Loaded,
     reference: nn.Module,
@@ -423,18 +338,14 @@ def box(
     if teacher is None:
         raise UsageError("the key cannot open an assistant that is not there", "make one with assist")
     place(reference, engine.device)
-    meta = Metadata(
+    meta = task.describe(
         kind="box",
         architecture=original.architecture,
-        classes=task.classes,
-        preprocess=task.preprocess,
         strength=config.strength,
         key_ids=ids_of(keys),
         objective=config.objective,
         parameters={**config.describe(), **({"assistant": digest(teacher)} if teacher is assistant else {})},
-        data={"name": task.name, **data.describe()},
         original_sha256=original.sha256,
-        versions=boxfile.versions(),
     )
     net = copy.deepcopy(reference)
     made = Box(net, meta)

@@ -7,33 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
-import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdbctl import checkpoint, files, models, seal
+from sdbctl import checkpoint, files, models, onnxfile, seal
 from sdbctl.data import Preprocess
-from sdbctl.errors import BadInput, ParityMismatch, UsageError
+from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, embed
-
-if TYPE_CHECKING:
-    import onnx
 
 FORMAT_VERSION = 1
 METADATA_KEY = "sdbctl"
 SERVES_KEY = "sdbctl.serves"
 SEALED_KEY = "sdbctl.sealed"
-ONNX_OPSET = 20
-PARITY_TOLERANCE = 1e-3
 _DISABLED = 0.0
 
 Kind = Literal["box", "student", "teacher", "reference", "assistant"]
@@ -258,9 +249,7 @@ def dump(state_dict: Mapping[str, Tensor], meta: Metadata, sealed: str = "") -> 
     return content
 
 
-def save(
-    path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed: str = "", force: bool = False
-) -> Path:
+def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed: str = "", force: bool = False) -> str:
     """Write weights and metadata as safetensors, atomically.
 
     Args:
@@ -269,10 +258,14 @@ def save(
         meta: The metadata.
         sealed: An assistant that only key holders can read, or "".
         force: Whether to replace an existing file.
+
+    Returns:
+        The file's hash.
     """
     # these are unprotected models
-    private = meta.kind in ("reference", "assistant")
-    return files.write(path, dump(state_dict, meta, sealed), force=force, private=private)
+    private, content = meta.kind in ("reference", "assistant"), dump(state_dict, meta, sealed)
+    files.write(path, content, force=force, private=private)
+    return files.sha256(content)
 
 
 @dataclass(frozen=True)
@@ -376,61 +369,19 @@ def load_box(path: str | Path) -> Box:
     return Box(loaded.net, loaded.meta, loaded.sealed).eval()
 
 
-def read_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file with the weights it may keep beside it.
-
-    Raises:
-        BadInput: It is no ONNX model, its external data lies outside its folder, or a weight is no number.
-    """
-    import onnx
-    from onnx.external_data_helper import load_external_data_for_model
-
-    content = files.read(path, "ONNX model")
-    try:
-        model = onnx.load_model_from_string(content)
-    except Exception:
-        model = onnx.ModelProto()
-    if not model.graph.node:
-        raise BadInput(f"{path} is not an ONNX model", "check the file; it may be cut off")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            if Path(name).name != name or not (path.parent / name).is_file() or (path.parent / name).is_symlink():
-                raise BadInput(f"{path} keeps weights in {name!r}", "put that file beside it, as a plain file")
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-    try:
-        load_external_data_for_model(model, str(path.parent))
-        # infinite ones may be masks
-        broken = [
-            tensor.name
-            for tensor in model.graph.initializer
-            if tensor.data_type in floats and np.isnan(onnx.numpy_helper.to_array(tensor)).any()
-        ]
-    except Exception:
-        raise BadInput(f"the weights of {path} are damaged", "export it again") from None
-    if broken:
-        raise BadInput(f"{broken[0]} in {path} holds NaN weights", "export it again")
-    return model
-
-
 def identity(path: Path) -> str:
     """Hash of a model file, with the weights that an ONNX file may keep beside it."""
     content = files.read(path, "model")
-    if is_onnx(path):
-        model = read_onnx(path)
+    if onnxfile.is_onnx(path):
+        model = onnxfile.read(path)
         if any(tensor.HasField("data_location") for tensor in model.graph.initializer):
             content = model.SerializeToString()
     return files.sha256(content)
 
 
-def is_onnx(path: Path) -> bool:
-    """Whether the name says that a file is ONNX."""
-    return path.suffix.lower() == ".onnx"
-
-
 def read_metadata(path: Path) -> Metadata | None:
     """Metadata of a safetensors, torch or ONNX file; None if sdbctl did not write it."""
-    return metadata_in(properties(path), path.name) if is_onnx(path) else load(path).meta
+    return metadata_in(onnxfile.properties(path), path.name) if onnxfile.is_onnx(path) else load(path).meta
 
 
 def metadata_in(said: Mapping[str, str], where: str) -> Metadata | None:
@@ -446,125 +397,14 @@ def shows(net: nn.Module) -> str:
 
 def serves(path: Path) -> str:
     """What an ONNX file of ours shows of its network: all outputs, those of a wrapper, or how confident a box is."""
-    return properties(path).get(SERVES_KEY, "not recorded")
-
-
-def properties(path: Path) -> dict[str, str]:
-    """What an ONNX file says of itself, by key."""
-    return {str(entry.key): str(entry.value) for entry in read_onnx(path).metadata_props}
+    return onnxfile.properties(path).get(SERVES_KEY, "not recorded")
 
 
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
-    """Write a network as ONNX with its metadata, after checking that it computes the same.
-
-    The graph has one input ``input`` [batch, C, H, W], normalised exactly as the original's, and one output
-    ``logits``; names of local files and source lines are removed from it.
-
-    Args:
-        path: The file.
-        net: The network. What it :func:`shows` is recorded.
-        meta: Its metadata.
-        sealed: What only key holders can read, or "".
-        force: Whether to replace an existing file.
-
-    Returns:
-        Largest difference of the two programs' logits relative to the largest logit.
-
-    Raises:
-        ParityMismatch: That difference is above 0.1 %; nothing is written.
-    """
-    import onnx
-
-    files.claim(path, force=force)
-    net = net.cpu().eval()
-    generator = torch.Generator().manual_seed(0)
-    example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=generator))
-    proto = _to_onnx(net, example)
-    for name, value in ((METADATA_KEY, meta.to_json()), (SERVES_KEY, shows(net)), (SEALED_KEY, sealed)):
-        if value:
-            proto.metadata_props.add(key=name, value=value)
-    onnx.checker.check_model(proto)
-    content = proto.SerializeToString()
-    difference = parity(proto, net, example)
-    if not difference <= PARITY_TOLERANCE:
-        raise ParityMismatch(
-            f"ONNX logits differ from torch's by {difference:.2g} of the largest logit", "nothing was written"
-        )
-    files.write(path, content, force=force)
-    return difference
-
-
-def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
-    """Largest difference of an ONNX graph's logits from a network's, relative to the largest logit.
-
-    Args:
-        proto: The graph; it is changed.
-        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffer ``flat`` is
-            negative, then that is compared, too.
-        example: Images [B, C, H, W].
-    """
-    import onnx
-
-    difference = _difference(proto.SerializeToString(), net, example)
-    bare = getattr(net, "bare", None)
-    if bare is not None:
-        # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
-        flat = next((tensor for tensor in proto.graph.initializer if tensor.name == "flat"), None)
-        if flat is None:
-            return math.inf
-        flat.CopyFrom(onnx.numpy_helper.from_array(np.array(-1, dtype=np.float32), "flat"))
-        difference = max(difference, _difference(proto.SerializeToString(), bare, example))
-    return difference
-
-
-def _to_onnx(net: nn.Module, example: Tensor) -> onnx.ModelProto:
-    import contextlib
-    import io
-    import logging
-
-    import onnx
-
-    argument = next(iter(inspect.signature(net.forward).parameters))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        target = Path(folder) / "model.onnx"
-        program = torch.onnx.export(
-            net,
-            (example,),
-            dynamo=True,
-            opset_version=ONNX_OPSET,
-            input_names=["input"],
-            output_names=["logits"],
-            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(target), external_data=False)
-        proto = onnx.load(str(target))
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    for item in (
-        *nodes,
-        *proto.graph.value_info,
-        *proto.graph.input,
-        *proto.graph.output,
-        *proto.graph.initializer,
-    ):
-        del item.metadata_props[:]
-    for node in nodes:
-        node.doc_string = ""
-    del proto.graph.metadata_props[:]
-    del proto.metadata_props[:]
-    return proto
-
-
-def _difference(content: bytes, net: nn.Module, example: Tensor) -> float:
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        expected = net(example).float()
-    found = torch.from_numpy(session.run(["logits"], {"input": example.numpy()})[0])
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`."""
+    example = torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0))
+    said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
+    return onnxfile.write(path, net, meta.preprocess(example), said, force=force)
 
 
 @functools.cache

@@ -139,6 +139,7 @@ def code() -> str:
         "key.py",
         "losses.py",
         "metrics.py",
+        "onnxfile.py",
         "teacher.py",
         "team.py",
         "training.py",

@@ -16,7 +16,6 @@ import torch
 
 from sdbctl import boxfile, data, evaluate, files
 from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
-from sdbctl.boxfile import Loaded, Metadata
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
@@ -60,7 +59,7 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
     dataset = data.load("digits", root=folder)
     splits = data.split(dataset, **SIZES)
     preprocess = Preprocess((0.5,), (0.5,), dataset.train.shape)
-    classes = len(dataset.classes)
+    classes, task = len(dataset.classes), Task("digits", dataset.classes, splits, preprocess, engine)
 
     net = build_student(TEACHER, classes, 1, 0)
     fit(
@@ -74,19 +73,15 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
         progress=progress,
     )
     teacher_path = folder / "teacher.safetensors"
-    described = {"name": dataset.name, **splits.describe()}
-    teacher_meta = Metadata(
-        "teacher", TEACHER, dataset.classes, preprocess, data=described, versions=boxfile.versions()
-    )
-    boxfile.save(teacher_path, net.state_dict(), teacher_meta, force=True)
-    original: Loaded = boxfile.load(teacher_path)
+    described = task.describe(kind="teacher", architecture=TEACHER)
+    boxfile.save(teacher_path, net.state_dict(), described, force=True)
+    original = boxfile.load(teacher_path)
     torch.set_num_threads(min(threads, jobs))
 
     key_path = folder / "k.bin"
     if not key_path.exists():
         Key.generate().save(key_path)
     key = Key.load(key_path)
-    task = Task("digits", dataset.classes, splits, preprocess, engine)
     reference = fine_tune(original, task, BOX.recipe, progress=progress)
     made = box(original, reference, [key], task, BOX, progress=progress)
     disturbing = box(original, reference, [key], task, DISTURBED, progress=progress)

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from sdbctl import boxfile, files
+from sdbctl import files, onnxfile
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.data.images import sized
 from sdbctl.data.preprocess import usable
@@ -93,7 +93,7 @@ class OnnxTeacher:
     def __init__(self, path: Path, device: torch.device) -> None:
         import onnxruntime as ort
 
-        content = boxfile.read_onnx(path).SerializeToString()
+        content = onnxfile.read(path).SerializeToString()
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
             ort.preload_dlls()

@@ -54,9 +54,9 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.fixture
 def short_trials(monkeypatch):
     """For tests of what `box` does with the small students that it compares teachers by, not of how good they are."""
-    from sdbctl import box
+    from sdbctl import boxing
 
-    monkeypatch.setattr(box, "TRIED", replace(box.TRIED, epochs=1))
+    monkeypatch.setattr(boxing, "TRIED", replace(boxing.TRIED, epochs=1))
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +86,8 @@ def with_unknown_operator(path):
 @pytest.fixture(scope="session")
 def work(tmp_path_factory, digits, splits):
     """Folder with k.bin, teacher.safetensors, boxed.safetensors, boxed.reference.safetensors, boxed.onnx."""
-    from sdbctl import boxfile, files
+    from sdbctl import boxfile
     from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
-    from sdbctl.boxfile import Metadata
     from sdbctl.data import Preprocess
     from sdbctl.distill import build_student
     from sdbctl.key import Key
@@ -100,8 +99,8 @@ def work(tmp_path_factory, digits, splits):
     recipe = Recipe(epochs=6, batch_size=64, lr=0.1)
     net = build_student("cnn", 10, 1, 0)
     fit(net, plain_step, splits.owner, preprocess, recipe, engine)
-    described = {"name": "digits", **splits.describe()}
-    meta = Metadata("teacher", "cnn", digits.classes, preprocess, data=described, versions=boxfile.versions())
+    task = Task("digits", digits.classes, splits, preprocess, engine)
+    meta = task.describe(kind="teacher", architecture="cnn")
     boxfile.save(folder / "teacher.safetensors", net.state_dict(), meta)
     torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, folder / "teacher.pt")
     # the same in every run, as all else is, or a bound would hold for some keys only
@@ -110,12 +109,11 @@ def work(tmp_path_factory, digits, splits):
     original = boxfile.load(folder / "teacher.safetensors")
     config = BoxConfig(recipe=replace(recipe, lr=0.05, epochs=14))
     key = Key.load(folder / "k.bin")
-    task = Task("digits", digits.classes, splits, preprocess, engine)
     reference = fine_tune(original, task, config.recipe)
     made = box(original, reference, [key], task, config)
     reference_meta = replace(made.model.meta, kind="reference", strength=0.0, key_ids=())
-    path = boxfile.save(folder / "boxed.reference.safetensors", original.file_state(reference), reference_meta)
-    meta = replace(made.model.meta, reference_sha256=files.sha256(path.read_bytes()))
+    sha256 = boxfile.save(folder / "boxed.reference.safetensors", original.file_state(reference), reference_meta)
+    meta = replace(made.model.meta, reference_sha256=sha256)
     boxfile.save(folder / "boxed.safetensors", made.state_dict, meta)
     boxfile.export_onnx(folder / "boxed.onnx", made.model.net, meta)
     return folder

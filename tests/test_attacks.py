@@ -1159,7 +1159,7 @@ def test_results_depend_on_the_versions_of_what_computes_them_and_on_the_code(mo
     read = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or b"")
     code.__wrapped__()
-    assert {"cells.py", "metrics.py", "team.py", "batchnorm.py", "boxfile.py", "staged.py"} <= set(read)
+    assert {"cells.py", "metrics.py", "team.py", "batchnorm.py", "boxfile.py", "onnxfile.py", "staged.py"} <= set(read)
 
 
 @pytest.mark.parametrize("name", ["stripped", "stripped_dist", "stripped_unlabelled"])

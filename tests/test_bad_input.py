@@ -857,8 +857,8 @@ def test_networks_that_cannot_be_compared(work, tmp_path):
 def test_names_from_a_file_neither_mark_up_nor_control_the_terminal(work, tmp_path):
     loaded = boxfile.load(work / "boxed.safetensors")
     names = ("[/x]", "[bold]b", "\x1b]0;owned\x07", *map(str, range(7)))
-    path = boxfile.save(tmp_path / "x.safetensors", loaded.net.state_dict(), replace(loaded.meta, classes=names))
-    shown = run_cli("inspect", path).stdout.decode()
+    boxfile.save(tmp_path / "x.safetensors", loaded.net.state_dict(), replace(loaded.meta, classes=names))
+    shown = run_cli("inspect", tmp_path / "x.safetensors").stdout.decode()
     assert "[/x], [bold]b, ]0;owned" in shown
     assert "\x1b" not in shown
     assert "[none, labels]" in run_cli("list", "attacks").stdout.decode()

@@ -52,7 +52,7 @@ def knowing(name):
 @pytest.mark.parametrize("name", ["resnet50", "vit_b_16"])
 def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
     monkeypatch.setitem(data.load.__kwdefaults__, "memory_limit", 2**20)
-    monkeypatch.setattr("sdbctl.box.ASSISTED_EPOCHS", 1)
+    monkeypatch.setattr("sdbctl.boxing.ASSISTED_EPOCHS", 1)
     names = [f"class {number}" for number in range(1000)]
     for part, each in (("train", 12), ("test", 4)):
         images, labels = images_of(CLASSES, each, len(part))

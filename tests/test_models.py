@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from sdbctl import boxfile, models
+from sdbctl import boxfile, models, onnxfile
 from sdbctl.boxfile import Metadata
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
@@ -142,7 +142,7 @@ def exported(net, path, size, **options):
     example = torch.zeros(2, 3, size, size)
     free = {"input": {0: "n"}}
     torch.onnx.export(net, (example,), path, dynamo=False, input_names=["input"], dynamic_axes=free, **options)
-    return boxfile.read_onnx(path)
+    return onnxfile.read(path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -177,7 +177,7 @@ def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(tmp_path):
     boxfile.export_onnx(
         tmp_path / "x.onnx", Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class"), meta
     )
-    found = Graph(boxfile.read_onnx(tmp_path / "x.onnx"), 10).eval()
+    found = Graph(onnxfile.read(tmp_path / "x.onnx"), 10).eval()
     x = preprocess(torch.rand(4, *size))
     with torch.no_grad():
         assert torch.allclose(found(x), net(x), atol=1e-4)

@@ -18,33 +18,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, losses, metrics, models, training
+from sdbctl import boxfile, data, evaluate, losses, metrics, models, onnxfile, training
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.soft import METHODS
 from sdbctl.box import (
     PGD_EPSILON,
     TEACHERS,
-    WORTH,
     BoxConfig,
     Task,
     _wrongly_keyed,
     adversarial,
-    better_teacher,
     box,
     box_step,
     check_above_chance,
     digest,
     fine_tune,
     plain_step,
-    sealed,
-    what_students_learn,
-    worth_sealing,
 )
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
+from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, worth_sealing
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import open_model, split_like
 from sdbctl.cli.evaluate import gather
+from sdbctl.cli.output import Live
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
@@ -143,14 +140,14 @@ def test_onnx_signature_metadata_and_parity(work, boxed, images):
 
 
 def test_export_refuses_what_does_not_match(tmp_path, boxed, monkeypatch):
-    monkeypatch.setattr(boxfile, "_difference", lambda *_: float("nan"))
+    monkeypatch.setattr(onnxfile, "_difference", lambda *_: float("nan"))
     with pytest.raises(ParityMismatch):
         boxfile.export_onnx(tmp_path / "x.onnx", boxed.net, boxed.meta)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
-    export = boxfile._to_onnx
+    export = onnxfile._to_onnx
 
     def slightly_off(net, example):
         other = copy.deepcopy(net)
@@ -160,7 +157,7 @@ def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
 
     net = Concealed(boxed.net, boxed.meta.preprocess, 0.9, torch.full((2, 10), 0.9), 1e3, "x")
     boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
-    monkeypatch.setattr(boxfile, "_to_onnx", slightly_off)
+    monkeypatch.setattr(onnxfile, "_to_onnx", slightly_off)
     with pytest.raises(ParityMismatch):
         boxfile.export_onnx(tmp_path / "x.onnx", net, boxed.meta)
     assert [path.name for path in tmp_path.iterdir()] == ["right.onnx"]
@@ -479,7 +476,7 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     # whoever loads the weights as those of the original finds no others
     assert load_file(out).keys() == load_file(work / "teacher.safetensors").keys()
     assert run_cli("export", out).returncode == 0
-    inner = boxfile.properties(onnx)[boxfile.SEALED_KEY]
+    inner = onnxfile.properties(onnx)[boxfile.SEALED_KEY]
     assert [digest(found.net) for found in boxfile.unsealed(inner, key, sealing.meta, "x")] == [digest(helper)]
     for content in (out.read_bytes(), onnx.read_bytes()):
         assert not any(
@@ -600,7 +597,7 @@ def test_students_of_many_images_learn_from_keyed_outputs(sealing, work, tmp_pat
         labels=np.arange(40) % 2,
     )
     assert b"resnet8 number 2 of 2" in run_cli(*student, "--surrogate", f"npz:{tmp_path}/foreign.npz").stderr
-    monkeypatch.setattr("sdbctl.box.TRIED_IMAGES", 100)
+    monkeypatch.setattr("sdbctl.boxing.TRIED_IMAGES", 100)
     assert b"resnet8 number 2 of 2" in run_cli(*student).stderr
     monkeypatch.setattr("sdbctl.cli.distill.FEW", 100)
     many = run_cli(*student).stderr
@@ -682,8 +679,8 @@ def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
     # fixed ones, since how well so short a training tells keys apart depends on them
     *keys, stranger = (Key(bytes(range(start, start + 32))) for start in (0, 40, 80))
     made = box(original, fine_tune(original, task, config.recipe), keys, task, config)
-    path = boxfile.save(tmp_path / "boxed.safetensors", made.state_dict, made.model.meta)
-    opened = load_box(path)
+    boxfile.save(tmp_path / "boxed.safetensors", made.state_dict, made.model.meta)
+    opened = load_box(tmp_path / "boxed.safetensors")
     assert opened.meta.key_ids == tuple(key.id for key in keys)
 
     def told(model):
@@ -1089,6 +1086,34 @@ def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(w
     assert boxfile.load(out).meta.reference_sha256 == hashlib.sha256(first).hexdigest()
     wrong = run_cli(*box_, 1, "--reference", work / "boxed.safetensors", "--force")
     assert wrong.returncode == 4 and b"is no reference of this checkpoint" in wrong.stderr
+
+
+@pytest.mark.usefixtures("short_trials")
+def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdbctl.boxing.ASSISTED_IMAGES", (200, 400))
+    monkeypatch.setattr("sdbctl.boxing.WORTH", -100.0)
+    start, begun, last = Live.start, [], 0
+
+    def stopping(live, name, steps):
+        begun.append(name)
+        if len(begun) == last:
+            raise KeyboardInterrupt
+        start(live, name, steps)
+
+    monkeypatch.setattr(Live, "start", stopping)
+    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits",
+               "--owner-size", 100, "--epochs", 1, "--precision", "fp32", "--resume", "-o")  # fmt: skip
+    assert run_cli(*command, tmp_path / "whole.safetensors").returncode == 0
+    assert begun == ["reference", *["resnet8"] * 8, "box"]
+    # in the first assistant, the comparison, the second assistant and the box
+    for last in (2, 2, 7, 2, 0):
+        begun.clear()
+        assert run_cli(*command, tmp_path / "x.safetensors").returncode == (130 if last else 0)
+        assert len(begun) == (last or 1)
+    assert not list(tmp_path.glob(".*"))
+    boxes = [load_box(tmp_path / f"{name}.safetensors") for name in ("whole", "x")]
+    whole, gone_on = ([digest(net) for net in (one, *one.unseal(Key.load(work / "k.bin")))] for one in boxes)
+    assert whole == gone_on and len(whole) == 3
 
 
 @pytest.mark.usefixtures("short_trials")

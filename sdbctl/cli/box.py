@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +11,6 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     begin,
-    box_fields,
     check_classes,
     check_known,
     finite,
@@ -28,11 +26,6 @@ from sdbctl.cli.common import (
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, GateFailed, UsageError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from sdbctl.boxfile import Loaded, Metadata
 
 DIVISORS = ("temperature", "limit")
 """Parameters that something is divided by."""
@@ -60,50 +53,6 @@ def parse_parameters(given: list[str] | None) -> dict[str, float]:
             least = "above 0" if name in DIVISORS else "from 0"
             raise UsageError(f"--set {item} is out of range", f"use a number {least} to {MOST:,}")
     return parameters
-
-
-def reference_of(path: Path, original: Loaded) -> Loaded:
-    """The reference N_ft in a file.
-
-    Raises:
-        BadInput: It is none of this checkpoint.
-    """
-    from sdbctl import boxfile
-
-    found = boxfile.load(path)
-    if found.meta is None or found.meta.kind != "reference" or found.meta.original_sha256 != original.sha256:
-        raise BadInput(f"{path} is no reference of this checkpoint", "name the one that box wrote")
-    return found
-
-
-def assistant_of(path: Path, described: Metadata) -> Loaded | None:
-    """The assistant that was taught before a run was interrupted; None if there is none, or another one."""
-    from sdbctl import boxfile
-
-    if not path.exists():
-        return None
-    found = boxfile.load(path)
-    return found if found.meta is not None and found.meta.run == described.run else None
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that are not the same, with both values."""
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new)
-        elif old != new:
-            yield f"{name} {str(old)[:40]}, not {str(new)[:40]}"
-
-
-def decided(teacher: str, seal: bool | None, learned: Mapping[str, float]) -> tuple[str, bool]:
-    """Whom the key opens and whether something is sealed: as asked for, else by what students learned."""
-    from sdbctl.box import better_teacher, worth_sealing
-
-    return (
-        better_teacher(learned) if teacher == "auto" else teacher,
-        worth_sealing(learned) if seal is None else seal,
-    )
 
 
 def box(
@@ -198,13 +147,11 @@ def box(
     output = output or named(checkpoint).with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
         raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
-    from sdbctl import files
     from sdbctl.seal import MOST_KEYS
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
     parts = ("box", "reference", "assistant", "assistant-late")
     states = [output.with_name(f".{output.stem}.{name}.resume") for name in parts]
-    state, reference_state, *assistant_states = states
     if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
         raise UsageError("checkpoint, reference and output must be three files", "give another --output")
     processes = together(devices, nodes)
@@ -223,57 +170,29 @@ def box(
         raise UsageError(f"a file seals nothing for more than {MOST_KEYS} keys", "use --no-seal")
     keys = [read_key(path, insecure_key_file, processes) for path in key_file]
 
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from sdbctl import boxfile, team
-    from sdbctl.box import (
-        TEACHERS,
-        BoxConfig,
-        Task,
-        assist,
-        assisted_epochs,
-        check_above_chance,
-        check_held,
-        describe_assistant,
-        estimate,
-        fine_tune,
-        sealed,
-        tried_images,
-        what_students_learn,
-    )
-    from sdbctl.box import box as make_box
-    from sdbctl.boxfile import Metadata
+    from sdbctl.box import TEACHERS, BoxConfig, Task, check_above_chance, check_held
+    from sdbctl.boxing import Run, reference_of
     from sdbctl.key import ids_of
     from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES
-    from sdbctl.training import recorded_precision, scaled
+    from sdbctl.training import recorded_precision
 
     ids_of(keys)
-    usual = BoxConfig(objective)
-    presets = OBJECTIVES[objective].presets
-    check_known(f"preset of {objective}", preset, presets)
     check_known("teacher", teacher, ("auto", *TEACHERS))
-    base = presets[preset or "default"]
-    asked: dict[str, Any] = {"strength": strength, "wrong_share": wrong_share}
-    settings = {
-        name: next(value for value in (given, getattr(base, name), getattr(usual, name)) if value is not None)
-        for name, given in asked.items()
-    }
-    config = BoxConfig(
+    config = BoxConfig.of(
         objective,
-        {**base.parameters, **parse_parameters(set_)},
-        **settings,
+        preset,
+        parse_parameters(set_),
+        strength=strength,
+        wrong_share=wrong_share,
         disturb=disturb,
-        teacher="reference" if teacher == "auto" else teacher,
-        recipe=recipe_of(
-            scaled(usual.recipe, epochs=base.epochs, lr=base.lr),
-            processes,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-        ),
+        teacher=None if teacher == "auto" else teacher,
     )
+    recipe = recipe_of(config.recipe, processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    config = replace(config, recipe=recipe)
     original = boxfile.load(checkpoint, arch=arch, trust=trust)
     if original.meta is not None and original.meta.kind == "box":
         raise BadInput(f"{checkpoint} is a box already", "give the original; without a key in it, that key is revoked")
@@ -319,150 +238,35 @@ def box(
         nodes=nodes,
         strategy=strategy,
         profile=profile,
-        kept=recorded_precision(state, reference_state) if resume else None,
+        kept=recorded_precision(*states[:2]) if resume else None,
     )
     preprocess = preprocess_of(original, normalize, splits.validation, engine, size)
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
     say(f"original: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
 
-    reference_meta = Metadata(
-        kind="reference",
-        architecture=original.architecture,
-        classes=dataset.classes,
-        preprocess=preprocess,
-        objective="cross_entropy",
-        parameters={"recipe": asdict(config.recipe)},
-        data={"name": dataset.name, **splits.describe()},
-        original_sha256=original.sha256,
-        versions=boxfile.versions(),
-    )
-    reference_sha256 = found.sha256 if found is not None else ""
-    tuned, learned = None, dict[str, float]()
-    if found is not None and found.meta is not None:
-        # one that was asked for may be of another recipe
-        before, now = (replace(meta, versions={}, measured={}) for meta in (found.meta, reference_meta))
-        if reference is None and before != now:
-            other = "; ".join(differences(box_fields(before), box_fields(now)))
-            raise UsageError(
-                f"{reference_path} was made with other settings ({other})",
-                "use those, delete it, or give it with --reference",
-            )
-        tuned = found.net
-        learned = {name: value for name, value in found.meta.measured.items() if name in TEACHERS}
-        say("the reference was finished before")
-    fresh = tuned is None
-    team.agree(int(fresh), "the finished reference")
-    parameters = config.resolved()
-    if not getattr(parameters, "preserve", getattr(parameters, "teach", 1.0)):
-        if teacher == "assistant":
-            raise UsageError(
-                "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
-            )
-        teacher, seal = "reference", bool(seal)
-    # the rivals are students of those who are in question
-    rivals = TEACHERS if seal is None else TEACHERS[:2] if teacher == "auto" else ()
-    task = Task(dataset.name, dataset.classes, splits, preprocess, engine)
-    lengths = assisted_epochs(len(splits.owner))
-    assistants: dict[int, nn.Module] = {}
-    if resume and tuned is not None:
-        for length, path in zip(lengths, assistant_states, strict=False):
-            taught = assistant_of(path, describe_assistant(tuned, task, length))
-            if taught is not None and taught.meta is not None:
-                assistants[length] = taught.net
-                learned |= {name: value for name, value in taught.meta.measured.items() if name in TEACHERS}
-    team.agree(len(assistants), "the finished assistants")
-    compare = not learned.keys() >= set(rivals)
-    if not compare:
-        teacher, seal = decided(teacher, seal, learned)
-    # one is enough to be compared and opened; the others are taught if they will be sealed
-    wanted = lengths if seal else lengths[:1] if seal is None or teacher == "assistant" else []
-    config = replace(config, teacher="reference" if teacher == "auto" else teacher)
-    expected = estimate(
+    progress = Live()
+    run = Run(
+        original,
+        keys,
+        Task(dataset.name, dataset.classes, splits, preprocess, engine),
         config,
-        original.net,
-        preprocess,
-        len(splits.owner),
-        engine,
-        compared=tried_images(splits) if compare else 0,
-        assisted=sum(length for length in (wanted if seal is False else lengths) if length not in assistants),
-        teachers=len(rivals),
+        auto=teacher == "auto",
+        seal=seal,
+        output=output,
+        place=reference_path,
+        states=states,
+        found=found,
+        given=reference is not None,
+        resume=resume,
+        force=force,
+        progress=progress,
     )
-    if not fresh:
-        expected.pop("reference")
-    announce(expected, dry_run=dry_run)
-    if not resume:
-        for old in states:
-            old.unlink(missing_ok=True)
-
-    def keep_reference(tuned: nn.Module) -> str:
-        content = boxfile.dump(original.file_state(tuned), reference_meta)
-        files.write(reference_path, content, private=True)
-        return files.sha256(content)
-
-    def keep(length: int, tuned: nn.Module) -> None:
-        described = replace(describe_assistant(tuned, task, length), measured=learned)
-        path = assistant_states[lengths.index(length)]
-        boxfile.save(path, assistants[length].state_dict(), described, force=True)
-
-    def teach(wanted: list[int], tuned: nn.Module, progress: Live) -> None:
-        for length in wanted:
-            if length not in assistants:
-                assistants[length] = assist(tuned, task, length, progress=progress)
-                keep(length, tuned)
-
-    with Live() as progress:
-        if tuned is None:
-            tuned = fine_tune(original, task, config.recipe, progress=progress, resume_from=reference_state)
-            reference_sha256 = keep_reference(tuned)
-        teach(wanted, tuned, progress)
-        if compare:
-            known = {"reference": tuned, "original": original.net}
-            if lengths[0] in assistants:
-                known["assistant"] = assistants[lengths[0]]
-            learned = what_students_learn({name: known[name] for name in rivals}, task, progress=progress)
-            if lengths[0] in assistants:
-                keep(lengths[0], tuned)
-            reference_meta = replace(reference_meta, measured=learned)
-            reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in learned.items())
-            teacher, seal = decided(teacher, seal, learned)
-            team.agree(2 * TEACHERS.index(teacher) + seal, "the better teacher")
-            config = replace(config, teacher=teacher)
-            progress.note(
-                f"small students reach {reached}: the key will open the {teacher}"
-                + (", and in the file the assistant" if seal else "")
-            )
-            if not reference:
-                reference_sha256 = keep_reference(tuned)
-        teach(lengths if seal else [], tuned, progress)
-        made = make_box(
-            original,
-            tuned,
-            keys,
-            task,
-            config,
-            assistant=assistants.get(lengths[0]),
-            progress=progress,
-            resume_from=state,
-        )
+    announce(run.estimate(), dry_run=dry_run)
+    with progress:
+        made = run()
     if team.rank() > 0:
         return
-    meta = replace(
-        made.model.meta,
-        parameters={**made.model.meta.parameters, "sealed": bool(seal)},
-        reference_sha256=reference_sha256,
-    )
-    inner = ""
-    if seal:
-        readable = []
-        for length in lengths:
-            net = assistants[length]
-            top1 = round(task.top1(net, splits.test), 3)
-            readable.append((net, replace(describe_assistant(tuned, task, length), measured={"top1": top1})))
-        inner = sealed(readable, meta, keys)
-    boxfile.save(output, made.state_dict, meta, sealed=inner, force=force)
-    for done in states:
-        done.unlink(missing_ok=True)
-    cost, measured = made.cost, made.measured
+    cost, measured, sealed = made.cost, made.measured, len(run.assistants) if made.model.sealed else 0
     if measured["keyed_residual"] < 3 * measured["residual"]:
         warn("the key opens hardly more than everybody sees; train for more --epochs")
     if cost > DEAR:
@@ -471,8 +275,8 @@ def box(
         {
             "box": str(output),
             "reference": str(reference_path),
-            "sealed": bool(inner),
-            "key_ids": meta.key_ids,
+            "sealed": sealed > 0,
+            "key_ids": made.model.meta.key_ids,
             "cost_top1": cost,
             **measured,
             "warnings": warned,
@@ -490,7 +294,7 @@ def box(
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
-                **({"sealed in it": f"{len(lengths)} assistant(s) for key holders to distill"} if inner else {}),
+                **({"sealed in it": f"{sealed} assistant(s) for key holders to distill"} if sealed else {}),
             },
         ),
     )

@@ -352,13 +352,13 @@ class Opened:
 
 def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool = False) -> Opened:
     """Read a box, a checkpoint or an ONNX file, ours or anybody's."""
-    from sdbctl import boxfile
+    from sdbctl import boxfile, onnxfile
     from sdbctl.teacher import OnnxTeacher
     from sdbctl.training import pick_device
 
-    if boxfile.is_onnx(path):
+    if onnxfile.is_onnx(path):
         served = OnnxTeacher(path, pick_device(device))
-        said = boxfile.properties(path)
+        said = onnxfile.properties(path)
         meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
         return Opened(path, meta, served.classes, served.shape, None, served, sealed)
     loaded = boxfile.load(path, arch=arch, trust=trust)

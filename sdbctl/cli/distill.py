@@ -107,8 +107,9 @@ def distill(
     from sdbctl.attacks import ATTACKS
     from sdbctl.attacks.queries import PRETRAINED
     from sdbctl.attacks.soft import METHODS
-    from sdbctl.box import TRIED_IMAGES
-    from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
+    from sdbctl.box import Task
+    from sdbctl.boxfile import Loaded, check_key, pattern
+    from sdbctl.boxing import TRIED_IMAGES
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
@@ -205,11 +206,9 @@ def distill(
     if not (resume and states[0].exists()):
         for state in states:
             state.unlink(missing_ok=True)
-    made = Metadata(
+    made = Task(dataset.name, dataset.classes, splits, preprocess, engine).describe(
         kind="student",
         architecture=student,
-        classes=dataset.classes,
-        preprocess=preprocess,
         objective=name,
         parameters={
             **config,
@@ -220,8 +219,6 @@ def distill(
             "key_id": key.id if key else "",
             "teacher_sha256": boxfile.identity(teacher),
         },
-        data={"name": dataset.name, **splits.describe()},
-        versions=boxfile.versions(),
     )
     with Live() as progress:
         net, seconds, _, _ = train_student(
@@ -312,8 +309,7 @@ def train(
     begin(output, [state], [profile], resume=resume, force=force)
     from dataclasses import replace
 
-    from sdbctl.box import plain_step
-    from sdbctl.boxfile import Metadata
+    from sdbctl.box import Task, plain_step
     from sdbctl.distill import build_student
     from sdbctl.training import Recipe, Resume, accuracy, fit, image_seconds, recorded_precision
 
@@ -340,15 +336,8 @@ def train(
     some = splits.validation.first(1000)
     if not resume:
         state.unlink(missing_ok=True)
-    meta = Metadata(
-        kind="teacher",
-        architecture=arch,
-        classes=dataset.classes,
-        preprocess=preprocess,
-        objective="cross_entropy",
-        parameters={"recipe": vars(recipe)},
-        data={"name": dataset.name, **splits.describe()},
-        versions=boxfile.versions(),
+    meta = Task(dataset.name, dataset.classes, splits, preprocess, engine).describe(
+        kind="teacher", architecture=arch, objective="cross_entropy", parameters={"recipe": vars(recipe)}
     )
     with Live() as progress:
         seconds = fit(

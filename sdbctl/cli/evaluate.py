@@ -283,7 +283,7 @@ def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str
     """
     import torch
 
-    from sdbctl import boxfile
+    from sdbctl import boxfile, onnxfile
     from sdbctl.wrappers import as_exported
 
     served, meta = opened.served, opened.meta
@@ -295,8 +295,8 @@ def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str
     # weights of another shape cannot even be asked
     with contextlib.suppress(RuntimeError, ValueError):
         if net is not None:
-            difference = boxfile.parity(boxfile.read_onnx(opened.path), net.eval(), x)
-    if not difference <= boxfile.PARITY_TOLERANCE:
+            difference = onnxfile.parity(onnxfile.read(opened.path), net.eval(), x)
+    if not difference <= onnxfile.PARITY_TOLERANCE:
         notes.append("ONNX Runtime cannot use CUDA here: the file was asked on the CPU.")
         return None
     notes.append("ONNX Runtime cannot use CUDA here: torch computed what the file does, as checked on random images.")
@@ -311,14 +311,14 @@ def rebuilt(opened: Opened) -> nn.Module:
     """
     import torch
 
-    from sdbctl import boxfile
+    from sdbctl import onnxfile
     from sdbctl.models.graph import Graph
 
     assert opened.served is not None
     x = torch.rand(16, *opened.served.shape, generator=torch.Generator().manual_seed(0)) - 0.5
     x = opened.meta.preprocess(x + 0.5) if opened.meta else x
     try:
-        net = Graph(boxfile.read_onnx(opened.path), opened.classes).eval()
+        net = Graph(onnxfile.read(opened.path), opened.classes).eval()
         with torch.no_grad():
             same = torch.equal(net(x).argmax(1), opened.served.logits(x).argmax(1))
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, StopIteration):

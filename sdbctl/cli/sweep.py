@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -190,10 +190,7 @@ def sweep(
         check_known("objective", row.objective, OBJECTIVES)
         check_known("wrapper", row.wrapper, WRAPPERS)
         if row.objective:
-            presets = OBJECTIVES[row.objective].presets
-            check_known(f"preset of {row.objective}", row.preset, presets)
-            given = box.parse_parameters(row.settings)
-            BoxConfig(row.objective, {**presets[row.preset or "default"].parameters, **given})
+            BoxConfig.of(row.objective, row.preset, box.parse_parameters(row.settings))
     run = {
         "checkpoint": boxfile.load(checkpoint, trust=trust).sha256,
         "key": read_key(key_file, False).id,
@@ -204,16 +201,21 @@ def sweep(
         "precision": precision,
     }
     shared = report / "reference.safetensors"
+    common: dict[str, Any] = {
+        "data": data,
+        "data_root": data_root,
+        "transfer_size": transfer_size,
+        "test_size": test_size,
+        "device": device,
+        "precision": precision,
+        "trust": trust,
+    }
 
     def make_box(row: Row, output: Path, dry_run: bool = False) -> None:
         box.box(
             checkpoint,
             [key_file],
-            data=data,
-            data_root=data_root,
             owner_size=owner_size,
-            transfer_size=transfer_size,
-            test_size=test_size,
             reference=shared if shared.exists() else None,
             # what is sealed does not depend on how the rest is boxed
             seal=False,
@@ -222,12 +224,10 @@ def sweep(
             set_=row.settings,
             epochs=epochs,
             batch_size=batch_size,
-            device=device,
-            precision=precision,
             dry_run=dry_run,
             output=output,
             resume=True,
-            trust=trust,
+            **common,
         )
 
     if dry_run:
@@ -287,16 +287,10 @@ def sweep(
                     tune=tune,
                     report=done.parent,
                     cache=report / "students",
-                    data=data,
-                    data_root=data_root,
-                    transfer_size=transfer_size,
-                    test_size=test_size,
                     epochs=student_epochs,
                     batch_size=student_batch_size,
-                    device=device,
-                    precision=precision,
                     force=True,
-                    trust=trust,
+                    **common,
                 )
         reports[row.name] = Report.read(done)
     title = f"{checkpoint.stem}: {len(rows)} settings"

@@ -1,0 +1,180 @@
+"""ONNX files: reading them, and writing a network as one that computes the same."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdbctl import files
+from sdbctl.errors import BadInput, ParityMismatch
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 20
+PARITY_TOLERANCE = 1e-3
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether the name says that a file is ONNX."""
+    return path.suffix.lower() == ".onnx"
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file with the weights it may keep beside it.
+
+    Raises:
+        BadInput: It is no ONNX model, its external data lies outside its folder, or a weight is no number.
+    """
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+
+    content = files.read(path, "ONNX model")
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception:
+        model = onnx.ModelProto()
+    if not model.graph.node:
+        raise BadInput(f"{path} is not an ONNX model", "check the file; it may be cut off")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if Path(name).name != name or not (path.parent / name).is_file() or (path.parent / name).is_symlink():
+                raise BadInput(f"{path} keeps weights in {name!r}", "put that file beside it, as a plain file")
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    try:
+        load_external_data_for_model(model, str(path.parent))
+        # infinite ones may be masks
+        broken = [
+            tensor.name
+            for tensor in model.graph.initializer
+            if tensor.data_type in floats and np.isnan(onnx.numpy_helper.to_array(tensor)).any()
+        ]
+    except Exception:
+        raise BadInput(f"the weights of {path} are damaged", "export it again") from None
+    if broken:
+        raise BadInput(f"{broken[0]} in {path} holds NaN weights", "export it again")
+    return model
+
+
+def properties(path: Path) -> dict[str, str]:
+    """What an ONNX file says of itself, by key."""
+    return {str(entry.key): str(entry.value) for entry in read(path).metadata_props}
+
+
+def write(path: Path, net: nn.Module, example: Tensor, said: Mapping[str, str], *, force: bool = False) -> float:
+    """Write a network as ONNX, after checking that it computes the same.
+
+    The graph has one input ``input`` [batch, C, H, W] and one output ``logits``; names of local files and source lines
+    are removed from it.
+
+    Args:
+        path: The file.
+        net: The network.
+        example: Images [B, C, H, W] as the network wants them.
+        said: What the file says of itself, by key; what is empty is left out.
+        force: Whether to replace an existing file.
+
+    Returns:
+        Largest difference of the two programs' logits relative to the largest logit.
+
+    Raises:
+        ParityMismatch: That difference is above 0.1 %; nothing is written.
+    """
+    import onnx
+
+    files.claim(path, force=force)
+    net = net.cpu().eval()
+    proto = _to_onnx(net, example)
+    for name, value in said.items():
+        if value:
+            proto.metadata_props.add(key=name, value=value)
+    onnx.checker.check_model(proto)
+    content = proto.SerializeToString()
+    difference = parity(proto, net, example)
+    if not difference <= PARITY_TOLERANCE:
+        raise ParityMismatch(
+            f"ONNX logits differ from torch's by {difference:.2g} of the largest logit", "nothing was written"
+        )
+    files.write(path, content, force=force)
+    return difference
+
+
+def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
+    """Largest difference of an ONNX graph's logits from a network's, relative to the largest logit.
+
+    Args:
+        proto: The graph; it is changed.
+        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffer ``flat`` is
+            negative, then that is compared, too.
+        example: Images [B, C, H, W].
+    """
+    import onnx
+
+    difference = _difference(proto.SerializeToString(), net, example)
+    bare = getattr(net, "bare", None)
+    if bare is not None:
+        # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
+        flat = next((tensor for tensor in proto.graph.initializer if tensor.name == "flat"), None)
+        if flat is None:
+            return math.inf
+        flat.CopyFrom(onnx.numpy_helper.from_array(np.array(-1, dtype=np.float32), "flat"))
+        difference = max(difference, _difference(proto.SerializeToString(), bare, example))
+    return difference
+
+
+def _to_onnx(net: nn.Module, example: Tensor) -> onnx.ModelProto:
+    import onnx
+
+    argument = next(iter(inspect.signature(net.forward).parameters))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        target = Path(folder) / "model.onnx"
+        program = torch.onnx.export(
+            net,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(target), external_data=False)
+        proto = onnx.load(str(target))
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    for item in (
+        *nodes,
+        *proto.graph.value_info,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
+        del item.metadata_props[:]
+    for node in nodes:
+        node.doc_string = ""
+    del proto.graph.metadata_props[:]
+    del proto.metadata_props[:]
+    return proto
+
+
+def _difference(content: bytes, net: nn.Module, example: Tensor) -> float:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = net(example).float()
+    found = torch.from_numpy(session.run(["logits"], {"input": example.numpy()})[0])
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
