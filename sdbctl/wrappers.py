@@ -184,14 +184,14 @@ def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Te
     unsure, sure = (levels / (1 - levels) * (z.shape[1] - 1)).log()
     chosen = _predicted(z)
     height = torch.where(z.softmax(1).amax(1, keepdim=True) >= cut, sure, unsure)
-    return torch.where(_spread(z) <= flat, torch.where(chosen, height, 0.0), z)
+    return torch.where(spread(z) <= flat, torch.where(chosen, height, 0.0), z)
 
 
 def _predicted(z: Tensor) -> Tensor:
     return torch.arange(z.shape[1], device=z.device) == z.argmax(1, keepdim=True)
 
 
-def _spread(z: Tensor) -> Tensor:
+def spread(z: Tensor) -> Tensor:
     """Standard deviation [B, 1] of the non-target logits, in operations that ONNX has."""
     chosen, others, zero = _predicted(z), z.shape[1] - 1, torch.zeros_like(z)
     mean = torch.where(chosen, zero, z).sum(1, keepdim=True) / others
@@ -260,8 +260,8 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
     classes = public.shape[1]
     if classes < 3:
         return {}
-    own, most = (float(_spread(public.float()).quantile(share)) for share in (0.95, 1.0))
-    least, other = (float(_spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
+    own, most = (float(spread(public.float()).quantile(share)) for share in (0.95, 1.0))
+    least, other = (float(spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
     if own > other:
         return {}
     middle = math.sqrt(own * other)
@@ -288,7 +288,7 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
         "confidence_cut": cut,
         "rough_confidences": rough(cut),
         "flat_spread": flat,
-        "keyed_flat": float((_spread(keyed.float()) <= flat).float().mean()),
+        "keyed_flat": float((spread(keyed.float()) <= flat).float().mean()),
     }
 
 
