@@ -1,4 +1,4 @@
-"""How fast this machine boxes and distils, beside the physical floor of each step."""
+"""How fast this machine boxes and distils, beside the physical floor of each step, and how long evaluations take."""
 
 from __future__ import annotations
 
@@ -19,11 +19,26 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.box import BoxConfig, Task, box_step, plain_step
 from sdbctl.boxfile import Metadata
-from sdbctl.data import Batch, ImageSet, Preprocess, Splits
+from sdbctl.cells import Bench, Source, as_worker
+from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
+from sdbctl.distill import build_student
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
+from sdbctl.protocol import Plan
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
-from sdbctl.training import WARM_STEPS, Engine, Recipe, Step, Updater, place, recording, sgd, synchronise
+from sdbctl.training import (
+    WARM_STEPS,
+    Engine,
+    Recipe,
+    Step,
+    Updater,
+    image_seconds,
+    place,
+    recording,
+    sgd,
+    synchronise,
+    unseen_batch,
+)
 from sdbctl.wrappers import Concealed
 
 
@@ -134,6 +149,33 @@ def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch
                 synchronise(device)
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def evaluation_seconds(bench: Bench, planned: Plan) -> float:
+    """Seconds that the students of an evaluation will take, by a step of each kind and an answer of the box."""
+    engine, config, shape, boxed = bench.engine, bench.config, bench.transfer.shape, bench.sources["boxed"]
+    cpu, threads = engine.device.type == "cpu", torch.get_num_threads()
+    with as_worker(config.jobs if cpu and not config.cluster else 1):
+        net = build_student(config.student, bench.classes, shape[0], 0)
+        one = image_seconds(net, config.recipe.batch_size, shape, engine)
+        told, own = _answer_seconds(boxed, shape, engine, bench.classes), 0.0
+        if boxed.weights is not None and planned.tuned:
+            own = image_seconds(copy.deepcopy(boxed.weights), min(64, len(bench.transfer)), shape, engine)
+    # who holds the file trains it, or asks it several times
+    work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
+    images = len(bench.transfer) * config.recipe.epochs
+    # each is looked at, too, which takes a third of a step
+    seen = planned.students * len(bench.validation) + planned.reported * len(bench.test)
+    # processes that share a GPU are hardly faster together
+    jobs = config.jobs
+    at_once = jobs if config.cluster else min(jobs, threads) if cpu else max(1, min(jobs, 2) * 0.8)
+    return (work * images + seen * one / 3 + planned.tuned * own) / at_once
+
+
+def _answer_seconds(source: Source, shape: Shape, engine: Engine, classes: int) -> float:
+    """Seconds of a teacher's answer to one image [C, H, W]: the last of some batches."""
+    teacher, x = source.open(engine.device, classes), torch.zeros(unseen_batch(shape), *shape, device=engine.device)
+    return in_turn({"answer": lambda: teacher.logits(x)}, 1, engine.device)["answer"][-1] / len(x)
 
 
 class Cast(nn.Module):

@@ -21,7 +21,7 @@ LAYERS = [
     {"boxing"},
     {"evaluate", "box"},
     {"protocol"},
-    {"curves"},
+    {"curves", "sources"},
     {"cells"},
     {"suites"},
     {"distill"},

@@ -16,14 +16,13 @@ import torch
 from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code
-from sdbctl.cli.common import open_model
-from sdbctl.cli.evaluate import gather, stand_in
 from sdbctl.data import changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
 from sdbctl.protocol import controlled
 from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, Point, Report, Student
+from sdbctl.sources import gather, open_model, stand_in
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent

@@ -39,8 +39,7 @@ from sdbctl.box import (
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, worth_sealing
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
-from sdbctl.cli.common import open_model, split_like
-from sdbctl.cli.evaluate import gather
+from sdbctl.cli.common import split_like
 from sdbctl.cli.output import Live
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
@@ -49,6 +48,7 @@ from sdbctl.key import Key, embed
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
 from sdbctl.seal import seal
+from sdbctl.sources import gather, open_model
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
 from sdbctl.training import Engine, Recipe, Resume, Silent, fit, learning_rate, predict, seeded
 from sdbctl.wrappers import Concealed

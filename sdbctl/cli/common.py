@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sdbctl.boxfile import Loaded, Metadata
     from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
     from sdbctl.key import Key
-    from sdbctl.teacher import OnnxTeacher
+    from sdbctl.sources import Opened
     from sdbctl.training import Engine, Recipe
 
 
@@ -320,50 +320,6 @@ def preset(name: str, size: tuple[int, int, int]) -> Preprocess:
     known = presets(size[0])
     check_known("normalisation", name, known)
     return Preprocess(*known[name], size)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model file, whatever its format.
-
-    Attributes:
-        path: Where it is.
-        meta: What sdbctl wrote into it, or None.
-        classes: Number of outputs.
-        shape: Input (C, H, W), or None if the file does not say.
-        loaded: Its torch network, or None for an ONNX file.
-        served: Its ONNX session, or None.
-        sealed: What only key holders can read, or "".
-    """
-
-    path: Path
-    meta: Metadata | None
-    classes: int
-    shape: tuple[int, int, int] | None
-    loaded: Loaded | None
-    served: OnnxTeacher | None
-    sealed: str
-
-    @property
-    def recorded(self) -> str | None:
-        """Name of the data set that it was made with."""
-        return str(self.meta.data.get("name", "")) if self.meta else None
-
-
-def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool = False) -> Opened:
-    """Read a box, a checkpoint or an ONNX file, ours or anybody's."""
-    from sdbctl import boxfile, onnxfile
-    from sdbctl.teacher import OnnxTeacher
-    from sdbctl.training import pick_device
-
-    if onnxfile.is_onnx(path):
-        served = OnnxTeacher(path, pick_device(device))
-        said = onnxfile.properties(path)
-        meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
-        return Opened(path, meta, served.classes, served.shape, None, served, sealed)
-    loaded = boxfile.load(path, arch=arch, trust=trust)
-    shape = loaded.meta.preprocess.size if loaded.meta else None
-    return Opened(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
 
 
 def preprocess_for(

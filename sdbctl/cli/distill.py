@@ -14,7 +14,6 @@ from sdbctl.cli.common import (
     check_classes,
     check_known,
     open_data,
-    open_model,
     open_surrogate,
     pick,
     preprocess_for,
@@ -112,6 +111,7 @@ def distill(
     from sdbctl.boxing import TRIED_IMAGES
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
+    from sdbctl.sources import open_model
     from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
     from sdbctl.training import Recipe, Resume, accuracy, image_seconds, recorded_precision
 

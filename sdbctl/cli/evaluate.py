@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +15,6 @@ from sdbctl.cli.common import (
     box_fields,
     check_classes,
     open_data,
-    open_model,
     open_surrogate,
     pick,
     preprocess_for,
@@ -30,16 +26,8 @@ from sdbctl.cli.output import Live, duration, emit, say
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from sdbctl.boxfile import Loaded
-    from sdbctl.cells import Source
-    from sdbctl.cli.common import Opened
-    from sdbctl.key import Key
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
-    from sdbctl.training import Engine
 
 GPU_JOBS = 4
 """Students trained side by side on a GPU, unless told otherwise: 16 were no faster; see examples/bench/together.py."""
@@ -131,13 +119,15 @@ def evaluate(
     import torch
 
     from sdbctl import evaluate, files
-    from sdbctl.cells import Bench, EvalConfig, as_worker, cluster_library
+    from sdbctl.bench import evaluation_seconds
+    from sdbctl.cells import Bench, EvalConfig, cluster_library
     from sdbctl.curves import listening
     from sdbctl.distill import build_student
     from sdbctl.protocol import plan
     from sdbctl.report.render import FORMATS
+    from sdbctl.sources import gather, open_model
     from sdbctl.suites import suite as find_suite
-    from sdbctl.training import Recipe, image_seconds, pick_device, scaled
+    from sdbctl.training import Recipe, pick_device, scaled
 
     chosen = find_suite(suite)
     student = student or chosen.student
@@ -226,26 +216,11 @@ def evaluate(
                 f"put the {beside} that it was exported from into its folder",
             )
         planned = plan(bench)
-        cpu = engine.device.type == "cpu"
-        with as_worker(jobs if cpu and not cluster else 1):
-            one = image_seconds(net, config.recipe.batch_size, size, engine)
-            told = answer_seconds(bench.sources["boxed"], size, engine, bench.classes)
-            weights = bench.sources["boxed"].weights
-            own = 0.0
-            if weights is not None and planned.tuned:
-                own = image_seconds(copy.deepcopy(weights), min(64, len(transfer)), size, engine)
-        images = len(transfer) * config.recipe.epochs
+        seconds = evaluation_seconds(bench, planned)
         say(
             f"suite {suite}: {planned.students:,} students, at most {planned.runs:,.0f} whole trainings "
             f"({len(transfer):,} images × {config.recipe.epochs} epochs each), {jobs} side by side"
         )
-        # who holds the file trains it, or asks it several times
-        work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
-        # each is looked at, too, which takes a third of a step
-        seen = planned.students * len(validation) + planned.reported * len(test)
-        # processes that share a GPU are hardly faster together
-        at_once = jobs if cluster else min(jobs, torch.get_num_threads()) if cpu else max(1, min(jobs, 2) * 0.8)
-        seconds = (work * images + seen * one / 3 + planned.tuned * own) / at_once
         announce({"students": seconds}, dry_run=dry_run)
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -263,187 +238,6 @@ def evaluate(
             notes=notes,
         )
     finish(made, report, gates, force, json_)
-
-
-def answer_seconds(source: Source, shape: tuple[int, int, int], engine: Engine, classes: int) -> float:
-    """Seconds of a teacher's answer to one image [C, H, W]: the last of some batches."""
-    import torch
-
-    from sdbctl.bench import in_turn
-    from sdbctl.training import unseen_batch
-
-    teacher, x = source.open(engine.device, classes), torch.zeros(unseen_batch(shape), *shape, device=engine.device)
-    return in_turn({"answer": lambda: teacher.logits(x)}, 1, engine.device)["answer"][-1] / len(x)
-
-
-def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str]) -> nn.Module | None:
-    """The network in an ONNX file, as the file serves it, if ONNX Runtime cannot use the device.
-
-    It is taken only if it computes what the file does, with and without what hides it, on random images.
-    """
-    import torch
-
-    from sdbctl import boxfile, onnxfile
-    from sdbctl.wrappers import as_exported
-
-    served, meta = opened.served, opened.meta
-    if served is None or meta is None or served.device.type == device.type:
-        return None
-    net = as_exported(held.net, meta, boxfile.serves(opened.path))
-    x = meta.preprocess(torch.rand(16, *meta.preprocess.size, generator=torch.Generator().manual_seed(0)))
-    difference = math.inf
-    # weights of another shape cannot even be asked
-    with contextlib.suppress(RuntimeError, ValueError):
-        if net is not None:
-            difference = onnxfile.parity(onnxfile.read(opened.path), net.eval(), x)
-    if not difference <= onnxfile.PARITY_TOLERANCE:
-        notes.append("ONNX Runtime cannot use CUDA here: the file was asked on the CPU.")
-        return None
-    notes.append("ONNX Runtime cannot use CUDA here: torch computed what the file does, as checked on random images.")
-    return net
-
-
-def rebuilt(opened: Opened) -> nn.Module:
-    """The network in an ONNX file, as somebody who has nothing else makes it out of the graph.
-
-    Raises:
-        UsageError: That is not possible, or the two predict other classes for random images.
-    """
-    import torch
-
-    from sdbctl import onnxfile
-    from sdbctl.models.graph import Graph
-
-    assert opened.served is not None
-    x = torch.rand(16, *opened.served.shape, generator=torch.Generator().manual_seed(0)) - 0.5
-    x = opened.meta.preprocess(x + 0.5) if opened.meta else x
-    try:
-        net = Graph(onnxfile.read(opened.path), opened.classes).eval()
-        with torch.no_grad():
-            same = torch.equal(net(x).argmax(1), opened.served.logits(x).argmax(1))
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, StopIteration):
-        raise UsageError("the ONNX graph cannot be rebuilt in torch") from None
-    if not same:
-        raise UsageError("what was rebuilt of the ONNX graph predicts something else")
-    return net
-
-
-def gather(
-    opened: Opened,
-    key: Key | None,
-    original: Path | None,
-    reference: Path | None,
-    notes: list[str],
-    device: torch.device,
-    *,
-    arch: str | None = None,
-    trust: bool = False,
-    attack: bool = True,
-) -> dict[str, Source]:
-    """The teachers of an evaluation: the box without, with and with wrong keys, the original, trivial defences.
-
-    What is missing and matters is added to ``notes``.
-    """
-    from dataclasses import replace
-
-    import torch
-
-    from sdbctl import boxfile, files
-    from sdbctl.boxfile import check_key, pattern
-    from sdbctl.cells import Source
-    from sdbctl.key import near, wrong
-    from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
-    from sdbctl.wrappers import WRAPPERS
-
-    box, meta = opened.path, opened.meta
-    boxed = Source(sha256=boxfile.identity(box))
-    if opened.loaded is not None:
-        boxed = replace(boxed, net=opened.loaded.net)
-        if meta is not None and "flat_spread" in meta.measured:
-            notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
-    else:
-        beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
-        held, why = None, "is not there"
-        if beside.exists():
-            why = "is not what was exported"
-            with contextlib.suppress(BadInput):
-                held = boxfile.load(beside)
-        unboxed = meta is None or meta.kind != "box"
-        if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
-            boxed = replace(
-                boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes)
-            )
-        elif attack:
-            try:
-                boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")
-                notes.append(
-                    f"Attacks on the file train what the ONNX graph holds, since {beside.name} {why}: BatchNorm may be "
-                    "folded into its convolutions."
-                )
-            except UsageError as error:
-                notes.append(f"Attacks on the file were left out: {error.message}, and {beside.name} {why}.")
-    sources = {"boxed": boxed}
-    if key is not None:
-        if meta is None or meta.kind != "box":
-            raise BadInput(f"{box} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
-        check_key(meta, key)
-        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, key.id)
-        generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
-        patterns = {"wrong": wrong(secret, generator)}
-        patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
-        for name, other in patterns.items():
-            sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, f"{name} {key.id}")
-        if opened.sealed or meta.parameters.get("sealed"):
-            try:
-                helpers = boxfile.unsealed(opened.sealed, key, meta, box.name)
-                sources |= {
-                    name: Source(net=helper.net, sha256=helper.sha256)
-                    for name, helper in zip(ASSISTANTS, helpers, strict=False)
-                }
-            except BadInput as error:
-                notes.append(f"Students of an assistant were left out: {error.message}.")
-    if original is not None:
-        same = meta.architecture if meta is not None and meta.kind == "box" else None
-        loaded = boxfile.load(original, arch=arch or same, trust=trust)
-        check_alike(opened, loaded, original)
-        if meta is not None and meta.original_sha256 and loaded.sha256 != meta.original_sha256:
-            raise BadInput(f"{original} is not the checkpoint that was boxed", "its hash is another")
-        sources["original"] = Source(net=loaded.net, sha256=loaded.sha256)
-    if reference is None and meta is not None and meta.kind == "box":
-        beside = box.with_suffix(".reference.safetensors")
-        if beside.exists() and files.sha256(files.read(beside, "reference")) == meta.reference_sha256:
-            reference = beside
-        elif beside.exists():
-            notes.append(f"{beside.name} is the reference of another box, and was left out.")
-    if reference is not None:
-        loaded = boxfile.load(reference)
-        check_alike(opened, loaded, reference)
-        if meta is not None and meta.reference_sha256 and loaded.sha256 != meta.reference_sha256:
-            raise BadInput(f"{reference} is not the reference of this box", "its hash is another")
-        sources["reference"] = Source(net=loaded.net, sha256=loaded.sha256)
-    elif meta is not None:
-        notes.append("Without the reference N_ft, costs are measured against the original as it was.")
-    undefended = sources.get("reference") or sources.get("original")
-    if undefended is not None:
-        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
-    return sources
-
-
-def check_alike(opened: Opened, loaded: Loaded, path: Path) -> None:
-    """Refuse a network that cannot be compared with the one that is evaluated.
-
-    Raises:
-        BadInput: It has other classes or channels.
-    """
-    if loaded.classes != opened.classes:
-        raise BadInput(
-            f"{path} has {loaded.classes} classes, {opened.path.name} has {opened.classes}", "name what was boxed"
-        )
-    channels = opened.loaded.channels if opened.loaded else opened.shape[0] if opened.shape else loaded.channels
-    if loaded.channels != channels:
-        raise BadInput(
-            f"{path} takes {loaded.channels} channels, {opened.path.name} takes {channels}", "name what was boxed"
-        )
 
 
 def finish(made: Report, folder: Path, gates: list[Gate], force: bool, as_json: bool, *, measured: bool = True) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, check_known, named, open_model, preset, read_key
+from sdbctl.cli.common import box_fields, check_known, named, preset, read_key
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError
@@ -127,6 +127,7 @@ def inspect(
     from sdbctl import boxfile
     from sdbctl.key import KEY_BYTES
     from sdbctl.seal import readers
+    from sdbctl.sources import open_model
 
     if path.is_file() and path.stat().st_size == KEY_BYTES:
         found = {"file": path.name, "format": "key", "id": read_key(path, insecure_key_file).id}

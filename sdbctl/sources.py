@@ -1,0 +1,215 @@
+"""Model files of any kind, and the teachers that an evaluation makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl import boxfile, files, onnxfile
+from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
+from sdbctl.cells import Source
+from sdbctl.errors import BadInput, UsageError
+from sdbctl.key import Key, near, wrong
+from sdbctl.models.graph import Graph
+from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
+from sdbctl.teacher import OnnxTeacher
+from sdbctl.training import pick_device
+from sdbctl.wrappers import WRAPPERS, as_exported
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model file, whatever its format.
+
+    Attributes:
+        path: Where it is.
+        meta: What sdbctl wrote into it, or None.
+        classes: Number of outputs.
+        shape: Input (C, H, W), or None if the file does not say.
+        loaded: Its torch network, or None for an ONNX file.
+        served: Its ONNX session, or None.
+        sealed: What only key holders can read, or "".
+    """
+
+    path: Path
+    meta: Metadata | None
+    classes: int
+    shape: tuple[int, int, int] | None
+    loaded: Loaded | None
+    served: OnnxTeacher | None
+    sealed: str
+
+    @property
+    def recorded(self) -> str | None:
+        """Name of the data set that it was made with."""
+        return str(self.meta.data.get("name", "")) if self.meta else None
+
+
+def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool = False) -> Opened:
+    """Read a box, a checkpoint or an ONNX file, ours or anybody's."""
+    if onnxfile.is_onnx(path):
+        served = OnnxTeacher(path, pick_device(device))
+        said = onnxfile.properties(path)
+        meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
+        return Opened(path, meta, served.classes, served.shape, None, served, sealed)
+    loaded = boxfile.load(path, arch=arch, trust=trust)
+    shape = loaded.meta.preprocess.size if loaded.meta else None
+    return Opened(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
+
+
+def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str]) -> nn.Module | None:
+    """The network in an ONNX file, as the file serves it, if ONNX Runtime cannot use the device.
+
+    It is taken only if it computes what the file does, with and without what hides it, on random images.
+    """
+    served, meta = opened.served, opened.meta
+    if served is None or meta is None or served.device.type == device.type:
+        return None
+    net = as_exported(held.net, meta, boxfile.serves(opened.path))
+    difference = math.inf
+    # weights of another shape cannot even be asked
+    with contextlib.suppress(RuntimeError, ValueError):
+        if net is not None:
+            difference = onnxfile.parity(onnxfile.read(opened.path), net.eval(), _noise(served, meta))
+    if not difference <= onnxfile.PARITY_TOLERANCE:
+        notes.append("ONNX Runtime cannot use CUDA here: the file was asked on the CPU.")
+        return None
+    notes.append("ONNX Runtime cannot use CUDA here: torch computed what the file does, as checked on random images.")
+    return net
+
+
+def rebuilt(opened: Opened) -> nn.Module:
+    """The network in an ONNX file, as somebody who has nothing else makes it out of the graph.
+
+    Raises:
+        UsageError: That is not possible, or the two predict other classes for random images.
+    """
+    assert opened.served is not None
+    try:
+        net, x = Graph(onnxfile.read(opened.path), opened.classes).eval(), _noise(opened.served, opened.meta)
+        with torch.no_grad():
+            same = torch.equal(net(x).argmax(1), opened.served.logits(x).argmax(1))
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, StopIteration):
+        raise UsageError("the ONNX graph cannot be rebuilt in torch") from None
+    if not same:
+        raise UsageError("what was rebuilt of the ONNX graph predicts something else")
+    return net
+
+
+def _noise(served: OnnxTeacher, meta: Metadata | None) -> Tensor:
+    """Random images [16, C, H, W] as a file wants them, the same in every run."""
+    x = torch.rand(16, *served.shape, generator=torch.Generator().manual_seed(0))
+    return meta.preprocess(x) if meta else x - 0.5
+
+
+def gather(
+    opened: Opened,
+    key: Key | None,
+    original: Path | None,
+    reference: Path | None,
+    notes: list[str],
+    device: torch.device,
+    *,
+    arch: str | None = None,
+    trust: bool = False,
+    attack: bool = True,
+) -> dict[str, Source]:
+    """The teachers of an evaluation: the box without, with and with wrong keys, the original, trivial defences.
+
+    What is missing and matters is added to ``notes``.
+
+    Raises:
+        BadInput: The key, the original or the reference is not that of the box, or cannot be compared with it.
+    """
+    box, meta = opened.path, opened.meta
+    boxed = Source(sha256=boxfile.identity(box))
+    if opened.loaded is not None:
+        boxed = replace(boxed, net=opened.loaded.net)
+        if meta is not None and "flat_spread" in meta.measured:
+            notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
+    else:
+        beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
+        held, why = None, "is not there"
+        if beside.exists():
+            why = "is not what was exported"
+            with contextlib.suppress(BadInput):
+                held = boxfile.load(beside)
+        unboxed = meta is None or meta.kind != "box"
+        if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
+            boxed = replace(
+                boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes)
+            )
+        elif attack:
+            try:
+                boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")
+                notes.append(
+                    f"Attacks on the file train what the ONNX graph holds, since {beside.name} {why}: BatchNorm may be "
+                    "folded into its convolutions."
+                )
+            except UsageError as error:
+                notes.append(f"Attacks on the file were left out: {error.message}, and {beside.name} {why}.")
+    sources = {"boxed": boxed}
+    if key is not None:
+        if meta is None or meta.kind != "box":
+            raise BadInput(f"{box} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
+        check_key(meta, key)
+        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, key.id)
+        generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
+        patterns = {"wrong": wrong(secret, generator)}
+        patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
+        for name, other in patterns.items():
+            sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, f"{name} {key.id}")
+        if opened.sealed or meta.parameters.get("sealed"):
+            try:
+                helpers = boxfile.unsealed(opened.sealed, key, meta, box.name)
+                sources |= {
+                    name: Source(net=helper.net, sha256=helper.sha256)
+                    for name, helper in zip(ASSISTANTS, helpers, strict=False)
+                }
+            except BadInput as error:
+                notes.append(f"Students of an assistant were left out: {error.message}.")
+    if original is not None:
+        same = meta.architecture if meta is not None and meta.kind == "box" else None
+        loaded = boxfile.load(original, arch=arch or same, trust=trust)
+        recorded = meta.original_sha256 if meta is not None else ""
+        sources["original"] = _alike(opened, loaded, original, recorded, "the checkpoint that was boxed")
+    if reference is None and meta is not None and meta.kind == "box":
+        beside = box.with_suffix(".reference.safetensors")
+        if beside.exists() and files.sha256(files.read(beside, "reference")) == meta.reference_sha256:
+            reference = beside
+        elif beside.exists():
+            notes.append(f"{beside.name} is the reference of another box, and was left out.")
+    if reference is not None:
+        recorded = meta.reference_sha256 if meta is not None else ""
+        sources["reference"] = _alike(opened, boxfile.load(reference), reference, recorded, "the reference of this box")
+    elif meta is not None:
+        notes.append("Without the reference N_ft, costs are measured against the original as it was.")
+    undefended = sources.get("reference") or sources.get("original")
+    if undefended is not None:
+        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
+    return sources
+
+
+def _alike(opened: Opened, loaded: Loaded, path: Path, recorded: str, what: str) -> Source:
+    """A network to compare with, which is ``what``, unless its hash is not the ``recorded`` one.
+
+    Raises:
+        BadInput: It is another, or has other classes or channels.
+    """
+    if loaded.classes != opened.classes:
+        raise BadInput(
+            f"{path} has {loaded.classes} classes, {opened.path.name} has {opened.classes}", "name what was boxed"
+        )
+    channels = opened.loaded.channels if opened.loaded else opened.shape[0] if opened.shape else loaded.channels
+    if loaded.channels != channels:
+        raise BadInput(
+            f"{path} takes {loaded.channels} channels, {opened.path.name} takes {channels}", "name what was boxed"
+        )
+    if recorded and loaded.sha256 != recorded:
+        raise BadInput(f"{path} is not {what}", "its hash is another")
+    return Source(net=loaded.net, sha256=loaded.sha256)
