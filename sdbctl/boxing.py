@@ -169,12 +169,18 @@ class Kept:
     def take(self, found: Loaded) -> None:
         """Have what was made before."""
         assert found.meta is not None
-        self.net, self.sha256, self.learned = found.net, found.sha256, found.meta.measured
+        self.net, self.sha256 = found.net, found.sha256
+        # a file says anything, and what else it measured is no accuracy of a student
+        numbers = {name: value for name, value in found.meta.measured.items() if isinstance(value, int | float)}
+        self.learned = {name: numbers[name] for name in TEACHERS if name in numbers}
 
     def look(self) -> None:
         """Have what an interrupted run left, if that was the same run."""
         if self.path.exists():
-            found = boxfile.load(self.path)
+            try:
+                found = boxfile.load(self.path)
+            except BadInput:
+                raise BadInput(f"resume file {self.path} is damaged", "delete it to start over") from None
             if found.meta is not None and found.meta.run == self.describe().run:
                 self.take(found)
 
@@ -245,6 +251,9 @@ class Run:
                 )
             self.reference.take(self.found)
             self.progress.note("the reference was finished before")
+            if self.found.meta.data != self.reference.describe().data:
+                self.reference.learned = {}
+                self.progress.note("it was made with other splits: it may have seen images that judge the box")
         team.agree(int(self.found is None), "the finished reference")
         if self.found is not None and self.resume:
             for assistant in self.assistants:
@@ -340,19 +349,19 @@ class Run:
         if keeper.net is not None:
             keeper.keep(self.learned)
         self._decide()
-        teacher, seal = self.config.teacher, bool(self.seal)
-        team.agree(2 * TEACHERS.index(teacher) + seal, "the better teacher")
-        reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in self.learned.items())
-        self.progress.note(
-            f"small students reach {reached}: the key will open the {teacher}"
-            + (", and in the file the assistant" if seal else "")
-        )
+        team.agree(2 * TEACHERS.index(self.config.teacher) + bool(self.seal), "the better teacher")
 
     def _decide(self) -> None:
         if self.auto:
             self.config = replace(self.config, teacher=better_teacher(self.learned))
         if self.seal is None:
             self.seal = worth_sealing(self.learned)
+        if self.rivals:
+            reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in self.learned.items())
+            self.progress.note(
+                f"small students reach {reached}: the key will open the {self.config.teacher}"
+                + (", and in the file the assistant" if self.seal else "")
+            )
 
     def _write(self, made: Boxed) -> None:
         model, task = made.model, self.task

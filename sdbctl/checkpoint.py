@@ -226,7 +226,7 @@ def _unreadable(content: bytes, path: Path, begun: bytes) -> BadInput:
         return BadInput(
             f"{path} {what}", f"save its state_dict {how}, or use --trust if you made it: it runs whatever it holds"
         )
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return BadInput(f"{path} is an ONNX file, and weights are needed", "give the safetensors")
     what = next((kind for start, kind in OTHERS.items() if content.startswith(start)), "not a readable checkpoint")
     return BadInput(f"{path} is {what}", "save model.state_dict() with torch.save, or get the file again")

@@ -70,12 +70,13 @@ def reverse_sigmoid(p: Tensor) -> Tensor:
     Where that would lift others above the predicted class, as it does if none is likely, that class is put just above
     them: the prediction stays.
     """
-    # summed, since 1 − p has hardly a digit where p is nearly 1
-    others = (p @ (1 - torch.eye(p.shape[1], device=p.device, dtype=p.dtype))).clamp(min=_FLOOR)
+    best = top1(p) > 0
+    # summed for the predicted class, since 1 − p has hardly a digit where p is nearly 1
+    others = torch.where(best, p.masked_fill(best, 0.0).sum(1, keepdim=True), 1 - p).clamp(min=_FLOOR)
     p = p.clamp(_FLOOR, 1 - _FLOOR)
     moved = (p - (torch.sigmoid(0.1 * (p.log() - others.log())) - 0.5)).clamp(min=0)
-    best = moved.amax(1, keepdim=True)
-    return torch.where((top1(p) > 0) & (moved < best), 1.001 * best, moved)
+    most = moved.amax(1, keepdim=True)
+    return torch.where(best & (moved < most), 1.001 * most, moved)
 
 
 def gaussian_noise(p: Tensor) -> Tensor:

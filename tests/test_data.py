@@ -189,6 +189,15 @@ def test_arrays_of_the_same_area_are_resized_too(tmp_path):
     assert load(f"npz:{tmp_path}/flat.npz", size=8).train.shape == (1, 8, 8)
 
 
+def test_what_is_not_used_of_an_npz_is_not_read(tmp_path):
+    x, y = pixels(4, (8, 8)), np.arange(4) % 2
+    np.savez(tmp_path / "x.npz", images=x, labels=y, x=np.array([{}]), y=y, x_test=np.array([{}]))
+    assert len(load(f"npz:{tmp_path}/x.npz").train) == 4
+    np.savez(tmp_path / "half.npz", images=x, y=y)
+    with pytest.raises(BadInput, match="holds images, y; arrays named images and labels, both, are needed"):
+        load(f"npz:{tmp_path}/half.npz")
+
+
 def test_a_grey_first_image_does_not_make_all_grey(tmp_path):
     x = [encoded(pixels(1, (8, 8))[0]), *map(encoded, pixels(3))]
     write_parquet(tmp_path / "train.parquet", x, [0, 1, 0, 1])

@@ -1107,6 +1107,12 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
     assert begun == ["reference", *["resnet8"] * 8, "box"]
     # in the first assistant, the comparison, the second assistant and the box
     for last in (2, 2, 7, 2, 0):
+        if not last:
+            damaged, kept = tmp_path / ".x.assistant.resume", (tmp_path / ".x.assistant.resume").read_bytes()
+            damaged.write_bytes(kept[:1000])
+            result = run_cli(*command, tmp_path / "x.safetensors")
+            assert result.returncode == 4 and b"is damaged; delete it to start over" in result.stderr
+            damaged.write_bytes(kept)
         begun.clear()
         assert run_cli(*command, tmp_path / "x.safetensors").returncode == (130 if last else 0)
         assert len(begun) == (last or 1)
@@ -1114,6 +1120,38 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
     boxes = [load_box(tmp_path / f"{name}.safetensors") for name in ("whole", "x")]
     whole, gone_on = ([digest(net) for net in (one, *one.unseal(Key.load(work / "k.bin")))] for one in boxes)
     assert whole == gone_on and len(whole) == 3
+
+
+@pytest.mark.usefixtures("short_trials")
+def test_what_a_given_reference_says_of_students_is_no_more_than_a_claim(work, tmp_path):
+    made, reference = boxfile.load(work / "boxed.reference.safetensors"), tmp_path / "r.safetensors"
+    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--epochs", 1,
+               "--reference", reference, "--no-seal", "--force", "--json",
+               "-o", tmp_path / "x.safetensors")  # fmt: skip
+    said = {"reference": 1.0, "original": 99.0}
+    for measured, other, opened, compared in (
+        ({"reference": "a", "original": None}, {}, None, True),
+        (said, {}, "original", False),
+        (said, {"seed": 7}, None, True),
+    ):
+        meta = replace(made.meta, measured=measured, data={**made.meta.data, **other})
+        boxfile.save(reference, made.file_state(made.net), meta, force=True)
+        result = run_cli(*command)
+        assert result.returncode == 0, result.stderr
+        assert opened in (None, json.loads(result.stdout)["teacher"])
+        assert b"small students reach of the reference" in result.stderr
+        assert (b"of the original 99.0 %" not in result.stderr) == compared
+        assert (b"it may have seen images that judge the box" in result.stderr) == bool(other)
+
+
+def test_who_resumes_beside_a_finished_box_is_told_how(work, tmp_path, monkeypatch):
+    output = tmp_path / "x.safetensors"
+    output.write_bytes((work / "boxed.safetensors").read_bytes())
+    (tmp_path / ".x.box.resume").write_bytes(b"state")
+    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--resume")
+    result = run_cli(*command, "-o", output)
+    assert result.returncode == 2 and b"--resume --force goes on and replaces it" in result.stderr
+    assert (tmp_path / ".x.box.resume").exists()
 
 
 @pytest.mark.usefixtures("short_trials")

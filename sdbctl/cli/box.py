@@ -275,6 +275,7 @@ def box(
         {
             "box": str(output),
             "reference": str(reference_path),
+            "teacher": run.config.teacher,
             "sealed": sealed > 0,
             "key_ids": made.model.meta.key_ids,
             "cost_top1": cost,

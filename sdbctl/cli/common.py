@@ -98,6 +98,8 @@ def begin(
     found = next((path for path in states if path.exists()), None)
     if found is not None and not (resume or force):
         raise UsageError(f"an interrupted run left {found}", "--resume goes on, --force starts again")
+    if found is not None and resume and output.exists() and not force:
+        raise UsageError(f"output {output} already exists", "--resume --force goes on and replaces it")
     for path in outputs:
         files.claim(path, force=force)
 

@@ -218,7 +218,8 @@ def _npz(request: Request) -> Found:
     try:
         with zipfile.ZipFile(path) as archive:
             files = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            wanted = {name: files[name] for pair in NPZ_TRAIN + NPZ_TEST for name in pair if name in files}
+            whole = (next((pair for pair in pairs if set(pair) <= files.keys()), ()) for pairs in (NPZ_TRAIN, NPZ_TEST))
+            wanted = {name: files[name] for pair in whole for name in pair}
             held, size = ", ".join(files), sum(_announced(archive, file) for file in wanted.values())
             if size <= MEMORY_LIMIT:
                 for name, file in wanted.items():
@@ -253,7 +254,7 @@ def _npz(request: Request) -> Found:
 
     train = part(NPZ_TRAIN)
     if train is None:
-        raise BadInput(f"{path} holds {held or 'nothing'}", "arrays named images and labels are needed")
+        raise BadInput(f"{path} holds {held or 'nothing'}", "arrays named images and labels, both, are needed")
     return Found(path.stem, train, part(NPZ_TEST), ())
 
 
