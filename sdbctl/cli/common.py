@@ -199,6 +199,11 @@ def check_classes(dataset: Dataset, classes: int, meta: Metadata | None, what: s
     )
 
 
+def of_other_data(recorded: Mapping[str, Any], dataset: Dataset) -> bool:
+    """Whether a file that records its data was made with others."""
+    return recorded.get("fingerprint") not in (None, dataset.fingerprint)
+
+
 def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: int | None) -> Splits:
     """Split a data set as a file records it, so that what was disjoint stays disjoint.
 
@@ -213,7 +218,7 @@ def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: in
     from sdbctl import data
 
     recorded = recorded or {}
-    if recorded.get("fingerprint") not in (None, dataset.fingerprint):
+    if of_other_data(recorded, dataset):
         warn("this is not the data that the file was made with; splits may overlap")
         recorded = {}
     asked = {name: size for name, size in sizes.items() if size is not None}

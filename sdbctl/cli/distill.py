@@ -13,6 +13,7 @@ from sdbctl.cli.common import (
     begin,
     check_classes,
     check_known,
+    of_other_data,
     open_data,
     open_surrogate,
     pick,
@@ -143,7 +144,7 @@ def distill(
     dataset = check_classes(dataset, classes, meta, teacher.name)
     recorded = meta.data if meta else {}
     splits = split_like(dataset, recorded, transfer=transfer_size, test=test_size)
-    own = "transfer" not in recorded or recorded.get("fingerprint") not in (None, dataset.fingerprint)
+    own = "transfer" not in recorded or of_other_data(recorded, dataset)
     if own and transfer_size is None:
         # a split has no empty part, and the owner's is of no use here
         most = len(splits.transfer) + len(splits.owner) - 1

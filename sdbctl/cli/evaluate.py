@@ -14,6 +14,7 @@ from sdbctl.cli.common import (
     announce,
     box_fields,
     check_classes,
+    of_other_data,
     open_data,
     open_surrogate,
     pick,
@@ -160,7 +161,7 @@ def evaluate(
     dataset = check_classes(dataset, opened.classes, meta, box.name)
     size = dataset.train.shape
     splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
-    if meta is not None and meta.data.get("fingerprint") not in (None, dataset.fingerprint):
+    if meta is not None and of_other_data(meta.data, dataset):
         notes.append("This is not the data that the file was made with: splits may overlap.")
     if jobs == 0:
         jobs = torch.get_num_threads()
