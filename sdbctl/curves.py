@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,7 @@ from sdbctl.attacks.keys import STRENGTHS, keyed, public_patterns
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
 from sdbctl.key import correlation, embed, near
-from sdbctl.report import (
-    RECOVERED,
-    Curve,
-    Interval,
-    KeyStrength,
-    Point,
-    Student,
-)
+from sdbctl.report import OPEN, RECOVERED, Curve, Interval, KeyStrength, Point, Student
 from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row
 from sdbctl.teacher import KeyedTeacher
 from sdbctl.training import Progress, predict
@@ -156,17 +150,20 @@ def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -
 def opened_by_anybody(bench: Bench) -> float | None:
     """The highest share of answers, asked through a pattern that anybody has, that say more than the predicted class.
 
-    None of a model that has no key.
+    None of a model that has no key, or of one that says more without any pattern, where there is nothing to open.
     """
     if bench.strength == 0 or "boxed" not in bench.sources:
         return None
     some = bench.validation.first(OPENED).alone()
     boxed = bench.sources["boxed"].open(bench.engine.device, bench.classes)
-    return max(
-        metrics.beyond_top1(predict(boxed.logits, keyed(some, pattern, strength), bench.preprocess, bench.engine))
-        for pattern in public_patterns(bench.transfer).values()
-        for strength in STRENGTHS
-    )
+
+    def says(images: ImageSet) -> float:
+        return metrics.beyond_top1(predict(boxed.logits, images, bench.preprocess, bench.engine))
+
+    if says(some) > OPEN:
+        return None
+    tried = product(public_patterns(bench.transfer).values(), STRENGTHS)
+    return max(says(keyed(some, *pattern)) for pattern in tried)
 
 
 def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:

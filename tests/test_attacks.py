@@ -500,6 +500,8 @@ def test_patterns_that_anybody_has_are_tried(work, splits, boxed, transfer):
     assert curves.opened_by_anybody(opened) > 0.9
     assert curves.opened_by_anybody(closed) == 0
     assert curves.opened_by_anybody(replace(opened, strength=0.0)) is None
+    # who shows all without a pattern has nothing that one opens
+    assert curves.opened_by_anybody(replace(made, sources={"boxed": Source(net=net.net, sha256="all")})) is None
     for name in ("simple_keys", "simple_keys_unlabelled"):
         told = attack_with(name, TorchTeacher(net, 10, ENGINE), boxed, transfer)
         assert told.guess.std() < 0.3, "no grey, and no image's mean"

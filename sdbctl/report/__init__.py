@@ -139,7 +139,7 @@ class KeyStrength:
             :data:`RECOVERED` was had.
         searched: Highest correlation that an attack on the key ended with, of all that were tried: it has no bounds.
         public: Share of answers that say more than the predicted class, asked through patterns that anybody has: of
-            those tried the highest, in [0, 1].
+            those tried the highest, in [0, 1]; None of a model that says more without any.
     """
 
     opens_at: Interval = Interval()
