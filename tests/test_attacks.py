@@ -22,7 +22,7 @@ from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
 from sdbctl.protocol import controlled
 from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, Point, Report, Student
-from sdbctl.sources import gather, open_model, stand_in
+from sdbctl.sources import gather, open_model, rebuilt, stand_in
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
@@ -1314,6 +1314,9 @@ def test_a_wrapper_can_be_part_of_the_exported_graph(name, work, boxed, splits, 
         expected = Wrapped(boxed.net, name)(x)
     found = OnnxTeacher(path, ENGINE.device).logits(x)
     assert torch.allclose(found.exp(), expected.exp(), atol=1e-5)
+    # whoever holds the graph takes the wrapper off
+    bare = rebuilt(open_model(path, "cpu"))(x)
+    assert torch.allclose(bare, boxed.net(x), atol=1e-4)
 
 
 def test_wrappers_do_what_they_say():
