@@ -17,7 +17,7 @@ from sdbctl import boxfile, data
 from sdbctl.attacks.keys import STRENGTHS, public_patterns
 from sdbctl.key import embed
 from sdbctl.losses import split_target
-from sdbctl.wrappers import spread
+from sdbctl.wrappers import deviation
 
 IMAGES = 400
 
@@ -53,13 +53,13 @@ def main(box: str, original: str, spec: str) -> None:
     print(f"{'queries':18} {'not flat':>9} {'clipped':>9} {'cosine':>7}")
     for name, query in queries.items():
         outputs = [boxed.net.eval()(q) for q in (query, query.clamp(black, white))]
-        passed = [(spread(z) > meta.measured["flat_spread"]).flatten() for z in outputs]
+        passed = [(deviation(z) > meta.measured["flat_deviation"]).flatten() for z in outputs]
         cosine = f"{related(outputs[1][passed[1]], z_original[passed[1]]):7.2f}" if passed[1].any() else "      -"
         print(f"{name:18} {passed[0].float().mean():9.1%} {passed[1].float().mean():9.1%} {cosine}")
     print("\n" + " ".join([f"{'mixed in':18}", *(f"{strength:>6}" for strength in STRENGTHS)]))
     for name, pattern in public_patterns(data.ImageSet.of((255 * images).byte(), torch.zeros(len(images)))).items():
         open_to = [
-            (spread(boxed.net(meta.preprocess(embed(images, pattern, s)))) > meta.measured["flat_spread"])
+            (deviation(boxed.net(meta.preprocess(embed(images, pattern, s)))) > meta.measured["flat_deviation"])
             for s in STRENGTHS
         ]
         print(" ".join([f"{name:18}", *(f"{some.float().mean():6.1%}" for some in open_to)]))

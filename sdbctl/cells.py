@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
-from sdbctl.suites import BY_NAME, Row, Suite, suite
-from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
-from sdbctl.training import Engine, Progress, Recipe, accuracy, scaled
+from sdbctl.suites import BY_NAME, Row, Suite, suite, threatens
+from sdbctl.teacher import Access, ClassOnlyTeacher, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher, usual
+from sdbctl.training import Engine, Progress, Recipe, accuracy, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
 
 
@@ -47,6 +47,8 @@ class Source:
         held: The network inside the ONNX file, for attackers who hold it, or None.
         held_sha256: Identity of its weights.
         wrapper: Name in :data:`sdbctl.wrappers.WRAPPERS` that answers pass, or "".
+        levels: What answers look like that say nothing but the predicted class, or None.
+        limited: Whether all answers are made so.
     """
 
     net: nn.Module | None = None
@@ -58,6 +60,8 @@ class Source:
     held: nn.Module | None = None
     held_sha256: str = ""
     wrapper: str = ""
+    levels: Tensor | None = None
+    limited: bool = False
 
     @property
     def weights(self) -> nn.Module | None:
@@ -75,7 +79,14 @@ class Source:
             teacher = OnnxTeacher(self.onnx, device)
         if self.pattern is not None:
             teacher = KeyedTeacher(teacher, self.pattern, self.strength)
-        return WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
+        teacher = WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
+        return ClassOnlyTeacher(teacher, self.levels) if self.limited and self.levels is not None else teacher
+
+    def class_only(self) -> Source:
+        """The same teacher, of whose answers only the predicted class is left; it must have levels."""
+        assert self.levels is not None
+        told = hashlib.sha256(self.levels.numpy().tobytes()).hexdigest()[:16]
+        return replace(self, limited=True, sha256=f"{self.sha256}:class {told}")
 
     def wrapped(self, wrapper: str) -> Source:
         """The same teacher behind a serving-time defence."""
@@ -152,6 +163,11 @@ def code() -> str:
     return hashed.hexdigest()
 
 
+def class_only(teacher: str) -> str:
+    """Name of the source that answers as this one does, but with nothing but the predicted class."""
+    return f"{teacher}, class only"
+
+
 MOST_PASSES = 4
 """How many times more epochs a student of few images is trained at most."""
 
@@ -188,7 +204,8 @@ class Cell:
 class Outcome:
     """One trained student: accuracies in percent, the test accuracy only for reported ones.
 
-    ``correlation`` is that of the secret pattern with what an attack on the key found.
+    ``correlation`` is that of the secret pattern with what an attack on the key found; ``beyond`` is how many answers
+    said more than the predicted class, or None if nobody knows what that is.
     """
 
     validation: float
@@ -196,6 +213,7 @@ class Outcome:
     seconds: float
     queries: int
     correlation: float | None = None
+    beyond: int | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +258,17 @@ class Bench:
             for row in self.config.chosen.rows
             if self._possible(row)
         ]
+
+    def telling_classes(self) -> Bench:
+        """The same, with what answers look like that say nothing but the class, and teachers who give no others."""
+        asked = {name for row in self.rows() if threatens(row) and row.access == "api" for name in row.teachers}
+        sources = dict(self.sources)
+        for name in sorted(asked):
+            teacher = sources[name].open(self.engine.device, self.classes)
+            answers = predict(teacher.logits, self.validation, self.preprocess, self.engine)
+            sources[name] = replace(sources[name], levels=usual(answers))
+            sources[class_only(name)] = sources[name].class_only()
+        return replace(self, sources=sources)
 
     def _possible(self, row: Row) -> bool:
         boxed, attack = self.sources.get("boxed"), ATTACKS[row.attack]
@@ -325,7 +354,7 @@ class Bench:
         """Train and measure one student."""
         config, source = self.config, self.sources[cell.teacher] if cell.teacher else None
         teacher = source.open(self.engine.device, self.classes) if source else None
-        student, seconds, queries, guess = distill(
+        made = distill(
             ATTACKS[BY_NAME[cell.row].attack],
             cell.config,
             teacher,
@@ -340,13 +369,14 @@ class Bench:
             strength=self.strength,
             views=cell.epochs or config.recipe.epochs,
             record=self.record(cell.teacher),
+            levels=source.levels if source else None,
             progress=progress,
         )
-
-        validation = accuracy(student, self.validation, self.preprocess, self.engine)
-        test = accuracy(student, self.test, self.preprocess, self.engine) if cell.final else None
-        found = correlation(guess, self.secret) if guess is not None and self.secret is not None else None
-        return Outcome(validation, test, seconds, queries, found)
+        validation = accuracy(made.student, self.validation, self.preprocess, self.engine)
+        test = accuracy(made.student, self.test, self.preprocess, self.engine) if cell.final else None
+        found = correlation(made.guess, self.secret) if made.guess is not None and self.secret is not None else None
+        beyond = made.beyond if source is not None and source.levels is not None else None
+        return Outcome(validation, test, made.seconds, made.queries, found, beyond)
 
 
 def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[str, Outcome]:
@@ -534,6 +564,6 @@ def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
         return None
     try:
         values = json.loads((folder / f"{bench.key(cell)}.json").read_text())
-        return Outcome(*(values[name] for name in ("validation", "test", "seconds", "queries", "correlation")))
+        return Outcome(**{field.name: values[field.name] for field in fields(Outcome)})
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -30,12 +30,14 @@ class Distilled(NamedTuple):
         seconds: Time spent in training steps.
         queries: Inputs sent to the teacher.
         guess: The pattern [C, H, W] in [0, 1] that an attack on the key found, or None.
+        beyond: How many answers said more than the predicted class, if ``levels`` tell what that is.
     """
 
     student: nn.Module
     seconds: float
     queries: int
     guess: Tensor | None
+    beyond: int
 
 
 def distill(
@@ -54,6 +56,7 @@ def distill(
     strength: float = 0.0,
     views: int | None = None,
     record: Record | None = None,
+    levels: Tensor | None = None,
     progress: Progress | None = None,
     resume_from: Sequence[Resume] = (),
 ) -> Distilled:
@@ -78,6 +81,7 @@ def distill(
         strength: λ of the box, which is public; 0 if the teacher is none.
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         record: Where answers are kept for other students.
+        levels: What the teacher's answers look like that say nothing but the predicted class.
         progress: Where progress goes.
         resume_from: Where the state of each run of the student is kept from which it goes on if it was interrupted.
 
@@ -86,7 +90,7 @@ def distill(
     """
     oracle = None
     if teacher is not None and attack.access > Access.NONE:
-        oracle = Oracle(teacher, min(attack.access, Access.LOGITS), record)
+        oracle = Oracle(teacher, min(attack.access, Access.LOGITS), record, levels)
     build = functools.partial(build_student, student, classes, preprocess.size[0])
     attacker = Attacker(
         build(recipe.seed),
@@ -106,4 +110,5 @@ def distill(
         resume_from=resume_from,
     )
     attack.train(attacker, config)
-    return Distilled(attacker.student, attacker.seconds, oracle.queries if oracle else 0, attacker.guess)
+    queries, beyond = (oracle.queries, oracle.beyond) if oracle else (0, 0)
+    return Distilled(attacker.student, attacker.seconds, queries, attacker.guess, beyond)

@@ -17,7 +17,7 @@ from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anybody, taught_by_keys
-from sdbctl.protocol import accuracies, best_of, paired, train_students, validations_of, with_all_seeds
+from sdbctl.protocol import accuracies, best_of, finalists, paired, ranked, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
     OPEN,
@@ -32,7 +32,7 @@ from sdbctl.report import (
     UnauthorizedAdvantage,
     worth_protecting,
 )
-from sdbctl.suites import PLACES, USUAL
+from sdbctl.suites import USUAL
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
 MODEL_LABELS = {
@@ -47,7 +47,6 @@ MODEL_LABELS = {
 }
 MOSTLY = 0.02
 """Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""
-FINALISTS = PLACES["attack"]
 _MODEL_NAMES = {"reference": "original_ft", "keyed": "boxed_keyed", "wrong": "boxed_wrong_key"}
 
 
@@ -101,7 +100,7 @@ def evaluate(
     Returns:
         The report; what was not measured is None in it.
     """
-    begin, bench = time.perf_counter(), replace(bench, earlier={})
+    begin, bench = time.perf_counter(), replace(bench, earlier={}).telling_classes()
     progress = progress or Silent()
     models, outputs = measure_models(bench)
     guesses = [
@@ -163,28 +162,22 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     :func:`sdbctl.metrics.crossfit`, which flatters none.
     """
 
-    def rivals(role: Role, access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:
-        """Rows that compete, from the best on validation data."""
-        rows = [
-            student
-            for name, student in students.items()
-            # a pattern of one's own is an attack like any other
-            if (student.role == role or (role == "attack" and name == "authorized_wrong_key"))
-            and student.mean is not None
-            and student.access == access
-            and (labels is None or student.labels in labels)
-            and not name.startswith("control")
-        ]
-        return sorted(with_all_seeds(rows), key=lambda row: -_mean(validations_of(row)))
+    trained = {name: row for name, row in students.items() if not name.startswith("control")}
+
+    def rivals(role: Role, labels: Sequence[bool | None] | None = None) -> list[Student]:
+        return ranked((row for row in trained.values() if row.role == role), labels=labels)
 
     def over(values: list[float], control: str) -> Interval:
         return paired(values, students[control].values) if values and control in students else Interval()
 
     def strongest(access: Sequence[str], labels: Sequence[bool | None] | None, control: str) -> tuple[Interval, str]:
-        rows = [row for kind in access for row in rivals("attack", kind, labels)[:FINALISTS]]
-        found = {row.name: over(accuracies(row.values), control) for row in rows if control in students}
+        rows = [row for kind in access for row in finalists(trained, kind, labels)]
+        found = {
+            row.name: lower(over(accuracies(row.values), control), row.leak) for row in rows if control in students
+        }
+        highs = [one.high for one in found.values() if one.high is not None]
         # of one seed there are no bounds
-        high = max((one.high for one in found.values() if one.high is not None), default=None)
+        high = max(highs) if highs and len(highs) == len(found) else None
         best = max(found, key=lambda name: found[name].mean or 0.0, default="")
         return (replace(found[best], high=high), best) if best else (Interval(), "")
 
@@ -212,8 +205,13 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def lower(advantage: Interval, leak: Interval) -> Interval:
+    """What an attack gains over the floor, which is no more than over itself if it is told nothing but classes."""
+    if leak.mean is None or advantage.mean is None:
+        return advantage
+    lows, highs = (advantage.low, leak.low), [high for high in (advantage.high, leak.high) if high is not None]
+    low = None if None in lows else min(low for low in lows if low is not None)
+    return Interval(min(advantage.mean, leak.mean), low, min(highs, default=None), n=advantage.n)
 
 
 def verdict(report: Report) -> str:

@@ -15,10 +15,10 @@ import numpy as np
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, run_cells
+from sdbctl.cells import Bench, Cell, Outcome, class_only, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, EVERY, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row
+from sdbctl.suites import ALWAYS, BY_NAME, EVERY, FINALISTS, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, threatens
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
@@ -124,6 +124,12 @@ def _spare(bench: Bench) -> list[float]:
     for found in _competing(bench):
         twins = _longest(bench, [TWINS[row] for row in TWINS.keys() & _rows(found)])
         runs += twins[: _places(found)] * bench.config.reported
+    # finalists that are told nothing but classes, if answers of the box say more
+    asking = [row for row in bench.rows() if threatens(row) and row.access == "api"]
+    for labels in ((True, False), (False,)):
+        runs += (
+            _longest(bench, [row.name for row in asking if row.labels in labels])[:FINALISTS] * bench.config.reported
+        )
     return runs
 
 
@@ -254,10 +260,56 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
             },
             seconds=float(np.mean([outcome.seconds for outcome in runs])),
             queries=runs[0].queries or None,
+            beyond=max((run.beyond for run in runs if run.beyond is not None), default=None),
             validation=validation[row.name],
             note="not tuned" if row.role in TUNED else "",
         )
-    return controlled(students)
+    judged = {row.name for labels in ((True, False), (False,)) for row in finalists(students, "api", labels)}
+    leaks = _leaks(bench, {name: cells[name] for name in judged}, finished, folder, progress)
+    return controlled(students | {name: replace(students[name], leak=leak) for name, leak in leaks.items()})
+
+
+def _leaks(
+    bench: Bench,
+    attacks: Mapping[str, Sequence[Cell]],
+    finished: Mapping[str, Sequence[Outcome]],
+    folder: Path | None,
+    progress: Progress,
+) -> dict[str, Interval]:
+    """What attacks gain, seed by seed, over the same attacks that are told nothing but the predicted classes.
+
+    Those are students without soft outputs, so no attack gains more over the best of the floor than over its own. Where
+    no answer said more than the class both are the same student, which need not be trained again.
+    """
+    leaks, twins = dict[str, Interval](), dict[str, list[Cell]]()
+    for name, cells in attacks.items():
+        beyond = [outcome.beyond for outcome in finished[name]]
+        if any(beyond):
+            twins[name] = [replace(cell, teacher=class_only(cell.teacher)) for cell in cells]
+        elif None not in beyond:
+            leaks[name] = Interval(0.0, 0.0, 0.0, n=len(cells))
+    outcomes = run_cells(bench, [cell for some in twins.values() for cell in some], folder, progress)
+    for name, some in twins.items():
+        leaks[name] = paired([run.test for run in finished[name]], [outcomes[cell.id].test for cell in some])
+    return leaks
+
+
+def finalists(
+    students: Mapping[str, Student], access: str, labels: Sequence[bool | None] | None = None
+) -> list[Student]:
+    """The attacks of a threat that are held against the control, from the best on validation data."""
+    rows = [row for row in students.values() if threatens(row)]
+    return ranked(rows, access, labels)[:FINALISTS]
+
+
+def ranked(rows: Iterable[Student], access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:
+    """Rows of one access, with or without labels, that have all seeds, from the best on validation data."""
+    kept = [
+        row
+        for row in rows
+        if row.mean is not None and row.access == access and (labels is None or row.labels in labels)
+    ]
+    return sorted(with_all_seeds(kept), key=lambda row: -float(np.mean(validations_of(row))))
 
 
 def controlled(students: Mapping[str, Student]) -> dict[str, Student]:

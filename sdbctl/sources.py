@@ -130,7 +130,7 @@ def gather(
     boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
         boxed = replace(boxed, net=opened.loaded.net)
-        if meta is not None and "flat_spread" in meta.measured:
+        if meta is not None and "flat_deviation" in meta.measured:
             notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
     else:
         beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sdbctl.attacks import ATTACKS, Config
 from sdbctl.errors import UsageError
-from sdbctl.report import Role
+from sdbctl.report import Role, Student
 from sdbctl.teacher import Access
 from sdbctl.wrappers import WRAPPERS
 
@@ -40,6 +40,15 @@ class Row:
     def labels(self) -> bool:
         """Whether the attacker needs labels."""
         return ATTACKS[self.attack].labels
+
+
+WRONG_KEY = "authorized_wrong_key"
+"""The row that asks with a key that does not fit."""
+
+
+def threatens(row: Row | Student) -> bool:
+    """Whether it counts as an attack, as distilling with a pattern of one's own does."""
+    return row.role == "attack" or row.name == WRONG_KEY
 
 
 ASSISTANTS = ("assistant", "assistant_late")
@@ -94,7 +103,7 @@ CORE = (
     Row("dist_q", "DIST from the assistant", "target", "dist", ASSISTANTS),
     Row("authorized", "KD from the box with the key", "authorized", "kd", ("keyed",)),
     Row("dist_authorized", "DIST from the box with the key", "authorized", "dist", ("keyed",)),
-    Row("authorized_wrong_key", "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
+    Row(WRONG_KEY, "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
 ALSO = (
@@ -161,7 +170,9 @@ ALWAYS = ("cross_entropy", "label_smoothing", "kd_original", "unauthorized", "au
 """Rows that are reported even if others of their group are better: what every paper has."""
 TWINS = {row.name: ATTACKS[row.attack].twin for row in ALL if row.role == "attack" and ATTACKS[row.attack].twin}
 """Rows of attacks, and the same loss without soft outputs: where the attack is reported, so is this."""
-PLACES: Mapping[Role, int] = {"floor": 2, "attack": 2}
+FINALISTS = 2
+"""Attacks of a threat that are held against the control."""
+PLACES: Mapping[Role, int] = {"floor": 2, "attack": FINALISTS}
 """Rows of a group that get all seeds, where not one: whom a single screening names is the best by chance."""
 
 

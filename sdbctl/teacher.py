@@ -164,6 +164,49 @@ class KeyedTeacher:
         return self.teacher.logits(embed(x, self.pattern.to(x.device), self.strength))
 
 
+class ClassOnlyTeacher:
+    """A teacher whose answers say nothing but the predicted class: the same logits for each image of a class.
+
+    Args:
+        teacher: Who predicts.
+        levels: Logits [2, C] to show for each predicted class, its own and that of all others; see :func:`usual`.
+    """
+
+    def __init__(self, teacher: Teacher, levels: Tensor) -> None:
+        self.teacher, self.levels = teacher, levels
+        self.classes, self.where = teacher.classes, teacher.where
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :class:`Teacher`."""
+        return class_only(self.teacher.logits(x), self.levels)
+
+
+def class_only(z: Tensor, levels: Tensor) -> Tensor:
+    """Logits [B, C] that tell of logits ``z`` [B, C] only the predicted class, with ``levels`` [2, C]."""
+    predicted = z.argmax(1, keepdim=True)
+    own, others = levels.to(z.device)[:, predicted]
+    limited: Tensor = others.expand_as(z).scatter(1, predicted, own)
+    return limited
+
+
+def usual(z: Tensor) -> Tensor:
+    """Levels [2, C] of :func:`class_only` that answers ``z`` [N, C] usually have, by predicted class.
+
+    Medians: where most answers of a class are the same, and alike for the other classes, just those.
+    """
+    predicted = z.argmax(1)
+    own = z.gather(1, predicted[:, None])
+    others = z.scatter(1, predicted[:, None], torch.nan)
+
+    def levels(some: Tensor) -> Tensor:
+        return torch.stack([own[some].median(), others[some].nanmedian()])
+
+    # of a class that is never predicted nothing is known
+    anywhere = torch.ones_like(predicted, dtype=torch.bool)
+    found = [predicted == name for name in range(z.shape[1])]
+    return torch.stack([levels(some if some.any() else anywhere) for some in found], 1)
+
+
 @dataclass(frozen=True)
 class Record:
     """Where answers to whole sets are kept, so that many students share one set of queries.
@@ -217,11 +260,21 @@ class Oracle:
         teacher: Who answers.
         access: How much of the answer is shown.
         record: Where answers to whole sets are kept, or None.
+        levels: What answers that say nothing but the predicted class look like; those that look otherwise are counted.
     """
 
-    def __init__(self, teacher: Teacher, access: Access, record: Record | None = None) -> None:
+    def __init__(
+        self, teacher: Teacher, access: Access, record: Record | None = None, levels: Tensor | None = None
+    ) -> None:
         self.access, self.classes, self.queries = access, teacher.classes, 0
-        show = _shown(access)
+        self._beyond: list[Tensor] = []
+        limited = _shown(access)
+
+        def show(z: Tensor) -> Tensor:
+            if levels is not None and access > Access.LABELS:
+                # not asked for yet: a GPU would have to wait
+                self._beyond.append((z != class_only(z, levels)).any(1).sum())
+            return limited(z)
 
         def answer(x: Tensor) -> Tensor:
             return show(teacher.logits(x))
@@ -233,6 +286,12 @@ class Oracle:
             return show(record.recall(images.digest, ask) if record else ask())
 
         self._answer, self._answers = answer, answers
+
+    @property
+    def beyond(self) -> int:
+        """How many answers said more than the predicted class; asked again, they count again."""
+        self._beyond = [torch.stack(self._beyond).sum()] if self._beyond else []
+        return int(sum(self._beyond))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Answer a batch of queries.

@@ -177,7 +177,7 @@ def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Te
         z: Logits [B, C], C ≥ 3.
         cut: Confidence from which a prediction is sure.
         levels: Confidences [2, C] to serve for each predicted class, if unsure and if sure.
-        flat: Standard deviation of the non-target logits below which an output is public.
+        flat: :func:`deviation` up to which an output is public.
 
     Returns:
         Logits [B, C].
@@ -185,18 +185,22 @@ def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Te
     unsure, sure = (levels / (1 - levels) * (z.shape[1] - 1)).log()
     chosen = _predicted(z)
     height = torch.where(z.softmax(1).amax(1, keepdim=True) >= cut, sure, unsure)
-    return torch.where(spread(z) <= flat, torch.where(chosen, height, 0.0), z)
+    return torch.where(deviation(z) <= flat, torch.where(chosen, height, 0.0), z)
 
 
 def _predicted(z: Tensor) -> Tensor:
     return torch.arange(z.shape[1], device=z.device) == z.argmax(1, keepdim=True)
 
 
-def spread(z: Tensor) -> Tensor:
-    """Standard deviation [B, 1] of the non-target logits, in operations that ONNX has."""
+def deviation(z: Tensor) -> Tensor:
+    """Mean absolute deviation [B, 1] of the non-target logits, in operations that ONNX has.
+
+    Where a box conceals badly one other class stands out, while a key moves them all: the mean tells these apart where
+    the standard deviation does not.
+    """
     chosen, others, zero = _predicted(z), z.shape[1] - 1, torch.zeros_like(z)
     mean = torch.where(chosen, zero, z).sum(1, keepdim=True) / others
-    return (torch.where(chosen, zero, z - mean).square().sum(1, keepdim=True) / others).sqrt()
+    return torch.where(chosen, zero, z - mean).abs().sum(1, keepdim=True) / others
 
 
 class Concealed(nn.Module):
@@ -253,20 +257,19 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
-        least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_spread``, between the
-        spreads of public and keyed outputs: above all public ones, unless more than a fiftieth of the keyed ones are
-        below; and ``keyed_flat``, the share of those, which are served like public ones. Nothing if more than a
-        twentieth of either are beyond the other, as from an objective that does not conceal.
+        least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the
+        :func:`deviation` below which a fiftieth of the keyed outputs are, or the middle between them and public ones if
+        that is higher; and ``keyed_flat``, the share of those, which are served like public ones. Nothing if more than
+        a twentieth of either are beyond the other, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
-    own, most = (float(spread(public.float()).quantile(share)) for share in (0.95, 1.0))
-    least, other = (float(spread(keyed.float()).quantile(share)) for share in (0.02, 0.05))
+    own, opened = float(deviation(public.float()).quantile(0.95)), deviation(keyed.float())
+    least, other = (float(opened.quantile(share)) for share in (0.02, 0.05))
     if own > other:
         return {}
-    middle = math.sqrt(own * other)
-    flat = max(middle, min(1.01 * most, least))
+    flat = max(math.sqrt(own * other), least)
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 
@@ -288,8 +291,8 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
         "class_confidences": [accuracy(predicted == name, average, SHRUNK) for name in range(classes)],
         "confidence_cut": cut,
         "rough_confidences": rough(cut),
-        "flat_spread": flat,
-        "keyed_flat": float((spread(keyed.float()) <= flat).float().mean()),
+        "flat_deviation": flat,
+        "keyed_flat": float((opened <= flat).float().mean()),
     }
 
 
@@ -304,7 +307,7 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Modu
     Raises:
         BadInput: What the box says of its confidences is damaged.
     """
-    names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_spread")
+    names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_deviation")
     by_class, cut, rough, flat = found = [meta.measured.get(name) for name in names]
     if confidence == "exact" or found == [None] * len(found):
         return net

@@ -24,7 +24,7 @@ from sdbctl.protocol import controlled
 from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, Point, Report, Student
 from sdbctl.sources import gather, open_model, rebuilt, stand_in
 from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
-from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, TorchTeacher
+from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, Record, TorchTeacher, class_only, usual
 from sdbctl.training import Engine, Recipe, Silent
 from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, behind, concealed, served, serving
 from tests.conftest import run_cli, with_unknown_operator
@@ -519,9 +519,9 @@ class Counting(Silent):
 
 
 def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
-    # fine_tuned holds the file; the box, the original, the right and a wrong key answer
+    # fine_tuned holds the file; the box, the original, the right and a wrong key answer; two finalists may be told less
     made = bench(work, splits, boxed, "quick", pattern)
-    assert protocol.plan(made) == protocol.Plan(10, 10, 10.0, 1.0, 4, 300 * len(made.transfer))
+    assert protocol.plan(made) == protocol.Plan(12, 12, 12.0, 1.0, 4, 300 * len(made.transfer))
     foreign = splits.test.take(range(60, 85))
     alone, more = (bench(work, splits, boxed, "strong", pattern, surrogate=one) for one in (None, foreign))
     # 25 images seen 40 times before a run of 4 epochs of 40
@@ -679,7 +679,7 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     # class 0 is right half of the time, the others nine times in ten, whatever the network says
     right = torch.rand(4000, generator=generator) < torch.where(predicted == 0, 0.5, 0.9)
     measured = serving(public, torch.where(right, predicted, (predicted + 1) % 5), keyed)
-    levels, flat = torch.tensor(measured["class_confidences"]), measured["flat_spread"]
+    levels, flat = torch.tensor(measured["class_confidences"]), measured["flat_deviation"]
     assert levels.tolist() == pytest.approx([0.5, 0.9, 0.9, 0.9, 0.9], abs=0.04)
     assert 0.1 < flat < 2
     out = concealed(torch.cat([public, keyed]), 0.5, levels.expand(2, 5), flat)
@@ -707,11 +707,16 @@ def test_rough_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the
     assert measured["confidence_cut"] == 0.8
     assert measured["rough_confidences"] == pytest.approx([0.5, 0.9], abs=0.03)
     levels = torch.tensor(measured["rough_confidences"])[:, None].expand(2, 5)
-    shown = concealed(public, 0.8, levels, measured["flat_spread"]).softmax(1).amax(1)
+    shown = concealed(public, 0.8, levels, measured["flat_deviation"]).softmax(1).amax(1)
     assert torch.allclose(shown, torch.where(public.softmax(1).amax(1) >= 0.8, levels[1, 0], levels[0, 0]))
 
 
-SERVING = {"class_confidences": [0.8] * 10, "confidence_cut": 0.9, "rough_confidences": [0.4, 0.9], "flat_spread": 1.0}
+SERVING = {
+    "class_confidences": [0.8] * 10,
+    "confidence_cut": 0.9,
+    "rough_confidences": [0.4, 0.9],
+    "flat_deviation": 1.0,
+}
 
 
 def test_how_sure_a_box_says_it_is_can_be_chosen(boxed):
@@ -771,6 +776,82 @@ def some(name, role, values, validations=None, **more):
     known = tuple(values if validations is None else validations)
     return Student(name=name, label=name, role=role, mean=float(np.mean(values)), n=len(values), values=tuple(values),
                    validations=known, validation=float(np.mean(known)), **more)  # fmt: skip
+
+
+def test_answers_that_say_nothing_but_the_class_are_what_most_are():
+    z = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    predicted = z.argmax(1)
+    levels = usual(torch.from_numpy(z)).numpy()
+    for name in range(5):
+        rows = z[predicted == name]
+        # of an even number torch takes the lower one of the middle
+        assert levels[0, name] == np.quantile(rows[:, name], 0.5, method="lower")
+        assert levels[1, name] == np.quantile(np.delete(rows, name, 1), 0.5, method="lower")
+    shown = class_only(torch.from_numpy(z), torch.from_numpy(levels)).numpy()
+    expected = np.tile(levels[1, predicted][:, None], 5)
+    expected[np.arange(40), predicted] = levels[0, predicted]
+    assert (shown == expected).all()
+    # a class that nobody saw has the levels of all
+    seen = torch.tensor([[3.0, 0.0, 1.0], [0.0, 5.0, 1.0], [4.0, 1.0, 0.0]])
+    assert usual(seen).tolist() == [[3.0, 5.0, 4.0], [0.0, 0.0, 0.0]]
+
+
+def test_answers_beyond_the_class_are_counted(teacher, transfer, boxed):
+    answers = training.predict(teacher.logits, transfer, boxed.meta.preprocess, ENGINE)
+    bare = behind(WRAPPERS["class-constant"], answers)
+    few = torch.where(torch.arange(len(answers))[:, None] < 3, answers, bare)
+    stub = SimpleNamespace(classes=10, where="", logits=lambda x: few[: len(x)])
+    oracle = Oracle(stub, Access.PROBABILITIES, levels=usual(bare))
+    for _ in range(2):
+        oracle.answers(transfer, boxed.meta.preprocess, ENGINE)
+        oracle(torch.zeros(4, 1, 8, 8))
+    assert oracle.beyond == oracle.beyond == 12
+    blind = Oracle(stub, Access.LABELS, levels=usual(bare))
+    blind(torch.zeros(4, 1, 8, 8))
+    assert blind.beyond == 0
+
+
+@pytest.mark.parametrize("wrapper", ["class-constant", "uniform-nontarget"])
+def test_an_attack_that_is_told_nothing_but_classes_gains_nothing(wrapper, work, splits, boxed, tmp_path):
+    made = bench(work, splits, boxed, "core")
+    made = replace(made, sources={**made.sources, "boxed": made.sources["original"].wrapped(wrapper)})
+    made = replace(made, config=replace(made.config, recipe=Recipe(epochs=12, batch_size=8)))
+    report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path)
+    finalists = [row for row in report.students.values() if row.leak.mean is not None]
+    assert 2 <= len(finalists) <= 4 and {row.role for row in finalists} == {"attack"}
+    api = report.unauthorized_advantage.api
+    if wrapper == "class-constant":
+        assert all(row.beyond == 0 and row.leak == Interval(0.0, 0.0, 0.0, n=2) for row in finalists)
+        assert api.labelled.high <= 0 and api.unlabelled.high <= 0
+    else:
+        # confidences differ from image to image, and no others than the finalists are trained again
+        assert all(0 < row.beyond <= row.queries and row.leak.n == 2 for row in finalists)
+        assert any(row.leak.mean for row in finalists)
+        rows = [row for name, row in report.students.items() if not name.startswith("control")]
+        assert len(list(tmp_path.iterdir())) == sum(row.n for row in rows) + 2 * len(finalists)
+    assert Report.from_json(report.to_json()).students == report.students
+    assert report.get("students.kd_original.leak") is None
+
+
+def test_no_attack_gains_more_than_over_itself_without_soft_outputs():
+    known = Interval(2.0, 1.0, 3.0, n=5)
+    assert evaluate.lower(known, Interval()) == known
+    assert evaluate.lower(known, Interval(0.5, 0.2, 0.8, n=5)) == Interval(0.5, 0.2, 0.8, n=5)
+    assert evaluate.lower(known, Interval(4.0, 0.0, 8.0, n=5)) == Interval(2.0, 0.0, 3.0, n=5)
+    # of one seed nothing is known but that both are the same student
+    assert evaluate.lower(Interval(2.0, n=1), Interval(0.0, 0.0, 0.0, n=1)) == Interval(0.0, None, 0.0, n=1)
+    assert evaluate.lower(Interval(-2.0, n=1), Interval(1.0, n=1)) == Interval(-2.0, n=1)
+    floor, same = (50.0, 51.0, 53.0), Interval(0.0, 0.0, 0.0, n=3)
+    rows = [
+        some("control", "floor", floor),
+        some("kd", "attack", (51.0, 54.0, 55.0), labels=True, leak=same),
+        some("dist", "attack", (51.0, 53.0, 54.0), labels=True),
+    ]
+    api = evaluate.headline(made_of(*rows))["unauthorized_advantage"].api
+    # the other finalist may still gain
+    assert api.labelled_by == "dist" and api.labelled.high > 1
+    api = evaluate.headline(made_of(*rows[:2], replace(rows[2], leak=same)))["unauthorized_advantage"].api
+    assert (api.labelled.mean, api.labelled.high) == (0.0, 0.0) and api.labelled.low < 0
 
 
 def test_the_headline_is_of_both_attackers_and_the_verdict_of_the_worse():

@@ -222,7 +222,7 @@ def distill(
         },
     )
     with Live() as progress:
-        net, seconds, _, _ = train_student(
+        done = train_student(
             attack,
             config,
             asked,
@@ -236,16 +236,16 @@ def distill(
             progress=progress,
             resume_from=[Resume(state, made.run) for state in states],
         )
-    top1 = accuracy(net, splits.test, preprocess, engine)
+    top1 = accuracy(done.student, splits.test, preprocess, engine)
     # before an interruption, too
     queries += min(len(foreign), PRETRAINED) if foreign is not None else 0
     measured = {
         "top1": round(top1, 3),
         "n": len(splits.test),
-        "seconds": round(seconds, 1),
+        "seconds": round(done.seconds, 1),
         "queries": queries,
     }
-    boxfile.save(output, net.state_dict(), replace(made, measured=measured), force=force)
+    boxfile.save(output, done.student.state_dict(), replace(made, measured=measured), force=force)
     for state in states:
         Resume(state, made.run).done()
     result: dict[str, Any] = {
@@ -263,7 +263,7 @@ def distill(
         "teacher": f"{taught:.2f} % (validation), {shown}, {asked.where}",
         "transfer set": f"{len(splits.transfer):,} images, {recipe.epochs} epochs, {queries:,} queries"
         f"{f', {len(foreign):,} of them about another data set, first' if foreign is not None else ''}",
-        "time": f"{seconds:.0f} s, {seen / max(seconds, 1e-9):.0f} images/s",
+        "time": f"{done.seconds:.0f} s, {seen / max(done.seconds, 1e-9):.0f} images/s",
         "written": output,
     }
     emit(result, json_, pairs("", rows))

@@ -210,9 +210,13 @@ class Student:
         values: Test accuracy of each seed in percent.
         validations: Validation accuracy of each seed in percent.
         difference: Paired difference to ``control`` in points.
+        leak: Paired difference to the same attack by somebody who is told nothing but the predicted classes, in points:
+            what the rest of the answers taught. Exactly zero if no answer said more. Measured of attacks on the API
+            that a headline is made of.
         config: The tuned settings: teacher, temperature, alpha, epochs, …
         seconds: Time for one student.
         queries: Inputs sent to the teacher, each view counted.
+        beyond: How many of the answers said more than the predicted class, at most of all seeds; null if nobody knows.
         validation: Accuracy on the validation split, which selected the settings.
         note: A mark beside the label, such as "not tuned".
     """
@@ -228,9 +232,11 @@ class Student:
     values: tuple[float | None, ...] = ()
     validations: tuple[float | None, ...] = ()
     difference: Interval = Interval()
+    leak: Interval = Interval()
     config: dict[str, object] = field(default_factory=dict)
     seconds: float | None = None
     queries: int | None = None
+    beyond: int | None = None
     validation: float | None = None
     note: str = ""
 
