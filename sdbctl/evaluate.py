@@ -291,7 +291,14 @@ def _shown(report: Report) -> str:
     if boxed.beyond_top1 > MOSTLY:
         return ""
     few = f" of all but {100 * boxed.beyond_top1:.2g} % of the images" if boxed.beyond_top1 else ""
-    return f" Its outputs{few} say no more than the predicted class."
+    told = [row.beyond for row in finalists_of(report) if row.beyond is not None]
+    none = ", and no answer that the best attackers were given did" if told and not any(told) else ""
+    return f" Its outputs{few} say no more than the predicted class{none}."
+
+
+def finalists_of(report: Report) -> list[Student]:
+    """The attackers through the API that the headline is made of."""
+    return [row for row in report.students.values() if row.leak.mean is not None]
 
 
 def _signed(value: float | None) -> str:

@@ -437,11 +437,18 @@ def _students(report: Report) -> Table:
         Column("95 % bounds", spare=2),
         Column("Settings", numeric=False, wide=True),
         Column("Queries", wide=True),
+        Column("Beyond top-1", wide=True),
+        Column("Leak", wide=True),
         Column("Seconds", wide=True),
     )
     students = [student for student in ordered(report.students) if student.n]
     shared = _shared(students)
     note = "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
+    if any(student.leak.mean is not None for student in students):
+        note += (
+            " Beyond top-1: answers that said more than the predicted class. Leak: gain over the same attack that is "
+            "told nothing but classes, with 95 % bounds."
+        )
     if shared:
         note += f" All: {', '.join(_pair(name, value) for name, value in shared.items())}."
     rows = tuple(_student(student, shared) for student in students)
@@ -504,6 +511,8 @@ def _student(student: Student, shared: Mapping[str, str]) -> tuple[str, ...]:
         bounds(student.difference),
         _short_settings(student, shared),
         "none" if student.queries is None else f"{student.queries:,}",
+        "" if student.beyond is None else f"{student.beyond:,}",
+        "" if student.leak.mean is None else f"{number(student.leak.mean, sign=True)} ({bounds(student.leak)})",
         number(student.seconds, 1),
     )
 
