@@ -191,6 +191,7 @@ class Suite:
         student: Architecture of the students unless the user asks for another.
         epochs: Passes over the transfer set unless the user asks for others, or None for the usual number.
         curves: Whether query budgets are measured.
+        foreign: Whether it is about attackers who have images of another data set, and so cannot be run without.
     """
 
     summary: str
@@ -202,6 +203,7 @@ class Suite:
     student: str = "wrn16"
     epochs: int | None = None
     curves: bool = False
+    foreign: bool = False
 
     def alone(self, row: Row) -> bool:
         """Whether a row is reported whatever others do, since it is what claims are made against or for."""
@@ -231,7 +233,7 @@ def _named(*names: str) -> tuple[Row, ...]:
 
 SUITES: Mapping[str, Suite] = {
     "quick": Suite(
-        "ten small students, one seed, few epochs, nothing tuned: a smoke test",
+        "ten small students or twelve, one seed, few epochs, nothing tuned: a smoke test",
         _named(
             "cross_entropy",
             "label_smoothing",
@@ -283,6 +285,11 @@ SUITES: Mapping[str, Suite] = {
         rungs=(1 / 8, 1 / 2),
         elect=True,
     ),
+    "foreign": Suite(
+        "who has images of another data set, and how users of the original and key holders learn from them",
+        tuple(row for row in ALL if ATTACKS[row.attack].surrogate or row.name in ALWAYS),
+        foreign=True,
+    ),
     "standard": Suite(
         "every attack, the two best of each threat with all seeds",
         ALL,
@@ -295,14 +302,16 @@ SUITES: Mapping[str, Suite] = {
 }
 
 
-def suite(name: str) -> Suite:
+def suite(name: str, *, foreign: bool = True) -> Suite:
     """A suite by name.
 
     Raises:
-        UsageError: There is none of this name.
+        UsageError: There is none of this name, or it cannot be run without ``foreign`` images.
     """
     if name not in SUITES:
         raise UsageError(f"unknown suite {name}", f"use one of: {', '.join(SUITES)}")
+    if SUITES[name].foreign and not foreign:
+        raise UsageError(f"suite {name} asks about images of another data set", "give --surrogate SPEC")
     return SUITES[name]
 
 

@@ -568,6 +568,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
     if suite == "strong":
         assert report.students.keys() >= FOREIGN - {"knockoff", "copycat"}
+        assert {row.name for row in SUITES["foreign"].rows} == FOREIGN | set(ALWAYS)
         assert report.config["surrogate_images"] == 25
         # what a claim is made for or against has all seeds
         assert all(report.students[f"pretrained_{who}"].n == 2 for who in ("original", "q", "authorized"))

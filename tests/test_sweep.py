@@ -56,6 +56,7 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
         ("--wrapper", "nope"),
         ("--confidence", "nope", "--confidence", "class"),
         ("--set", "../../nope=1,2"),
+        ("--objective", "sdb", "--suite", "nope"),
     ],
 )
 def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
@@ -79,6 +80,8 @@ def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
 
 def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
     sweep = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
+    done = run_cli(*sweep, "--set", "hide=1,2", "--suite", "foreign", "--report", tmp_path / "out")
+    assert done.returncode == 2 and b"give --surrogate SPEC" in done.stderr and not list(tmp_path.iterdir())
     done = run_cli(*sweep, "--set", "hide=1,-1", "--report", tmp_path / "out")
     assert done.returncode == 2 and b"hide=-1" in done.stderr and not list(tmp_path.iterdir())
     (tmp_path / "file").touch()

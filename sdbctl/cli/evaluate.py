@@ -130,7 +130,7 @@ def evaluate(
     from sdbctl.suites import suite as find_suite
     from sdbctl.training import Recipe, pick_device, scaled
 
-    chosen = find_suite(suite)
+    chosen = find_suite(suite, foreign=surrogate is not None)
     student = student or chosen.student
     if cluster not in (None, "slurm", "local"):
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")

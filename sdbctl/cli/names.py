@@ -14,7 +14,7 @@ NAMES = {
     "teachers": ["auto", "reference", "original", "assistant"],
     "students": ["wrn16", *_PLAIN, *_STEMS, "mobilenetv2", "shufflenetv2", "cnn", "cnn-tiny"],
     "methods": ["kd", "dkd", "dist"],
-    "suites": ["quick", "core", "strong", "file", "standard", "full"],
+    "suites": ["quick", "core", "strong", "file", "foreign", "standard", "full"],
     "wrappers": [
         "top1",
         "class-constant",

@@ -136,6 +136,7 @@ def sweep(
     ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
+    surrogate: o.Surrogate = None,
     owner_size: o.OwnerSize = None,
     transfer_size: o.TransferSize = None,
     test_size: o.TestSize = None,
@@ -183,8 +184,10 @@ def sweep(
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
     from sdbctl.report.terminal import Fitting
+    from sdbctl.suites import suite as find_suite
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
+    find_suite(suite, foreign=surrogate is not None)
     for row in rows:
         check_known("confidence", row.confidence, CONFIDENCES)
         check_known("objective", row.objective, OBJECTIVES)
@@ -197,7 +200,7 @@ def sweep(
         "data": data,
         "splits": [owner_size, transfer_size, test_size],
         "training": [epochs, batch_size],
-        "students": [student, student_epochs, student_batch_size, seeds, suite, tune],
+        "students": [student, student_epochs, student_batch_size, seeds, suite, tune, surrogate],
         "precision": precision,
     }
     shared = report / "reference.safetensors"
@@ -285,6 +288,7 @@ def sweep(
                     seeds=seeds,
                     suite=suite,
                     tune=tune,
+                    surrogate=surrogate,
                     report=done.parent,
                     cache=report / "students",
                     epochs=student_epochs,
