@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdbctl import boxfile, files
+from sdbctl import boxfile, files, metrics
 from sdbctl.attacks import ATTACKS, Config
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
 from sdbctl.suites import BY_NAME, Row, Suite, suite, threatens
-from sdbctl.teacher import Access, ClassOnlyTeacher, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher, usual
+from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, accuracy, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
 
@@ -48,7 +48,6 @@ class Source:
         held_sha256: Identity of its weights.
         wrapper: Name in :data:`sdbctl.wrappers.WRAPPERS` that answers pass, or "".
         levels: What answers look like that say nothing but the predicted class, or None.
-        limited: Whether all answers are made so.
     """
 
     net: nn.Module | None = None
@@ -61,7 +60,6 @@ class Source:
     held_sha256: str = ""
     wrapper: str = ""
     levels: Tensor | None = None
-    limited: bool = False
 
     @property
     def weights(self) -> nn.Module | None:
@@ -79,14 +77,7 @@ class Source:
             teacher = OnnxTeacher(self.onnx, device)
         if self.pattern is not None:
             teacher = KeyedTeacher(teacher, self.pattern, self.strength)
-        teacher = WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
-        return ClassOnlyTeacher(teacher, self.levels) if self.limited and self.levels is not None else teacher
-
-    def class_only(self) -> Source:
-        """The same teacher, of whose answers only the predicted class is left; it must have levels."""
-        assert self.levels is not None
-        told = hashlib.sha256(self.levels.numpy().tobytes()).hexdigest()[:16]
-        return replace(self, limited=True, sha256=f"{self.sha256}:class {told}")
+        return WrappedTeacher(teacher, self.wrapper) if self.wrapper else teacher
 
     def wrapped(self, wrapper: str) -> Source:
         """The same teacher behind a serving-time defence."""
@@ -163,11 +154,6 @@ def code() -> str:
     return hashed.hexdigest()
 
 
-def class_only(teacher: str) -> str:
-    """Name of the source that answers as this one does, but with nothing but the predicted class."""
-    return f"{teacher}, class only"
-
-
 MOST_PASSES = 4
 """How many times more epochs a student of few images is trained at most."""
 
@@ -184,6 +170,7 @@ class Cell:
         final: Whether it is measured on the test split.
         epochs: Epochs, if not those of the recipe.
         images: Transfer images, if not all.
+        limited: Whether the teacher tells nothing but the predicted class.
     """
 
     row: str
@@ -193,6 +180,7 @@ class Cell:
     final: bool
     epochs: int | None = None
     images: int | None = None
+    limited: bool = False
 
     @property
     def id(self) -> str:
@@ -260,14 +248,13 @@ class Bench:
         ]
 
     def telling_classes(self) -> Bench:
-        """The same, with what answers look like that say nothing but the class, and teachers who give no others."""
+        """The same, with what answers to attackers look like that say nothing but the class, on validation images."""
         asked = {name for row in self.rows() if threatens(row) and row.access == "api" for name in row.teachers}
         sources = dict(self.sources)
         for name in sorted(asked):
             teacher = sources[name].open(self.engine.device, self.classes)
             answers = predict(teacher.logits, self.validation, self.preprocess, self.engine)
-            sources[name] = replace(sources[name], levels=usual(answers))
-            sources[class_only(name)] = sources[name].class_only()
+            sources[name] = replace(sources[name], levels=metrics.usual(answers))
         return replace(self, sources=sources)
 
     def _possible(self, row: Row) -> bool:
@@ -319,6 +306,7 @@ class Bench:
             asdict(self.recipe(cell)),
             cell.final,
             cell.images,
+            cell.limited,
             self.config.student,
             self.fingerprint,
             self.preprocess.to_dict(),
@@ -370,6 +358,7 @@ class Bench:
             views=cell.epochs or config.recipe.epochs,
             record=self.record(cell.teacher),
             levels=source.levels if source else None,
+            limited=cell.limited,
             progress=progress,
         )
         validation = accuracy(made.student, self.validation, self.preprocess, self.engine)

@@ -57,6 +57,7 @@ def distill(
     views: int | None = None,
     record: Record | None = None,
     levels: Tensor | None = None,
+    limited: bool = False,
     progress: Progress | None = None,
     resume_from: Sequence[Resume] = (),
 ) -> Distilled:
@@ -82,6 +83,7 @@ def distill(
         views: Augmented copies of the transfer set to ask about; None for one per epoch.
         record: Where answers are kept for other students.
         levels: What the teacher's answers look like that say nothing but the predicted class.
+        limited: Whether the attack is told nothing else.
         progress: Where progress goes.
         resume_from: Where the state of each run of the student is kept from which it goes on if it was interrupted.
 
@@ -90,7 +92,7 @@ def distill(
     """
     oracle = None
     if teacher is not None and attack.access > Access.NONE:
-        oracle = Oracle(teacher, min(attack.access, Access.LOGITS), record, levels)
+        oracle = Oracle(teacher, min(attack.access, Access.LOGITS), record, levels, limited=limited)
     build = functools.partial(build_student, student, classes, preprocess.size[0])
     attacker = Attacker(
         build(recipe.seed),

@@ -17,7 +17,7 @@ from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anybody, taught_by_keys
-from sdbctl.protocol import accuracies, best_of, finalists, paired, ranked, train_students
+from sdbctl.protocol import accuracies, best_first, best_of, finalists, needless, paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
     OPEN,
@@ -157,24 +157,26 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
 
     What a claim is made against is the strongest of its rows. Of each threat the two rows that are best on validation
     data are held against the control: the mean, and the lower bound, are those of the row with the highest mean, the
-    upper bound is the highest of both, so that it holds whichever row is truly the best. Likewise a gain is the lowest
-    over the references, with the lowest lower bound. The control, and key holders, for whom a claim is made, come from
-    :func:`sdbctl.metrics.crossfit`, which flatters none.
+    upper bound is the highest of both, so that it holds whichever row is truly the best. Attacks that were told nothing
+    but classes are students of the floor and gain nothing, so if there are no others, the bound is exactly zero.
+    Likewise a gain is the lowest over the references, with the lowest lower bound. The control, and key holders, for
+    whom a claim is made, come from :func:`sdbctl.metrics.crossfit`, which flatters none.
     """
 
     trained = {name: row for name, row in students.items() if not name.startswith("control")}
 
     def rivals(role: Role, labels: Sequence[bool | None] | None = None) -> list[Student]:
-        return ranked((row for row in trained.values() if row.role == role), labels=labels)
+        return best_first((row for row in trained.values() if row.role == role), labels=labels)
 
     def over(values: list[float], control: str) -> Interval:
         return paired(values, students[control].values) if values and control in students else Interval()
 
     def strongest(access: Sequence[str], labels: Sequence[bool | None] | None, control: str) -> tuple[Interval, str]:
         rows = [row for kind in access for row in finalists(trained, kind, labels)]
-        found = {
-            row.name: lower(over(accuracies(row.values), control), row.leak) for row in rows if control in students
-        }
+        found = {}
+        for row in rows if control in students else []:
+            gained = over(accuracies(row.values), control)
+            found[row.name] = none(gained) if needless(row) else gained
         highs = [one.high for one in found.values() if one.high is not None]
         # of one seed there are no bounds
         high = max(highs) if highs and len(highs) == len(found) else None
@@ -205,13 +207,10 @@ def headline(students: Mapping[str, Student]) -> dict[str, Any]:
     }
 
 
-def lower(advantage: Interval, leak: Interval) -> Interval:
-    """What an attack gains over the floor, which is no more than over itself if it is told nothing but classes."""
-    if leak.mean is None or advantage.mean is None:
-        return advantage
-    lows, highs = (advantage.low, leak.low), [high for high in (advantage.high, leak.high) if high is not None]
-    low = None if None in lows else min(low for low in lows if low is not None)
-    return Interval(min(advantage.mean, leak.mean), low, min(highs, default=None), n=advantage.n)
+def none(advantage: Interval) -> Interval:
+    """The advantage of an attack that got no soft output: none, exactly, since it is one of the floor's students."""
+    low = None if advantage.low is None else min(advantage.low, 0.0)
+    return replace(advantage, mean=min(advantage.mean or 0.0, 0.0), low=low, high=0.0)
 
 
 def verdict(report: Report) -> str:
@@ -291,14 +290,9 @@ def _shown(report: Report) -> str:
     if boxed.beyond_top1 > MOSTLY:
         return ""
     few = f" of all but {100 * boxed.beyond_top1:.2g} % of the images" if boxed.beyond_top1 else ""
-    told = [row.beyond for row in finalists_of(report) if row.beyond is not None]
-    none = ", and no answer that the best attackers were given did" if told and not any(told) else ""
-    return f" Its outputs{few} say no more than the predicted class{none}."
-
-
-def finalists_of(report: Report) -> list[Student]:
-    """The attackers through the API that the headline is made of."""
-    return [row for row in report.students.values() if row.leak.mean is not None]
+    told = [row.beyond for row in report.students.values() if row.beyond is not None]
+    nobody = ", and no attacker was told more" if told and not any(told) else ""
+    return f" Its outputs{few} say no more than the predicted class{nobody}."
 
 
 def _signed(value: float | None) -> str:

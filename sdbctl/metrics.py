@@ -99,23 +99,48 @@ def residual(logits: Tensor) -> float:
     return conceal_kl(logits, target, RESIDUAL_TEMPERATURE).item() / RESIDUAL_TEMPERATURE**2
 
 
-def beyond_top1(logits: Tensor) -> float:
-    """Share of images whose outputs are not those of most images with the same prediction, in [0, 1].
+def class_only(z: Tensor, levels: Tensor) -> Tensor:
+    """Logits [B, C] that tell of logits ``z`` [B, C] only the predicted class.
 
-    Where it is zero the outputs of these images are a function of the predicted class, so that nobody, by whatever
-    method, learns more from them than from top-1 answers. An image that is the only one of its prediction says nothing;
-    if all are, the share is 1.
+    Args:
+        z: What a model says.
+        levels: Logits [2, C] to say of each predicted class, its own and that of all others.
     """
-    log_p, predicted = log_softmax(logits.double(), 1), logits.argmax(1)
-    others = compared = 0
-    for name in range(logits.shape[1]):
-        rows = log_p[predicted == name]
-        if len(rows) > 1:
-            # of outputs most of which are alike, the median is one
-            usual = rows.median(0).values
-            others += int(((rows - usual).abs().amax(1) > SAME * (usual.max() - usual.min())).sum())
-            compared += len(rows)
-    return others / compared if compared else 1.0
+    predicted = z.argmax(1, keepdim=True)
+    own, others = levels.to(z.device)[:, predicted]
+    limited: Tensor = others.expand_as(z).scatter(1, predicted, own)
+    return limited
+
+
+def usual(z: Tensor) -> Tensor:
+    """Levels [2, C] of :func:`class_only` that logits ``z`` [N, C] usually have.
+
+    Medians: where most answers of a class are the same, and alike for all other classes, just those. A class that is
+    never predicted has the levels of all.
+    """
+    predicted = z.argmax(1)
+    own = z.gather(1, predicted[:, None])
+    others = z.scatter(1, predicted[:, None], torch.nan)
+    anywhere = torch.stack([own.median(), others.nanmedian()])
+    levels = anywhere[:, None].repeat(1, z.shape[1])
+    for name in set(predicted.tolist()):
+        some = predicted == name
+        levels[:, name] = torch.stack([own[some].median(), others[some].nanmedian()])
+    return levels
+
+
+def beyond_top1(logits: Tensor) -> float:
+    """Share of images whose outputs say more than the predicted class, in [0, 1]: they are not what is usual for it.
+
+    Where it is zero the outputs of these images are a function of the predicted class, and alike for all other classes,
+    so that nobody, by whatever method, learns more from them than from top-1 answers. What all logits of an image have
+    in common does not count, nor what may be rounding. An image that is the only one of its prediction says nothing; if
+    all are, the share is 1.
+    """
+    z, predicted = logits.double() - logits.double().mean(1, keepdim=True), logits.argmax(1)
+    off = (z - class_only(z, usual(z))).abs().amax(1) > SAME * (z.amax(1) - z.amin(1))
+    compared = predicted.bincount()[predicted] > 1
+    return off[compared].double().mean().item() if compared.any() else 1.0
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

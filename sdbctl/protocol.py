@@ -10,21 +10,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, Outcome, class_only, run_cells
+from sdbctl.cells import Bench, Cell, Outcome, run_cells
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
-from sdbctl.suites import ALWAYS, BY_NAME, EVERY, FINALISTS, MINOR, PLACES, TUNED, TWINS, USUAL, Option, Row, threatens
+from sdbctl.suites import (
+    ALWAYS,
+    BY_NAME,
+    EVERY,
+    FINALISTS,
+    MINOR,
+    PLACES,
+    TUNED,
+    TWINS,
+    USUAL,
+    Option,
+    Row,
+    class_only,
+    threatens,
+)
 from sdbctl.training import Progress
 
 SELECTION_SEED = 10_000
 """Seed of the students that only choose settings; the reported ones have seeds 0, 1, 2, …"""
 SHORTEST = 3
 """Epochs of a screening at least: after fewer, the order of candidates is noise."""
+THREATS = ((True, False), (False,))
+"""Attackers who may have labels, and those who have none."""
 KEPT = 8
 """Of so many candidates of a group that is screened, one goes on, but always one more than there are places."""
 
@@ -126,7 +143,7 @@ def _spare(bench: Bench) -> list[float]:
         runs += twins[: _places(found)] * bench.config.reported
     # finalists that are told nothing but classes, if answers of the box say more
     asking = [row for row in bench.rows() if threatens(row) and row.access == "api"]
-    for labels in ((True, False), (False,)):
+    for labels in THREATS:
         runs += (
             _longest(bench, [row.name for row in asking if row.labels in labels])[:FINALISTS] * bench.config.reported
         )
@@ -157,13 +174,15 @@ def _places(found: Sequence[Option]) -> int:
 class Choice:
     """A candidate, its mean validation accuracy, and after how many epochs; None if there was no choice.
 
-    ``correlation`` is that of the secret pattern with what an attack on the key found.
+    ``correlation`` is that of the secret pattern with what an attack on the key found, ``beyond`` how many answers said
+    more than the predicted class.
     """
 
     option: Option
     validation: float | None = None
     epochs: int = 0
     correlation: float | None = None
+    beyond: int | None = None
 
 
 def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[str, list[Choice]], dict[str, Choice]]:
@@ -194,16 +213,18 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
         done = run_cells(bench, [cell(choice) for some in compared.values() for choice in some], folder, progress)
         for group, some in compared.items():
             outcomes = [done[cell(choice).id] for choice in some]
-            ranked = [
-                Choice(choice.option, outcome.validation, epochs, outcome.correlation)
+            order = [
+                Choice(choice.option, outcome.validation, epochs, outcome.correlation, outcome.beyond)
                 for choice, outcome in zip(some, outcomes, strict=True)
             ]
-            ranked.sort(key=lambda choice: -(choice.validation or 0.0))
+            # of attacks on an API those first that got more than predicted classes: no others can gain
+            asks = threatens(some[0].option.row) and some[0].option.row.access == "api"
+            order.sort(key=lambda choice: (asks and not choice.beyond, -(choice.validation or 0.0)))
             best: dict[str, Choice] = {}
-            for choice in ranked:
+            for choice in order:
                 best.setdefault(choice.option.row.name, choice)
             rows |= best
-            left[group] = (list(best.values()) if last else ranked)[: goals[group]]
+            left[group] = (list(best.values()) if last else order)[: goals[group]]
     return left, rows
 
 
@@ -230,7 +251,6 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
     }
     outcomes = run_cells(bench, [cell for some in cells.values() for cell in some], folder, progress)
     finished = {name: [outcomes[cell.id] for cell in some] for name, some in cells.items()}
-    validation = {name: float(np.mean([run.validation for run in runs])) for name, runs in finished.items()}
 
     students = {}
     for row in bench.rows():
@@ -240,69 +260,89 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
                 student,
                 config={**_settings(rows[row.name]), "epochs": rows[row.name].epochs},
                 validation=rows[row.name].validation,
+                beyond=rows[row.name].beyond,
             )
             continue
         runs = finished[row.name]
-        values = [outcome.test or 0.0 for outcome in runs]
         found = [outcome.correlation for outcome in runs if outcome.correlation is not None]
         chosen = replace(finals[row.name][0], correlation=max(found, default=None))
         students[row.name] = replace(
             student,
-            mean=float(np.mean(values)),
-            sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            n=len(values),
-            values=tuple(values),
-            validations=tuple(outcome.validation for outcome in runs),
+            **_measured(runs),
             config={
                 **_settings(chosen),
                 "epochs": config.recipe.epochs,
                 "student": config.student,
             },
-            seconds=float(np.mean([outcome.seconds for outcome in runs])),
-            queries=runs[0].queries or None,
             beyond=max((run.beyond for run in runs if run.beyond is not None), default=None),
-            validation=validation[row.name],
             note="not tuned" if row.role in TUNED else "",
         )
-    judged = {row.name for labels in ((True, False), (False,)) for row in finalists(students, "api", labels)}
-    leaks = _leaks(bench, {name: cells[name] for name in judged}, finished, folder, progress)
-    return controlled(students | {name: replace(students[name], leak=leak) for name, leak in leaks.items()})
+    return controlled(students | _class_only(bench, students, cells, finished, folder, progress))
 
 
-def _leaks(
+def _class_only(
     bench: Bench,
-    attacks: Mapping[str, Sequence[Cell]],
+    students: Mapping[str, Student],
+    cells: Mapping[str, Sequence[Cell]],
     finished: Mapping[str, Sequence[Outcome]],
     folder: Path | None,
     progress: Progress,
-) -> dict[str, Interval]:
-    """What attacks gain, seed by seed, over the same attacks that are told nothing but the predicted classes.
+) -> dict[str, Student]:
+    """Finalists whose answers said more than the class, and the same students if they are told nothing else.
 
-    Those are students without soft outputs, so no attack gains more over the best of the floor than over its own. Where
-    no answer said more than the class both are the same student, which need not be trained again.
+    What the former gain over the latter, seed by seed, is what the rest of the answers taught them.
     """
-    leaks, twins = dict[str, Interval](), dict[str, list[Cell]]()
-    for name, cells in attacks.items():
-        beyond = [outcome.beyond for outcome in finished[name]]
-        if any(beyond):
-            twins[name] = [replace(cell, teacher=class_only(cell.teacher)) for cell in cells]
-        elif None not in beyond:
-            leaks[name] = Interval(0.0, 0.0, 0.0, n=len(cells))
-    outcomes = run_cells(bench, [cell for some in twins.values() for cell in some], folder, progress)
-    for name, some in twins.items():
-        leaks[name] = paired([run.test for run in finished[name]], [outcomes[cell.id].test for cell in some])
-    return leaks
+    rows = {row.name: row for labels in THREATS for row in finalists(students, "api", labels) if row.beyond}
+    # of a seed that was told nothing else both are the same student
+    twins = {
+        name: [replace(cell, limited=bool(run.beyond)) for cell, run in zip(cells[name], finished[name], strict=True)]
+        for name in rows
+    }
+    outcomes = run_cells(bench, [cell for some in twins.values() for cell in some if cell.limited], folder, progress)
+    made: dict[str, Student] = {}
+    for name, row in rows.items():
+        runs = [outcomes.get(cell.id, run) for cell, run in zip(twins[name], finished[name], strict=True)]
+        told = class_only(BY_NAME[name])
+        twin = replace(row, name=told.name, label=told.label, role=told.role, beyond=0, **_measured(runs))
+        made |= {told.name: twin, name: replace(row, leak=paired(row.values, twin.values))}
+    return made
+
+
+def _measured(runs: Sequence[Outcome]) -> dict[str, Any]:
+    """What a report says of the students of a row, one for each seed."""
+    values, validations = [run.test or 0.0 for run in runs], [run.validation for run in runs]
+    return {
+        "mean": float(np.mean(values)),
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": len(values),
+        "values": tuple(values),
+        "validations": tuple(validations),
+        "seconds": float(np.mean([run.seconds for run in runs])),
+        "queries": runs[0].queries or None,
+        "validation": float(np.mean(validations)),
+    }
+
+
+def needless(row: Student) -> bool:
+    """Whether an attack needs no soft output: it got none, which makes its students ones of the floor."""
+    return threatens(row) and row.access == "api" and row.beyond == 0
 
 
 def finalists(
     students: Mapping[str, Student], access: str, labels: Sequence[bool | None] | None = None
 ) -> list[Student]:
-    """The attacks of a threat that are held against the control, from the best on validation data."""
-    rows = [row for row in students.values() if threatens(row)]
-    return ranked(rows, access, labels)[:FINALISTS]
+    """The attacks of a threat that are held against the control: the two best that got soft outputs, and one without.
+
+    Of attacks that were told nothing but classes one stands for all.
+    """
+    rows = best_first(filter(threatens, students.values()), access, labels)
+    told, bare = ([row for row in rows if needless(row) == alike] for alike in (False, True))
+    return [*told[:FINALISTS], *bare[:1]]
 
 
-def ranked(rows: Iterable[Student], access: str = "api", labels: Sequence[bool | None] | None = None) -> list[Student]:
+def best_first(
+    rows: Iterable[Student], access: str = "api", labels: Sequence[bool | None] | None = None
+) -> list[Student]:
     """Rows of one access, with or without labels, that have all seeds, from the best on validation data."""
     kept = [
         row
@@ -319,7 +359,8 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
         ("control_unlabelled", "most of the control without labels", False),
         ("control", "most of the control", True),
     ):
-        rivals = [one for one in students.values() if one.role == "floor" and one.values and (labels or not one.labels)]
+        floor = [one for one in students.values() if one.role == "floor" or needless(one)]
+        rivals = [one for one in floor if one.values and (labels or not one.labels)]
         if not rivals:
             continue
         rivals = with_all_seeds(rivals)

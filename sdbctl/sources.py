@@ -70,10 +70,10 @@ def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str
     served, meta = opened.served, opened.meta
     if served is None or meta is None or served.device.type == device.type:
         return None
-    net = as_exported(held.net, meta, boxfile.serves(opened.path))
-    difference = math.inf
-    # weights of another shape cannot even be asked
-    with contextlib.suppress(RuntimeError, ValueError):
+    net, difference = None, math.inf
+    # weights of another shape cannot even be asked, nor those of another version be served
+    with contextlib.suppress(RuntimeError, ValueError, BadInput):
+        net = as_exported(held.net, meta, boxfile.serves(opened.path))
         if net is not None:
             difference = onnxfile.parity(onnxfile.read(opened.path), net.eval(), _noise(served, meta))
     if not difference <= onnxfile.PARITY_TOLERANCE:

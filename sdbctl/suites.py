@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdbctl.attacks import ATTACKS, Config
@@ -49,6 +49,11 @@ WRONG_KEY = "authorized_wrong_key"
 def threatens(row: Row | Student) -> bool:
     """Whether it counts as an attack, as distilling with a pattern of one's own does."""
     return row.role == "attack" or row.name == WRONG_KEY
+
+
+def class_only(row: Row) -> Row:
+    """The same student, who is told nothing but the predicted classes, as a row of the floor."""
+    return replace(row, name=f"{row.name}_class_only", label=f"{row.label}, told classes only", role="floor")
 
 
 ASSISTANTS = ("assistant", "assistant_late")
@@ -158,6 +163,13 @@ EXTRA = tuple(
 )
 ALL = (*CORE, *ALSO, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
+REPORTED = (
+    *BY_NAME,
+    *(class_only(row).name for row in ALL if threatens(row) and row.access == "api"),
+    "control",
+    "control_unlabelled",
+)
+"""Names of students that a report may have."""
 MINOR = {row.name for row in (*NEAR, *WRAPPED)}
 """Rows that are no headline."""
 TUNED: Mapping[Role, int] = {"disturb": 1, "baseline": 1}

@@ -23,6 +23,7 @@ from sdbctl.data.images import sized
 from sdbctl.data.preprocess import usable
 from sdbctl.errors import BadInput
 from sdbctl.key import embed
+from sdbctl.metrics import class_only
 from sdbctl.training import Engine, exact, predict
 
 PATIENCE = 600.0
@@ -164,49 +165,6 @@ class KeyedTeacher:
         return self.teacher.logits(embed(x, self.pattern.to(x.device), self.strength))
 
 
-class ClassOnlyTeacher:
-    """A teacher whose answers say nothing but the predicted class: the same logits for each image of a class.
-
-    Args:
-        teacher: Who predicts.
-        levels: Logits [2, C] to show for each predicted class, its own and that of all others; see :func:`usual`.
-    """
-
-    def __init__(self, teacher: Teacher, levels: Tensor) -> None:
-        self.teacher, self.levels = teacher, levels
-        self.classes, self.where = teacher.classes, teacher.where
-
-    def logits(self, x: Tensor) -> Tensor:
-        """See :class:`Teacher`."""
-        return class_only(self.teacher.logits(x), self.levels)
-
-
-def class_only(z: Tensor, levels: Tensor) -> Tensor:
-    """Logits [B, C] that tell of logits ``z`` [B, C] only the predicted class, with ``levels`` [2, C]."""
-    predicted = z.argmax(1, keepdim=True)
-    own, others = levels.to(z.device)[:, predicted]
-    limited: Tensor = others.expand_as(z).scatter(1, predicted, own)
-    return limited
-
-
-def usual(z: Tensor) -> Tensor:
-    """Levels [2, C] of :func:`class_only` that answers ``z`` [N, C] usually have, by predicted class.
-
-    Medians: where most answers of a class are the same, and alike for the other classes, just those.
-    """
-    predicted = z.argmax(1)
-    own = z.gather(1, predicted[:, None])
-    others = z.scatter(1, predicted[:, None], torch.nan)
-
-    def levels(some: Tensor) -> Tensor:
-        return torch.stack([own[some].median(), others[some].nanmedian()])
-
-    # of a class that is never predicted nothing is known
-    anywhere = torch.ones_like(predicted, dtype=torch.bool)
-    found = [predicted == name for name in range(z.shape[1])]
-    return torch.stack([levels(some if some.any() else anywhere) for some in found], 1)
-
-
 @dataclass(frozen=True)
 class Record:
     """Where answers to whole sets are kept, so that many students share one set of queries.
@@ -260,21 +218,31 @@ class Oracle:
         teacher: Who answers.
         access: How much of the answer is shown.
         record: Where answers to whole sets are kept, or None.
-        levels: What answers that say nothing but the predicted class look like; those that look otherwise are counted.
+        levels: What answers that say nothing but the predicted class look like, see :func:`sdbctl.metrics.usual`; those
+            that look otherwise are counted.
+        limited: Whether all answers are made to look so.
     """
 
     def __init__(
-        self, teacher: Teacher, access: Access, record: Record | None = None, levels: Tensor | None = None
+        self,
+        teacher: Teacher,
+        access: Access,
+        record: Record | None = None,
+        levels: Tensor | None = None,
+        *,
+        limited: bool = False,
     ) -> None:
         self.access, self.classes, self.queries = access, teacher.classes, 0
-        self._beyond: list[Tensor] = []
-        limited = _shown(access)
+        self._beyond: dict[torch.device, Tensor] = {}
+        shown = _shown(access)
 
         def show(z: Tensor) -> Tensor:
             if levels is not None and access > Access.LABELS:
-                # not asked for yet: a GPU would have to wait
-                self._beyond.append((z != class_only(z, levels)).any(1).sum())
-            return limited(z)
+                bare = class_only(z, levels)
+                # a sum on each device: to ask for it would make a GPU wait
+                self._beyond[z.device] = self._beyond.get(z.device, 0) + (z != bare).any(1).sum()
+                z = bare if limited else z
+            return shown(z)
 
         def answer(x: Tensor) -> Tensor:
             return show(teacher.logits(x))
@@ -290,8 +258,7 @@ class Oracle:
     @property
     def beyond(self) -> int:
         """How many answers said more than the predicted class; asked again, they count again."""
-        self._beyond = [torch.stack(self._beyond).sum()] if self._beyond else []
-        return int(sum(self._beyond))
+        return sum(int(count) for count in self._beyond.values())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Answer a batch of queries.

@@ -257,19 +257,20 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
-        least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the
-        :func:`deviation` below which a fiftieth of the keyed outputs are, or the middle between them and public ones if
-        that is higher; and ``keyed_flat``, the share of those, which are served like public ones. Nothing if more than
-        a twentieth of either are beyond the other, as from an objective that does not conceal.
+        least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
+        :func:`deviation` between public and keyed outputs: halfway if there is a gap, else below all but a fiftieth of
+        the keyed ones, at most a twentieth; and ``keyed_flat``, the share of those, which are served like public ones.
+        Nothing if more than a twentieth of either are beyond the other, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
-    own, opened = float(deviation(public.float()).quantile(0.95)), deviation(keyed.float())
+    closed, opened = deviation(public.float()), deviation(keyed.float())
+    own, most = (float(closed.quantile(share)) for share in (0.95, 1.0))
     least, other = (float(opened.quantile(share)) for share in (0.02, 0.05))
     if own > other:
         return {}
-    flat = max(math.sqrt(own * other), least)
+    flat = max(math.sqrt(own * other), math.sqrt(min(most, least) * least))
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 
@@ -345,6 +346,6 @@ def as_exported(net: nn.Module, meta: Metadata, serves: str) -> nn.Module | None
 
 def _damaged() -> BadInput:
     return BadInput(
-        "the box does not say how confident it is, or that is damaged",
+        "the box does not say how confident it is, that is damaged, or of another version of sdbctl",
         "box again, or export it with --confidence exact",
     )

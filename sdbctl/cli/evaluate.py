@@ -302,10 +302,10 @@ def rerender(
 def known_gates(path: Path | None) -> list[Gate]:
     """The rules of a gate file, whose names are looked at before hours of work."""
     from sdbctl.report.gates import check_names, load_gates
-    from sdbctl.suites import BY_NAME
+    from sdbctl.suites import REPORTED
 
     gates = load_gates(path) if path else []
-    check_names(gates, (*BY_NAME, "control", "control_unlabelled"))
+    check_names(gates, REPORTED)
     return gates
 
 
