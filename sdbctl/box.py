@@ -291,7 +291,11 @@ def fine_tune(
             "use the data it was trained on",
         )
     net = copy.deepcopy(original.net)
-    run = str([original.sha256, task.name, task.data.describe(), task.preprocess])
+    run = {
+        "original": original.sha256,
+        "data": {"name": task.name, **task.data.describe()},
+        "preprocess": task.preprocess.to_dict(),
+    }
     fit(
         net,
         plain_step,
@@ -374,7 +378,7 @@ def box(
         engine,
         name="box",
         progress=progress,
-        resume_from=Resume(resume_from, f"{meta.run} {digest(reference)}") if resume_from else None,
+        resume_from=Resume(resume_from, {**meta.run, "reference": digest(reference)}) if resume_from else None,
         after_epoch=watch,
         record=True,
         memory=memory,

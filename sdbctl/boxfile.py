@@ -69,9 +69,10 @@ class Metadata:
         return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True, allow_nan=False)
 
     @property
-    def run(self) -> str:
-        """What decides a training run, as text: everything but what was measured, and by which version."""
-        return replace(self, measured={}, versions={}).to_json()
+    def run(self) -> dict[str, Any]:
+        """What decides a training run: everything but what was measured, and by which version."""
+        run: dict[str, Any] = json.loads(replace(self, measured={}, versions={}).to_json())
+        return run
 
     @property
     def origin(self) -> str:

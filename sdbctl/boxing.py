@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key
 from sdbctl.teacher import TorchTeacher
-from sdbctl.training import Progress, Recipe, image_seconds, scaled
+from sdbctl.training import Progress, Recipe, differences, image_seconds, scaled
 
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare teachers."""
@@ -134,16 +132,6 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
     return found
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that are not the same, with both values."""
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new)
-        elif old != new:
-            yield f"{name} {str(old)[:40]}, not {str(new)[:40]}"
-
-
 @dataclass
 class Kept:
     """A network that is made when it is first needed, and kept in a file for a run that goes on.
@@ -243,7 +231,7 @@ class Run:
         self.lengths = assisted_epochs(len(self.task.data.owner))
         self.assistants = [self._assistant(*one) for one in zip(self.lengths, self.states[2:], strict=False)]
         if self.found is not None and self.found.meta is not None:
-            before, now = json.loads(self.found.meta.run), json.loads(self.reference.describe().run)
+            before, now = self.found.meta.run, self.reference.describe().run
             if not self.given and (other := "; ".join(differences(before, now))):
                 raise UsageError(
                     f"{self.place} was made with other settings ({other})",

@@ -71,11 +71,11 @@ class Resume(NamedTuple):
 
     Attributes:
         path: File of the state after one of the last epochs: see :data:`SAVED_SHARE`.
-        run: What decides the result beside the recipe, as text; the state of another run is refused.
+        run: What decides the result beside the recipe; the state of another run is refused.
     """
 
     path: Path
-    run: str
+    run: Mapping[str, Any]
 
     def done(self) -> None:
         """Forget the state, once the result is saved."""
@@ -491,7 +491,7 @@ def fit(
         raise UsageError(f"there is too little to train on: {size} image(s)", f"at least {least} are needed")
     total = recipe.epochs * per_epoch
     identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
-    identity["run"] = resume_from.run if resume_from else ""
+    identity |= resume_from.run if resume_from else {}
     state = resume_from.path if resume_from else None
     begin_epoch = 0
     seconds = 0.0
@@ -650,11 +650,8 @@ def _restore(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["identity"]
-        if before != identity:
-            other = [name for name in identity if before.get(name) != identity[name]]
-            raise BadInput(
-                f"{path} belongs to a run with other settings ({', '.join(other)})", "use those, or delete the file"
-            )
+        if other := "; ".join(differences(before, identity)):
+            raise BadInput(f"{path} belongs to a run with other settings ({other})", "use those, or delete the file")
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
@@ -668,6 +665,16 @@ def _restore(
         raise
     except Exception:
         raise BadInput(f"resume file {path} is damaged", "delete it to start over") from None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that are not the same, with both values."""
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new)
+        elif old != new:
+            yield f"{name} {str(old)[:40]}, not {str(new)[:40]}"
 
 
 def unseen_batch(shape: tuple[int, ...]) -> int:

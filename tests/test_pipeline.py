@@ -239,7 +239,7 @@ def train(splits, recipe, resume=None, stop_after=None):
             raise KeyboardInterrupt
         return {}
 
-    where = Resume(resume, "run") if resume else None
+    where = Resume(resume, {"run": 1}) if resume else None
     fit(net, plain_step, splits.owner, preprocess, recipe, ENGINE, resume_from=where, after_epoch=after)
     return net.state_dict()
 
@@ -253,7 +253,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(splits, tmp_pa
     resumed = train(splits, recipe, state)
     finished = train(splits, recipe, state)
     assert all(torch.equal(resumed[name], finished[name]) for name in whole)
-    Resume(state, "run").done()
+    Resume(state, {"run": 1}).done()
     assert not state.exists()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -294,7 +294,7 @@ def test_a_student_of_two_data_sets_goes_on_in_either_of_its_runs(work, boxed, s
         return distill(
             ATTACKS["pretrained"], METHODS["dist"], teacher, "cnn-tiny", 10, splits.transfer.take(range(64)),
             boxed.meta.preprocess, Recipe(epochs=3, batch_size=32), ENGINE, surrogate=splits.validation.unlabelled(),
-            progress=stop, resume_from=[Resume(state, "run") for state in states],
+            progress=stop, resume_from=[Resume(state, {"run": 1}) for state in states],
         ).student.state_dict()  # fmt: skip
 
     whole, noted = student(), []
@@ -364,8 +364,12 @@ def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits
     with pytest.raises(KeyboardInterrupt):
         box(*args, [key], task, config, progress=StopAfterTwo(), resume_from=state)
     kept = state.read_bytes()
-    for keys, other in (([Key.generate()], config), ([key], replace(config, parameters={"hide": 1.0}))):
-        with pytest.raises(BadInput, match="other settings"):
+    for keys, other, named in (
+        ([Key.generate()], config, f"key_ids .*{key.id}"),
+        ([key], replace(config, parameters={"hide": 1.0}), "hide 8.0, not 1.0"),
+        ([key], replace(config, teacher="original"), "teacher reference, not original"),
+    ):
+        with pytest.raises(BadInput, match=f"other settings.*{named}"):
             box(*args, keys, task, other, resume_from=state)
     other = build_student("cnn", 10, 1, 5)
     with pytest.raises(BadInput, match="other settings"):
