@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,6 +27,7 @@ from sdbctl.training import (
     Resume,
     Step,
     accuracy,
+    digest,
     fit,
     image_seconds,
     place,
@@ -574,17 +574,6 @@ def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, pr
     other = (4 * contrast**2 * (patterns - 0.5) + 1.5 * brightness - 0.25).clamp(0, 1)
     mixed = torch.where(odd < ODD, other, patterns)
     return embed(x, preprocess(mixed), torch.where(odd < ODD, 1 - 0.7 * weight, strength))
-
-
-def digest(model: nn.Module) -> str:
-    """Hash of a network's weights."""
-    hashed = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        # not all files keep this count, which changes nothing
-        if name.endswith("num_batches_tracked"):
-            continue
-        hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return hashed.hexdigest()
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:

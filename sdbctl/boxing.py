@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, seal, team
 from sdbctl.attacks import ATTACKS
-from sdbctl.box import TEACHERS, BoxConfig, Boxed, Task, box, digest, estimate, fine_tune
+from sdbctl.box import TEACHERS, BoxConfig, Boxed, Task, box, estimate, fine_tune
 from sdbctl.boxfile import Loaded, Metadata
 from sdbctl.data import Splits
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key
 from sdbctl.teacher import TorchTeacher
-from sdbctl.training import Progress, Recipe, differences, image_seconds, scaled
+from sdbctl.training import Progress, Recipe, differences, digest, image_seconds, scaled
 
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare teachers."""

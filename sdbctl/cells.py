@@ -29,7 +29,7 @@ from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
 from sdbctl.suites import BY_NAME, Row, Suite, suite, threatens
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
-from sdbctl.training import Engine, Progress, Recipe, accuracy, predict, scaled
+from sdbctl.training import Engine, Progress, Recipe, accuracy, digest, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
 
 
@@ -193,7 +193,7 @@ class Outcome:
     """One trained student: accuracies in percent, the test accuracy only for reported ones.
 
     ``correlation`` is that of the secret pattern with what an attack on the key found; ``beyond`` is how many answers
-    said more than the predicted class, or None if nobody knows what that is.
+    said more than the predicted class, or None if nobody knows what that is; ``digest`` tells students apart.
     """
 
     validation: float
@@ -202,6 +202,7 @@ class Outcome:
     queries: int
     correlation: float | None = None
     beyond: int | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -365,7 +366,7 @@ class Bench:
         test = accuracy(made.student, self.test, self.preprocess, self.engine) if cell.final else None
         found = correlation(made.guess, self.secret) if made.guess is not None and self.secret is not None else None
         beyond = made.beyond if source is not None and source.levels is not None else None
-        return Outcome(validation, test, made.seconds, made.queries, found, beyond)
+        return Outcome(validation, test, made.seconds, made.queries, found, beyond, digest(made.student))
 
 
 def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[str, Outcome]:

@@ -40,6 +40,8 @@ SELECTION_SEED = 10_000
 """Seed of the students that only choose settings; the reported ones have seeds 0, 1, 2, …"""
 SHORTEST = 3
 """Epochs of a screening at least: after fewer, the order of candidates is noise."""
+NO_LEAK = Interval(0.0, 0.0, 0.0, n=0)
+"""Of students that are the same, weight by weight, without what answers said beside the predicted class."""
 THREATS = ((True, False), (False,))
 """Attackers who may have labels, and those who have none."""
 KEPT = 8
@@ -302,6 +304,9 @@ def _class_only(
     made: dict[str, Student] = {}
     for name, row in rows.items():
         runs = [outcomes.get(cell.id, run) for cell, run in zip(twins[name], finished[name], strict=True)]
+        if all(run.digest and run.digest == before.digest for run, before in zip(runs, finished[name], strict=True)):
+            made[name] = replace(row, leak=NO_LEAK)
+            continue
         told = class_only(BY_NAME[name])
         twin = replace(row, name=told.name, label=told.label, role=told.role, beyond=0, **_measured(runs))
         made |= {told.name: twin, name: replace(row, leak=paired(row.values, twin.values))}
@@ -324,8 +329,8 @@ def _measured(runs: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def needless(row: Student) -> bool:
-    """Whether an attack needs no soft output: it got none, which makes its students ones of the floor."""
-    return threatens(row) and row.access == "api" and row.beyond == 0
+    """Whether an attack needs no soft output, and is one of the floor: it got none, or became the same without."""
+    return threatens(row) and row.access == "api" and (row.beyond == 0 or row.leak == NO_LEAK)
 
 
 def finalists(

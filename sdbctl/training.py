@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -675,6 +676,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
             yield from differences(old, new)
         elif old != new:
             yield f"{name} {str(old)[:40]}, not {str(new)[:40]}"
+
+
+def digest(model: nn.Module) -> str:
+    """Hash of a network's weights."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        # not all files keep this count, which changes nothing
+        if name.endswith("num_batches_tracked"):
+            continue
+        hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def unseen_batch(shape: tuple[int, ...]) -> int:

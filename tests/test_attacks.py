@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import boxfile, curves, evaluate, metrics, protocol, training
+from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code
 from sdbctl.data import changed, view
@@ -866,6 +866,34 @@ def test_attacks_without_soft_outputs_are_of_the_floor():
     assert api.labelled_by == "simple_keys" and api.labelled.mean == pytest.approx(4.0)
     # of an unknown attack nothing is exact
     assert headline(replace(bare, beyond=None))["unauthorized_advantage"].api.labelled.mean > 3
+
+
+def test_answers_that_taught_nothing_make_no_attack(work, splits, boxed, tmp_path):
+    """One that says more is asked for, and not learned from: told only classes, the student is the same."""
+    made = bench(work, splits, boxed, "quick")
+    net = made.sources["original"].net
+    made = replace(made, sources={**made.sources, "boxed": made.sources["original"].wrapped("class-constant")})
+
+    def curious(attacker, config):
+        attacker.ask(attacker.images)
+        attacker.learn(lambda z, answer, y: losses.cross_entropy(z, y))
+
+    class AndOne:
+        def __init__(self, teacher):
+            self.teacher, self.classes, self.where = teacher, teacher.classes, teacher.where
+
+        def logits(self, x):
+            z = self.teacher.logits(x)
+            odd = (x == x[0]).all(1).all(1).all(1) if len(x) == len(made.transfer) else torch.zeros(len(x)) > 0
+            return torch.where(odd[:, None], net(x), z)
+
+    opened = Source.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "open", lambda self, *args: AndOne(opened(self, *args)))
+        patch.setitem(ATTACKS, "dist", replace(ATTACKS["dist"], train=curious))
+        students = protocol.train_students(made.telling_classes(), tmp_path, Silent())
+    assert students["dist"].beyond > 0 and students["dist"].leak == protocol.NO_LEAK
+    assert protocol.needless(students["dist"]) and "dist_class_only" not in students
 
 
 def test_one_seed_says_what_is_exact():
