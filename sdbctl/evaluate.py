@@ -296,8 +296,8 @@ def _shown(report: Report) -> str:
 
 
 def _signed(value: float | None) -> str:
-    # adding zero makes a positive one of a negative
-    return f"{round(value or 0.0, 1) + 0.0:+.1f}"
+    shown = round(value or 0.0, 1)
+    return f"{shown:+.1f}" if shown else "0.0"
 
 
 def _points(interval: Interval, who: str) -> str:

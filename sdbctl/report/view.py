@@ -437,7 +437,6 @@ def _students(report: Report) -> Table:
         Column("95 % bounds", spare=2),
         Column("Settings", numeric=False, wide=True),
         Column("Queries", wide=True),
-        Column("Beyond top-1", wide=True),
         Column("Leak", wide=True),
         Column("Seconds", wide=True),
     )
@@ -446,8 +445,8 @@ def _students(report: Report) -> Table:
     note = "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
     if any(student.leak.mean is not None for student in students):
         note += (
-            " Beyond top-1: answers that said more than the predicted class. Leak: gain over the same attack that is "
-            "told nothing but classes, with 95 % bounds."
+            " In brackets: answers that said more than the predicted class. Leak: gain over the same attack that is "
+            "told nothing but classes."
         )
     if shared:
         note += f" All: {', '.join(_pair(name, value) for name, value in shared.items())}."
@@ -510,11 +509,16 @@ def _student(student: Student, shared: Mapping[str, str]) -> tuple[str, ...]:
         number(student.difference.mean, sign=True),
         bounds(student.difference),
         _short_settings(student, shared),
-        "none" if student.queries is None else f"{student.queries:,}",
-        "" if student.beyond is None else f"{student.beyond:,}",
-        "" if student.leak.mean is None else f"{number(student.leak.mean, sign=True)} ({bounds(student.leak)})",
+        _queries(student),
+        "" if student.leak.mean is None else number(student.leak.mean, sign=True),
         number(student.seconds, 1),
     )
+
+
+def _queries(student: Student) -> str:
+    if student.queries is None:
+        return "none"
+    return f"{student.queries:,}" + (f" ({student.beyond:,})" if student.beyond else "")
 
 
 def _settings(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
