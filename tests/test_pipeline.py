@@ -1006,7 +1006,7 @@ def test_a_dry_run_plans_and_writes_nothing(work, tmp_path):
         assert b"GiB; nothing was written" in done.stderr
         if command is evaluation:
             said = " ".join(done.stderr.decode().split())
-            assert "8 students, at most 8 whole trainings (128 images × 6 epochs each)" in said
+            assert "10 students, at most 10 whole trainings (128 images × 6 epochs each)" in said
     assert list(tmp_path.iterdir()) == []
 
 
