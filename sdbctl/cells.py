@@ -27,7 +27,7 @@ from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
-from sdbctl.suites import BY_NAME, Row, Suite, suite, threatens
+from sdbctl.suites import BY_NAME, Row, Suite, asks, suite
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, accuracy, digest, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
@@ -250,7 +250,7 @@ class Bench:
 
     def telling_classes(self) -> Bench:
         """The same, with what answers to attackers look like that say nothing but the class, on validation images."""
-        asked = {name for row in self.rows() if threatens(row) and row.access == "api" for name in row.teachers}
+        asked = {name for row in self.rows() if asks(row) for name in row.teachers}
         sources = dict(self.sources)
         for name in sorted(asked):
             teacher = sources[name].open(self.engine.device, self.classes)

@@ -31,6 +31,7 @@ from sdbctl.suites import (
     USUAL,
     Option,
     Row,
+    asks,
     class_only,
     threatens,
 )
@@ -144,7 +145,7 @@ def _spare(bench: Bench) -> list[float]:
         twins = _longest(bench, [TWINS[row] for row in TWINS.keys() & _rows(found)])
         runs += twins[: _places(found)] * bench.config.reported
     # finalists that are told nothing but classes, if answers of the box say more
-    asking = [row for row in bench.rows() if threatens(row) and row.access == "api"]
+    asking = [row for row in bench.rows() if asks(row)]
     for labels in THREATS:
         runs += (
             _longest(bench, [row.name for row in asking if row.labels in labels])[:FINALISTS] * bench.config.reported
@@ -220,8 +221,7 @@ def choose(bench: Bench, folder: Path | None, progress: Progress) -> tuple[dict[
                 for choice, outcome in zip(some, outcomes, strict=True)
             ]
             # of attacks on an API those first that got more than predicted classes: no others can gain
-            asks = threatens(some[0].option.row) and some[0].option.row.access == "api"
-            order.sort(key=lambda choice: (asks and not choice.beyond, -(choice.validation or 0.0)))
+            order.sort(key=lambda choice: (asks(choice.option.row) and not choice.beyond, -(choice.validation or 0.0)))
             best: dict[str, Choice] = {}
             for choice in order:
                 best.setdefault(choice.option.row.name, choice)
@@ -330,7 +330,7 @@ def _measured(runs: Sequence[Outcome]) -> dict[str, Any]:
 
 def needless(row: Student) -> bool:
     """Whether an attack needs no soft output, and is one of the floor: it got none, or became the same without."""
-    return threatens(row) and row.access == "api" and (row.beyond == 0 or row.leak == NO_LEAK)
+    return asks(row) and (row.beyond == 0 or row.leak == NO_LEAK)
 
 
 def finalists(

@@ -51,6 +51,11 @@ def threatens(row: Row | Student) -> bool:
     return row.role == "attack" or row.name == WRONG_KEY
 
 
+def asks(row: Row | Student) -> bool:
+    """Whether it is an attack through the API."""
+    return threatens(row) and row.access == "api"
+
+
 def class_only(row: Row) -> Row:
     """The same student, who is told nothing but the predicted classes, as a row of the floor."""
     return replace(row, name=f"{row.name}_class_only", label=f"{row.label}, told classes only", role="floor")
@@ -165,7 +170,7 @@ ALL = (*CORE, *ALSO, *NEAR, *WRAPPED, *EXTRA)
 BY_NAME = {row.name: row for row in ALL}
 REPORTED = (
     *BY_NAME,
-    *(class_only(row).name for row in ALL if threatens(row) and row.access == "api"),
+    *(class_only(row).name for row in ALL if asks(row)),
     "control",
     "control_unlabelled",
 )

@@ -492,7 +492,7 @@ def fit(
         raise UsageError(f"there is too little to train on: {size} image(s)", f"at least {least} are needed")
     total = recipe.epochs * per_epoch
     identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
-    identity |= resume_from.run if resume_from else {}
+    identity["run"] = dict(resume_from.run) if resume_from else {}
     state = resume_from.path if resume_from else None
     begin_epoch = 0
     seconds = 0.0
