@@ -563,15 +563,18 @@ def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, pr
     """Normalised images with patterns whose correlation with the secrets is anything from −1 to :data:`NEAREST`.
 
     r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are hard to tell from the key.
-    A short key leaves so much room for others that even a pale image may open a box. So there half of the patterns have
-    any contrast, none at all to black and white, and brightness, and are mixed in as strongly as anybody may try.
+    A short key leaves so much room for others that even a pale image may open a box. So there half of the patterns are
+    odd: other images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness.
+    They are mixed in as strongly as anybody may try.
     """
     drawn = torch.empty((), device=x.device).uniform_(0.0, 1.0)
     patterns = near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None)[turn]
     if secrets[0].numel() >= SHORT:
         return embed(x, preprocess(patterns), strength)
-    odd, contrast, brightness, weight = torch.rand(4, len(x), 1, 1, 1, device=x.device)
+    odd, contrast, brightness, weight, kind = torch.rand(5, len(x), 1, 1, 1, device=x.device)
+    image = preprocess.undo(x).roll(1, 0)
     other = (4 * contrast**2 * (patterns - 0.5) + 1.5 * brightness - 0.25).clamp(0, 1)
+    other = torch.where(kind < 0.25, image, torch.where(kind < 0.5, 1 - image, other))
     mixed = torch.where(odd < ODD, other, patterns)
     return embed(x, preprocess(mixed), torch.where(odd < ODD, 1 - 0.7 * weight, strength))
 

@@ -258,19 +258,17 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
         least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
-        :func:`deviation` between public and keyed outputs: halfway if there is a gap, else below all but a fiftieth of
-        the keyed ones, at most a twentieth; and ``keyed_flat``, the share of those, which are served like public ones.
-        Nothing if more than a twentieth of either are beyond the other, as from an objective that does not conceal.
+        :func:`deviation` below all but a twentieth of the keyed outputs; and ``keyed_flat``, the share of those, which
+        are served like public ones. Nothing if more than a twentieth of the public outputs are beyond it, too, as from
+        an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
     closed, opened = deviation(public.float()), deviation(keyed.float())
-    own, most = (float(closed.quantile(share)) for share in (0.95, 1.0))
-    least, other = (float(opened.quantile(share)) for share in (0.02, 0.05))
-    if own > other:
+    flat = float(opened.quantile(0.05))
+    if float(closed.quantile(0.95)) > flat:
         return {}
-    flat = max(math.sqrt(own * other), math.sqrt(min(most, least) * least))
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 

@@ -712,6 +712,8 @@ def test_a_short_key_is_told_from_any_pattern(size, odd):
     if odd:
         assert 0 <= others.min() < 0.01 and 0.6 < others.max() <= 0.7001
         assert (others.std((1, 2, 3)) < 0.01).any() and (others.std((1, 2, 3)) > 0.25).any()
+        # a quarter is mixed with another image, black as well
+        assert 0.22 < (others.amax((1, 2, 3)) < 1e-6).float().mean() < 0.32
 
 
 def test_the_box_step_counts_its_forward_passes(work, digits, splits):
