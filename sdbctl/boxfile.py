@@ -101,9 +101,14 @@ class Metadata:
                 preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=tuple(key_ids), **values
             )
             _check(made, where)
+            made.to_json()  # numbers out of range, such as 1e999, are read without a word
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise BadInput(f"{where} has damaged sdbctl metadata", "write the file again") from None
         return made
+
+
+PRIVATE = ("reference", "assistant")
+"""Kinds of unprotected models, which only the owner of their file may read."""
 
 
 def _no_number(name: str) -> float:
@@ -263,9 +268,8 @@ def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed
     Returns:
         The file's hash.
     """
-    # these are unprotected models
-    private, content = meta.kind in ("reference", "assistant"), dump(state_dict, meta, sealed)
-    files.write(path, content, force=force, private=private)
+    content = dump(state_dict, meta, sealed)
+    files.write(path, content, force=force, private=meta.kind in PRIVATE)
     return files.sha256(content)
 
 
@@ -405,7 +409,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "",
     """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`."""
     example = torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0))
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
-    return onnxfile.write(path, net, meta.preprocess(example), said, force=force)
+    return onnxfile.write(path, net, meta.preprocess(example), said, force=force, private=meta.kind in PRIVATE)
 
 
 @functools.cache

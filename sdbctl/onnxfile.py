@@ -73,7 +73,9 @@ def properties(path: Path) -> dict[str, str]:
     return {str(entry.key): str(entry.value) for entry in read(path).metadata_props}
 
 
-def write(path: Path, net: nn.Module, example: Tensor, said: Mapping[str, str], *, force: bool = False) -> float:
+def write(
+    path: Path, net: nn.Module, example: Tensor, said: Mapping[str, str], *, force: bool = False, private: bool = False
+) -> float:
     """Write a network as ONNX, after checking that it computes the same.
 
     The graph has one input ``input`` [batch, C, H, W] and one output ``logits``; names of local files and source lines
@@ -85,6 +87,7 @@ def write(path: Path, net: nn.Module, example: Tensor, said: Mapping[str, str], 
         example: Images [B, C, H, W] as the network wants them.
         said: What the file says of itself, by key; what is empty is left out.
         force: Whether to replace an existing file.
+        private: Whether only its owner may read it.
 
     Returns:
         Largest difference of the two programs' logits relative to the largest logit.
@@ -107,7 +110,7 @@ def write(path: Path, net: nn.Module, example: Tensor, said: Mapping[str, str], 
         raise ParityMismatch(
             f"ONNX logits differ from torch's by {difference:.2g} of the largest logit", "nothing was written"
         )
-    files.write(path, content, force=force)
+    files.write(path, content, force=force, private=private)
     return difference
 
 

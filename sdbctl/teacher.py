@@ -95,11 +95,13 @@ class OnnxTeacher:
         import onnxruntime as ort
 
         content = onnxfile.read(path).SerializeToString()
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
             ort.preload_dlls()
             options = {
-                "device_id": device.index or 0,
+                "device_id": device.index,
                 "use_tf32": "0",
                 "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
             }

@@ -6,7 +6,11 @@ import atexit
 import functools
 import logging
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,11 +19,14 @@ from sdbctl.errors import EnvironmentFailure, UsageError
 if TYPE_CHECKING:
     import torch
     from lightning_fabric import Fabric
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 """Of Fabric's: each process holds the whole network, as the files that are written need it."""
+PATIENCE = 30.0
+"""Seconds that the first process has to find out by itself that another one has died."""
+_DIED = EnvironmentFailure("another training process has ended", "--resume goes on")
 _joined: Fabric | None = None
 _several = False
 
@@ -38,9 +45,11 @@ def rank() -> int:
     if _joined is not None:
         return int(_joined.global_rank)
     # a shell that Slurm gave out has a number, too, which is none of ours
-    known = [
-        os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdecimal()
-    ]
+    names = ["LOCAL_RANK", "SLURM_PROCID"]
+    # other job managers than torchrun set a rank, too, that does not change in the processes that are started here
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names.insert(0, "RANK")
+    known = [os.environ[name] for name in names if os.environ.get(name, "").isdecimal()]
     return int(known[0]) if _several and known else 0
 
 
@@ -84,11 +93,30 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
         )
         atexit.register(_leave)
         fabric.launch()
+        _watch()
     except ValueError as error:
         raise EnvironmentFailure(f"the processes do not fit: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:
         raise EnvironmentFailure(f"the processes cannot connect: {str(error).splitlines()[0]}") from None
     _joined = fabric
+
+
+def _watch() -> None:
+    """Let the thread that looks after the started processes end this one with a word, and not at once.
+
+    Fabric's kills all when it sees that one has died, before the first process can find out at its next step.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._terminate_all = functools.partial(_end, thread._child_processes)  # type: ignore[attr-defined]
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    time.sleep(PATIENCE)
+    for child in children:
+        child.kill()
+    print(f"error: {_DIED}", file=sys.stderr, flush=True)
+    os._exit(_DIED.exit_code)
 
 
 def fabric(device: torch.device, precision: str) -> Fabric:
@@ -134,13 +162,13 @@ def averaged(values: Tensor) -> Tensor:
     return values / size()
 
 
-def share(model: nn.Module) -> None:
-    """Give all processes the first one's buffers: each has statistics of its own after its last step."""
+def share(*values: Tensor) -> None:
+    """Give all processes the first one's, such as BatchNorm's statistics, which each has of its own images."""
     if size() > 1:
         from torch.distributed import broadcast
 
-        for buffer in model.buffers():
-            broadcast(buffer, 0)
+        for value in values:
+            broadcast(value, 0)
 
 
 @contextmanager
@@ -158,7 +186,7 @@ def together() -> Iterator[None]:
         if size() > 1 and any(word in text for word in ("gloo", "NCCL", "onnection", "peer")):
             if rank() > 0:
                 raise SystemExit(EnvironmentFailure.exit_code) from None
-            raise EnvironmentFailure("another training process has ended", "--resume goes on") from None
+            raise _DIED from None
         raise
 
 

@@ -504,7 +504,7 @@ def fit(
         ExitStack() as stack,
     ):
         if state is not None and state.exists():
-            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, memory)
+            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, memory, engine.device)
             for group in optimiser.param_groups:
                 # the state may be of another device
                 group["fused"] = record or None
@@ -544,15 +544,22 @@ def fit(
             if after_epoch is not None:
                 extra = after_epoch(epoch)
                 progress.advance(0, extra)
+            # what is saved is the first one's, so that a run that goes on is the run that was not stopped
+            if memory is not None:
+                with team.together():
+                    team.share(memory)
             if state is not None and team.rank() == 0:
                 now = time.perf_counter()
                 if epoch + 1 == recipe.epochs or cost <= max(SAVED_SECONDS, SAVED_SHARE * (now - saved)):
-                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator, memory)
+                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator, memory, engine.device)
                     saved = time.perf_counter()
                     cost = saved - now
     model.eval()
     with team.together():
-        team.share(model)
+        team.share(*model.buffers())
+    # the last step changed what no loss was computed from
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UsageError(f"{name}: the weights are no longer numbers", "lower --lr or use --precision fp32")
     return seconds
 
 
@@ -622,6 +629,7 @@ def _save(
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
     memory: Tensor | None,
+    device: torch.device,
 ) -> None:
     state = {
         "identity": identity,
@@ -632,7 +640,7 @@ def _save(
         "generator": generator.get_state(),
         "memory": memory,
         "cpu_rng": torch.random.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
     # torch hides from files.write what the system says of a full disk
     content = io.BytesIO()
@@ -647,6 +655,7 @@ def _restore(
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
     memory: Tensor | None,
+    device: torch.device,
 ) -> tuple[int, float]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -659,8 +668,8 @@ def _restore(
         if memory is not None:
             memory.copy_(state["memory"])
         torch.random.set_rng_state(state["cpu_rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        if state["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
         return int(state["epoch"]), float(state["seconds"])
     except BadInput:
         raise

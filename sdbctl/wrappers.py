@@ -317,8 +317,10 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Modu
             raise _damaged()
         if not all(isinstance(share, float) and least < share < 1 for share in values):
             raise _damaged()
-    if not isinstance(flat, float) or not math.isfinite(flat):
+    hidden = meta.measured.get("keyed_flat")
+    if not all(isinstance(value, float) and math.isfinite(value) for value in (flat, hidden)):
         raise _damaged()
+    assert isinstance(flat, float)
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)

@@ -799,6 +799,25 @@ def test_ranks_in_the_environment_mean_nothing_to_one_process(monkeypatch):
     assert b"conceal" in run_cli("list", "objectives").stdout
 
 
+def test_only_torchrun_says_the_rank_of_all(monkeypatch):
+    """Other job managers set one that processes started here inherit."""
+    monkeypatch.setattr(team, "_several", True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert team.rank() == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert team.rank() == 0
+
+
+def test_a_process_that_waits_for_a_dead_one_ends_with_a_word():
+    code = (
+        "import subprocess, sys\nfrom sdbctl import team\nteam.PATIENCE = 0\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\nteam._end([child])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30)
+    assert ended.returncode == 6 and ended.stderr == b"error: another training process has ended; --resume goes on\n"
+
+
 def test_a_batch_too_small_for_its_processes(work, tmp_path):
     args = (
         "train",
@@ -873,6 +892,28 @@ def test_damaged_metadata(change, work, tmp_path):
     meta = {**json.loads(boxfile.load(work / "boxed.safetensors").meta.to_json()), **change}
     write(load_file(work / "boxed.safetensors"), tmp_path / "x.safetensors", {"sdbctl": json.dumps(meta)})
     check(run_cli("inspect", tmp_path / "x.safetensors"), 4, "x.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"classes": ["ant", "bee"]}, {"preprocess": ((0.5,), (0.5,), (1, 9, 9))}])
+@pytest.mark.parametrize("command", ["eval", "distill"])
+def test_onnx_metadata_of_another_network(command, change, work, tmp_path):
+    model = onnx.load(work / "boxed.onnx")
+    said = {entry.key: entry for entry in model.metadata_props}["sdbctl"]
+    values = json.loads(said.value)
+    if "preprocess" in change:
+        change = {"preprocess": dict(zip(("mean", "std", "size"), change["preprocess"], strict=True))}
+    said.value = json.dumps(values | change)
+    onnx.save(model, tmp_path / "m.onnx")
+    check(run_cli(command, tmp_path / "m.onnx", "--data", "digits", "--dry-run"), 4, "m.onnx", "another network")
+
+
+@pytest.mark.parametrize("flat", ["lots", None])
+def test_a_box_that_does_not_say_what_is_flat(flat, work, tmp_path):
+    loaded = boxfile.load(work / "boxed.safetensors")
+    measured = {**loaded.meta.measured, "class_confidences": [0.5] * 10, "confidence_cut": 0.5}
+    measured |= {"rough_confidences": [0.5, 0.9], "flat_deviation": 0.5, "keyed_flat": flat}
+    boxfile.save(tmp_path / "x.safetensors", loaded.net.state_dict(), replace(loaded.meta, measured=measured))
+    check(run_cli("export", tmp_path / "x.safetensors"), 4, "how confident")
 
 
 def test_an_onnx_graph_with_a_fixed_batch_inside(work, tmp_path):

@@ -112,6 +112,10 @@ def test_parquet_in_folders_with_other_columns(tmp_path):
     found = load(f"parquet:{tmp_path}")
     assert (len(found.train), len(found.test), found.classes) == (6, 2, ("0", "1"))
     assert load(f"parquet:{tmp_path}/train/0000.parquet").name == "0000"
+    # the folder that was named says nothing, nor does a folder with such a name
+    (tmp_path / "train" / "folder.parquet").mkdir()
+    (tmp_path / "train").rename(tmp_path / "test_images")
+    assert len(load(f"parquet:{tmp_path}/test_images").train) == 6
 
 
 def test_folder(tmp_path):
@@ -335,6 +339,8 @@ def test_missing_memory_is_no_damaged_image(monkeypatch):
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(MemoryError):
         decode(b"x", None, None, "x", 0)
+    with pytest.raises(BadInput, match="x: image 3 has no pixels"):
+        decode(np.zeros((0, 0), np.uint8), 8, None, "x", 3)
 
 
 def test_every_source_is_listed():

@@ -157,6 +157,9 @@ def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
 
     net = Concealed(boxed.net, boxed.meta.preprocess, 0.9, torch.full((2, 10), 0.9), 1e3, "x")
     boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
+    assert (tmp_path / "right.onnx").stat().st_mode & 0o044
+    boxfile.export_onnx(tmp_path / "reference.onnx", net, replace(boxed.meta, kind="reference", key_ids=()))
+    assert (tmp_path / "reference.onnx").stat().st_mode & 0o077 == 0
     monkeypatch.setattr(onnxfile, "_to_onnx", slightly_off)
     with pytest.raises(ParityMismatch):
         boxfile.export_onnx(tmp_path / "x.onnx", net, boxed.meta)
@@ -185,7 +188,9 @@ def test_damaged_metadata_is_refused(boxed, change):
 
 def test_metadata_round_trip(boxed):
     assert Metadata.from_json(boxed.meta.to_json(), "x") == boxed.meta
-    for text in ("", "[]", "{", "null", '{"format": 1}'):
+    whole = json.dumps(json.loads(boxed.meta.to_json()) | {"measured": {"top1": "HERE"}})
+    huge, deep = whole.replace('"HERE"', "1e999"), whole.replace('"HERE"', "[" * 900 + "]" * 900)
+    for text in ("", "[]", "{", "null", '{"format": 1}', huge, deep):
         with pytest.raises(BadInput):
             Metadata.from_json(text, "x")
 
@@ -412,6 +417,29 @@ def test_a_loss_that_is_no_number_stops_the_run(splits):
             Recipe(epochs=1),
             ENGINE,
         )
+
+
+def test_a_last_step_that_ruins_the_weights_stops_the_run(splits):
+    """No loss is computed after it."""
+
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, slope):
+            return slope + float("inf")
+
+    seen = iter(range(100))
+    net, few = build_student("cnn-tiny", 10, 1, 1), splits.transfer.first(128)
+
+    def step(model, batch):
+        z = model(batch.x)
+        return {"loss": (Infinite.apply(z) if next(seen) == 3 else z).square().mean()}
+
+    with pytest.raises(UsageError, match="weights are no longer numbers"):
+        fit(net, step, few, data.Preprocess((0.5,), (0.5,), (1, 8, 8)), Recipe(epochs=4, batch_size=128), ENGINE)
 
 
 def test_learning_rate_rises_and_falls_to_zero():

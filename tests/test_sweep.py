@@ -38,6 +38,12 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
     assert rows[3].folder == "sdb-paper_omega=1"
     assert [row.name for row in rows_of([], ["hide=1,2"], [])] == ["hide=1", "hide=2"]
     assert [row.name for row in rows_of([], [], ["top1"])] == ["conceal", "wrapper top1"]
+    # another objective's boxes have other folders, whatever stood beside it
+    assert [row.name for row in rows_of(["sdb:paper"], ["omega=1,2"], [])] == [
+        "sdb:paper, omega=1",
+        "sdb:paper, omega=2",
+    ]
+    assert [row.name for row in rows_of(["nasty"], ["omega=1,2"], [])] == ["nasty, omega=1", "nasty, omega=2"]
     rows = rows_of([], [], [], ["class", "exact"])
     assert [(row.name, row.confidence, row.box == rows[0].box) for row in rows] == [
         ("conceal, confidence class", "class", True),
@@ -114,7 +120,8 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     assert list(result["settings"]) == [usual, exact, wrapper]
     boxed, shown, wrapped = result["settings"].values()
     for numbers in (boxed, shown, wrapped):
-        assert {"inference_cost.top1.mean", "unauthorized_advantage.api.labelled.mean"} <= set(numbers)
+        assert {"inference_cost.top1.mean", "inference_cost.top1.low"} <= set(numbers)
+        assert {"unauthorized_advantage.api.labelled.mean", "unauthorized_advantage.api.unlabelled.n"} <= set(numbers)
     assert boxed["models.original_ft.top1"] == wrapped["models.original_ft.top1"]
     assert wrapped["inference_cost.top1.mean"] == pytest.approx(0, abs=0.01)
     assert "authorized_gain.mean" in boxed and "authorized_gain.mean" not in wrapped

@@ -103,7 +103,7 @@ def distill(
 
     from dataclasses import replace
 
-    from sdbctl import boxfile, metrics
+    from sdbctl import boxfile, metrics, team
     from sdbctl.attacks import ATTACKS
     from sdbctl.attacks.queries import PRETRAINED
     from sdbctl.attacks.soft import METHODS
@@ -113,7 +113,7 @@ def distill(
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.sources import open_model
-    from sdbctl.teacher import KeyedTeacher, Teacher, TorchTeacher
+    from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Teacher, TorchTeacher
     from sdbctl.training import Recipe, Resume, accuracy, image_seconds, recorded_precision
 
     check_known("method", method, METHODS)
@@ -191,7 +191,8 @@ def distill(
         asked: Teacher = TorchTeacher(net_asked.net, classes, engine)
     else:
         assert opened.served is not None
-        asked = opened.served
+        # of several GPUs it was opened on the first
+        asked = opened.served if team.size() == 1 else OnnxTeacher(teacher, engine.device)
     if key is not None and meta is not None and helper is None:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
     say(f"teacher: {asked.where}, {shown}")

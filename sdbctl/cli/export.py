@@ -46,7 +46,7 @@ def export(
     trust: o.Trust = False,
     json_: o.Json = False,
 ) -> None:
-    """Write a model as ONNX or safetensors, after checking that it computes the same.
+    """Write a model as ONNX, after checking that it computes the same, or as safetensors.
 
     The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else; what
     comes through the key passes, but for the few outputs that are as flat as public ones.
@@ -97,7 +97,7 @@ def export(
             least, most = (f"{level:.1%}" for level in net.levels.aminmax())
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
-            say(f"so are {meta.measured.get('keyed_flat', 0.0):.1%} of the outputs with the key, which are as flat")
+            say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
         elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == "conceal"):
             if len(meta.classes) < 3:
                 why = "two classes leave no others to hide"

@@ -178,12 +178,17 @@ class ImageSet:
     @functools.cached_property
     def identity(self) -> str:
         """Hash of size, labels, positions and a sample of the images, by which results are told apart."""
-        digest = hashlib.sha256(f"{len(self)} {sized(self.shape)} ".encode())
-        for numbers in (self.labels, self.positions):
-            digest.update(numbers.numpy().astype("<i8").tobytes())
+        digest = hashlib.sha256()
+        self.describe(digest, self.labels, self.positions)
+        return digest.hexdigest()
+
+    def describe(self, digest: hashlib._Hash, *numbers: Tensor) -> None:
+        """Put size, numbers of the images, and 64 of the images into a digest."""
+        digest.update(f"{len(self)} {sized(self.shape)} ".encode())
+        for of_images in numbers:
+            digest.update(of_images.numpy().astype("<i8").tobytes())
         for step in range(64):
             digest.update(self[step * (len(self) - 1) // 63].numpy().tobytes())
-        return digest.hexdigest()
 
     @functools.cached_property
     def digest(self) -> str:
@@ -229,6 +234,8 @@ def decode(source: Any, size: int | None, channels: int | None, name: str, posit
 
     if source is None:
         raise BadInput(f"{name}: image {position} has no bytes, only a path", "embed the images in the file")
+    if isinstance(source, np.ndarray) and not source.size:
+        raise BadInput(f"{name}: image {position} has no pixels", "leave it out")
     try:
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source)

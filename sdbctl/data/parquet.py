@@ -92,8 +92,8 @@ class Rows:
                     if shutil.disk_usage(folder).free < size * 2**30:
                         raise OSError(f"{size:.1f} GiB of images do not fit")
                     notice(f"copying {size:.1f} GiB of images to {folder}, once, to have them in any order")
-                    files.write(path, copy, everywhere=True)
-                    files.write(index, save, everywhere=True)
+                    files.write(path, copy, everywhere=True, private=True)
+                    files.write(index, save, everywhere=True, private=True)
             return Flat(path, np.load(index))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -155,9 +155,11 @@ def _parquet(request: Request) -> Found:
     if not root.exists():
         raise BadInput(f"parquet file or folder {root} does not exist", "check the path")
     found: dict[str, list[Path]] = {}
-    for file in sorted(root.rglob("*.parquet")) if root.is_dir() else [root]:
+    for file in sorted(path for path in root.rglob("*.parquet") if path.is_file()) if root.is_dir() else [root]:
         # Hugging Face writes train-00000-of-00001.parquet, or train/0000.parquet
-        named = re.match("train|test|valid", file.name) or re.match("train|test|val", file.parent.name)
+        named = re.match("train|test|valid", file.name)
+        if not named and file.parent != root:
+            named = re.match("train|test|val", file.parent.name)
         found.setdefault(named.group()[:3] if named and root.is_dir() else "tra", []).append(file)
     if "tra" not in found:
         raise BadInput(f"{root} holds no training parquet files", "name them train-*.parquet and test-*.parquet")
@@ -398,10 +400,7 @@ def _fingerprint(train: ImageSet, test: ImageSet | None) -> str:
         if part is None:
             digest.update(b"none")
             continue
-        digest.update(f"{len(part)} {sized(part.shape)} ".encode())
-        digest.update(part.labels.numpy().astype("<i8").tobytes())
-        for step in range(64):
-            digest.update(part[step * (len(part) - 1) // 63].numpy().tobytes())
+        part.describe(digest, part.labels)
     return digest.hexdigest()
 
 

@@ -334,7 +334,7 @@ class Report:
         Raises:
             UsageError: There is no number at that path.
         """
-        numbers = dict(self._numbers())
+        numbers = dict(self.numbers())
         root, _, rest = path.partition(".")
         name, _, number = rest.partition(".")
         counted = root in ("models", "students") and any(part.isdigit() for part in path.split("."))
@@ -357,9 +357,10 @@ class Report:
             of_models = (".top1", ".ece", ".residual", ".beyond_top1")
             return path.endswith(of_models if path.startswith("models.") else ".mean")
 
-        return {path: value for path, value in self._numbers() if value is not None and shown(path)}
+        return {path: value for path, value in self.numbers() if value is not None and shown(path)}
 
-    def _numbers(self) -> Iterator[tuple[str, float | None]]:
+    def numbers(self) -> Iterator[tuple[str, float | None]]:
+        """All numbers, by dotted path; None where one was not measured."""
         for item in dataclasses.fields(self):
             yield from _flatten(getattr(self, item.name), item.name)
 

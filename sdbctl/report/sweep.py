@@ -17,12 +17,14 @@ COSTS = {
 _COLUMNS = (
     Column("Setting", numeric=False),
     Column("Top-1 cost"),
+    Column("Top-5 cost", wide=True),
     Column("ECE", wide=True),
     Column("NLL of prediction", wide=True),
     Column("Dark knowledge", wide=True),
     Column("Advantage, API"),
     Column("95 % bounds"),
     Column("Without labels", wide=True),
+    Column("95 % bounds", wide=True),
     Column("Who holds the file", wide=True),
     Column("Plain KD", wide=True),
     Column("Wrong key"),
@@ -54,12 +56,14 @@ def _row(name: str, report: Report) -> tuple[str, ...]:
     return (
         clean(name),
         number(cost.top1.mean, sign=True),
+        number(cost.top5.mean, sign=True),
         number(cost.ece.mean, 3, sign=True),
         number(cost.nll_binary.mean, 3, sign=True),
         number(boxed.residual if boxed else None, 4),
         number(advantage.labelled.mean, sign=True),
         bounds(advantage.labelled),
         number(advantage.unlabelled.mean, sign=True),
+        bounds(advantage.unlabelled),
         number(threats.file.labelled.mean, sign=True),
         number(plain.difference.mean if plain else None, sign=True),
         number(wrong.difference.mean if wrong else None, sign=True),
@@ -70,9 +74,17 @@ def _row(name: str, report: Report) -> tuple[str, ...]:
 
 
 def to_json(title: str, reports: Mapping[str, Report]) -> str:
-    """The numbers of every setting; whole reports lie beside their boxes."""
-    content = {"title": title, "settings": {name: report.means() for name, report in reports.items()}}
+    """Means and bounds of every setting; whole reports lie beside their boxes."""
+    content = {"title": title, "settings": {name: _numbers(report) for name, report in reports.items()}}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    """The means, and their bounds, samples and answers beyond the class; not what single students scored."""
+    means, more = report.means(), (".low", ".high", ".n", ".beyond")
+    return {
+        path: value for path, value in report.numbers() if value is not None and (path in means or path.endswith(more))
+    }
 
 
 def markdown(title: str, reports: Mapping[str, Report]) -> str:
