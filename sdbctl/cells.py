@@ -493,7 +493,7 @@ def cluster_library() -> Any:
     try:
         import submitit
     except ImportError:
-        raise EnvironmentFailure("--cluster needs submitit", "pip install 'sdbctl[cluster]'") from None
+        raise EnvironmentFailure("--cluster needs submitit", "in its source: pip install '.[cluster]'") from None
     return submitit
 
 

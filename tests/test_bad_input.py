@@ -796,7 +796,8 @@ def test_a_gate_with_a_slip_of_the_pen_is_refused_before_any_work(work, tmp_path
 def test_ranks_in_the_environment_mean_nothing_to_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert b"conceal" in run_cli("list", "objectives").stdout
+    listed = run_cli("list", "objectives").stdout
+    assert b"hide=8" in listed and b"sdb:paper" in listed
 
 
 def test_only_torchrun_says_the_rank_of_all(monkeypatch):

@@ -26,9 +26,17 @@ def list_(
 def entries(topic: str) -> dict[str, str]:
     """Names and one line each, straight from the registry."""
     if topic == "objectives":
+        from dataclasses import asdict
+
         from sdbctl.objectives import OBJECTIVES
 
-        return {name: objective.summary for name, objective in OBJECTIVES.items()}
+        def line(name: str) -> str:
+            one = OBJECTIVES[name]
+            parameters = " ".join(f"{key}={value:g}" for key, value in asdict(one.parameters()).items())
+            presets = ", ".join(f"{name}:{preset}" for preset in one.presets if preset != "default")
+            return f"{one.summary} [--set {parameters}]" + (f" [{presets}]" if presets else "")
+
+        return {name: line(name) for name in OBJECTIVES}
     if topic == "attacks":
         from sdbctl.attacks import ATTACKS
 

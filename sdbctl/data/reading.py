@@ -97,7 +97,7 @@ def _digits(request: Request) -> Found:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise EnvironmentFailure("digits need scikit-learn", "pip install 'sdbctl[demo]'") from None
+        raise EnvironmentFailure("digits need scikit-learn", "in its source: pip install '.[demo]'") from None
     found = load_digits()
     pixels = np.round(found.images * (255 / 16)).astype(np.uint8)
     return Found("digits", Part(found.target, pixels), None, tuple(map(str, range(10))))
