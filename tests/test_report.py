@@ -753,3 +753,13 @@ def test_the_example_for_ci_gates_with_the_key_from_a_variable(work, tmp_path):
     raw = (work / "k.bin").read_bytes()
     shown = [done.stdout.encode(), done.stderr.encode(), *written]
     assert not any(secret in text for text in shown for secret in (key.encode(), raw, raw.hex().encode()))
+
+
+@pytest.mark.slow
+def test_a_service_is_evaluated_by_its_answers(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "endpoint.py"
+    done = subprocess.run([sys.executable, script, tmp_path, "2", "2"], capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"through its outputs" in done.stdout, done.stderr
+    report = Report.read(tmp_path / "report.json")
+    assert report.models["boxed"].top1 > 90
+    assert report.students["unauthorized"].queries > 0
