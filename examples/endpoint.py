@@ -35,10 +35,10 @@ class Endpoint(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B, C, H, W] → log-probabilities [B, classes]."""
-        images = self.preprocess.undo(x).mul(255).round().byte()
+        images = self.preprocess.undo(x).mul(255).round().clamp(0, 255).byte()
         request = urllib.request.Request(self.url, json.dumps(images.tolist()).encode())
         with urllib.request.urlopen(request) as answer:
-            return torch.tensor(json.load(answer)).clamp(min=1e-9).log()
+            return torch.tensor(json.load(answer), device=x.device).clamp(min=1e-9).log()
 
 
 def serve(net: nn.Module, preprocess: data.Preprocess) -> str:

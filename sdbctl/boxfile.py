@@ -409,7 +409,8 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "",
     """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`."""
     example = torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0))
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
-    return onnxfile.write(path, net, meta.preprocess(example), said, force=force, private=meta.kind in PRIVATE)
+    private = meta.kind in PRIVATE and not hasattr(net, "shows")
+    return onnxfile.write(path, net, meta.preprocess(example), said, force=force, private=private)
 
 
 @functools.cache

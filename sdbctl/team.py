@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,10 +45,13 @@ def rank() -> int:
     if _joined is not None:
         return int(_joined.global_rank)
     # a shell that Slurm gave out has a number, too, which is none of ours
-    names = ["LOCAL_RANK", "SLURM_PROCID"]
-    # other job managers than torchrun set a rank, too, that does not change in the processes that are started here
+    # as Fabric does: other job managers set a rank, too, that does not change in the processes that are started here
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        names.insert(0, "RANK")
+        names = ["RANK"]
+    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        names = ["SLURM_PROCID"]
+    else:
+        names = ["LOCAL_RANK"]
     known = [os.environ[name] for name in names if os.environ.get(name, "").isdecimal()]
     return int(known[0]) if _several and known else 0
 
@@ -92,8 +95,8 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
             strategy="ddp" if strategy == "auto" else strategy,
         )
         atexit.register(_leave)
-        fabric.launch()
         _watch()
+        fabric.launch()
     except ValueError as error:
         raise EnvironmentFailure(f"the processes do not fit: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:
@@ -104,11 +107,13 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
 def _watch() -> None:
     """Let the thread that looks after the started processes end this one with a word, and not at once.
 
-    Fabric's kills all when it sees that one has died, before the first process can find out at its next step.
+    Fabric's kills all when it sees that one has died, before the first process can find out at its next step. A Fabric
+    that has no such thread does as it does.
     """
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._terminate_all = functools.partial(_end, thread._child_processes)  # type: ignore[attr-defined]
+    with contextlib.suppress(ImportError):
+        from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver as Observer
+
+        Observer._terminate_all = lambda self: _end(self._child_processes)
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:

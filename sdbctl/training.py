@@ -551,16 +551,22 @@ def fit(
             if state is not None and team.rank() == 0:
                 now = time.perf_counter()
                 if epoch + 1 == recipe.epochs or cost <= max(SAVED_SECONDS, SAVED_SHARE * (now - saved)):
+                    _check_weights(model, name)
                     _save(state, identity, epoch + 1, seconds, model, optimiser, generator, memory, engine.device)
                     saved = time.perf_counter()
                     cost = saved - now
     model.eval()
     with team.together():
         team.share(*model.buffers())
-    # the last step changed what no loss was computed from
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise UsageError(f"{name}: the weights are no longer numbers", "lower --lr or use --precision fp32")
+    _check_weights(model, name)
     return seconds
+
+
+def _check_weights(model: nn.Module, name: str) -> None:
+    """Refuse what the last step ruined, of which no loss was computed."""
+    means = (value for at, value in model.named_buffers() if at.endswith(("running_mean", "running_var")))
+    if not all(value.isfinite().all() for value in (*model.parameters(), *means)):
+        raise UsageError(f"{name}: the weights are no longer numbers", "lower --lr or use --precision fp32")
 
 
 @contextmanager

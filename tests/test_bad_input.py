@@ -806,6 +806,11 @@ def test_only_torchrun_says_the_rank_of_all(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert team.rank() == 1
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    assert team.rank() == 1
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "box")
+    assert team.rank() == 2
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert team.rank() == 0
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdbctl import boxfile
-from sdbctl.cli.sweep import grid, rows_of
+from sdbctl.cli.sweep import Row, _check_box, grid, rows_of
 from sdbctl.errors import UsageError
 from tests.conftest import run_cli
 
@@ -52,6 +52,15 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
     for nothing in (([], [], []), (["sdb"], [], []), ([], ["hide=1"], [])):
         with pytest.raises(UsageError, match="several"):
             rows_of(*nothing)
+
+
+def test_a_box_of_another_row_is_not_taken(work):
+    meta = boxfile.load_box(work / "boxed.safetensors").meta
+    same = {name: meta.parameters[name] for name in ("hide", "turn", "confidence", "teach", "blind", "temperature")}
+    _check_box(Row("x", meta.objective, None, same), work / "boxed.safetensors")
+    for other in (Row("x", "sdb"), Row("x", meta.objective, None, same | {"hide": 0.5})):
+        with pytest.raises(UsageError, match="another objective or other parameters"):
+            _check_box(other, work / "boxed.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -185,14 +185,16 @@ def distill(
         profile=profile,
         kept=recorded_precision(*states) if resume else None,
     )
+    if opened.served is not None and team.size() > 1:
+        # it was opened on the first GPU
+        opened = replace(opened, served=OnnxTeacher(teacher, engine.device))
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     net_asked = helper or loaded
     if net_asked is not None:
         asked: Teacher = TorchTeacher(net_asked.net, classes, engine)
     else:
         assert opened.served is not None
-        # of several GPUs it was opened on the first
-        asked = opened.served if team.size() == 1 else OnnxTeacher(teacher, engine.device)
+        asked = opened.served
     if key is not None and meta is not None and helper is None:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
     say(f"teacher: {asked.where}, {shown}")

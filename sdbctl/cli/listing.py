@@ -34,7 +34,7 @@ def entries(topic: str) -> dict[str, str]:
             one = OBJECTIVES[name]
             parameters = " ".join(f"{key}={value:g}" for key, value in asdict(one.parameters()).items())
             presets = ", ".join(f"{name}:{preset}" for preset in one.presets if preset != "default")
-            return f"{one.summary} [--set {parameters}]" + (f" [{presets}]" if presets else "")
+            return f"{one.summary} [{parameters}, each by --set]" + (f" [{presets}]" if presets else "")
 
         return {name: line(name) for name in OBJECTIVES}
     if topic == "attacks":

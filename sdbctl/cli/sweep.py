@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -265,7 +266,9 @@ def sweep(
         onnx = boxed.with_suffix(".onnx")
         own = boxed.with_suffix(".reference.safetensors")
         with contextlib.redirect_stdout(sys.stderr):
-            if row.objective and not boxed.exists():
+            if row.objective and boxed.exists():
+                _check_box(row, boxed)
+            elif row.objective:
                 # rows that differ in what is served share a box
                 if same := alike.get(row.box):
                     files.write(boxed, same.read_bytes())
@@ -308,3 +311,15 @@ def sweep(
         files.write(report / f"sweep.{suffix}", content)
     emit(json.loads(text), json_, Fitting(sweep.table(reports)))
     say(f"report: {report / 'sweep.html'} (sweep.json, sweep.md, sweep.html)")
+
+
+def _check_box(row: Row, path: Path) -> None:
+    from sdbctl.box import BoxConfig
+    from sdbctl.boxfile import load_box
+    from sdbctl.cli.box import parse_parameters
+
+    meta = load_box(path).meta
+    config = BoxConfig.of(str(row.objective), row.preset, parse_parameters(row.settings))
+    wanted = dataclasses.asdict(config.resolved())
+    if meta.objective != row.objective or any(meta.parameters.get(name) != wanted[name] for name in wanted):
+        raise UsageError(f"{path} is a box with another objective or other parameters", "name another --report")
