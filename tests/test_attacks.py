@@ -718,6 +718,7 @@ SERVING = {
     "confidence_cut": 0.9,
     "rough_confidences": [0.4, 0.9],
     "flat_deviation": 1.0,
+    "keyed_flat": 0.05,
 }
 
 

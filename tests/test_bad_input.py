@@ -507,9 +507,10 @@ def test_two_runs_do_not_write_the_same_file(work, tmp_path):
 def test_only_the_first_of_several_processes_holds_the_output(monkeypatch, tmp_path):
     monkeypatch.setattr(team, "_several", True)
     with files.alone(tmp_path / "x"):
-        for name in ("RANK", "SLURM_PROCID"):
+        for name, sign in (("RANK", "TORCHELASTIC_RUN_ID"), ("SLURM_PROCID", "SLURM_NTASKS"), ("LOCAL_RANK", "_")):
             with monkeypatch.context() as other:
                 other.setenv(name, "1")
+                other.setenv(sign, "2")
                 with files.alone(tmp_path / "x"):
                     pass
 

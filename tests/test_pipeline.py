@@ -158,7 +158,7 @@ def test_coarse_served_outputs_hide_no_mismatch(tmp_path, boxed, monkeypatch):
     net = Concealed(boxed.net, boxed.meta.preprocess, 0.9, torch.full((2, 10), 0.9), 1e3, "x")
     boxfile.export_onnx(tmp_path / "right.onnx", net, boxed.meta)
     assert (tmp_path / "right.onnx").stat().st_mode & 0o044
-    boxfile.export_onnx(tmp_path / "reference.onnx", net, replace(boxed.meta, kind="reference", key_ids=()))
+    boxfile.export_onnx(tmp_path / "reference.onnx", boxed.net, replace(boxed.meta, kind="reference", key_ids=()))
     assert (tmp_path / "reference.onnx").stat().st_mode & 0o077 == 0
     monkeypatch.setattr(onnxfile, "_to_onnx", slightly_off)
     with pytest.raises(ParityMismatch):

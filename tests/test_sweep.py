@@ -130,7 +130,7 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     boxed, shown, wrapped = result["settings"].values()
     for numbers in (boxed, shown, wrapped):
         assert {"inference_cost.top1.mean", "inference_cost.top1.low"} <= set(numbers)
-        assert {"unauthorized_advantage.api.labelled.mean", "unauthorized_advantage.api.unlabelled.n"} <= set(numbers)
+        assert {"unauthorized_advantage.api.labelled.mean", "unauthorized_advantage.api.labelled.n"} <= set(numbers)
     assert boxed["models.original_ft.top1"] == wrapped["models.original_ft.top1"]
     assert wrapped["inference_cost.top1.mean"] == pytest.approx(0, abs=0.01)
     assert "authorized_gain.mean" in boxed and "authorized_gain.mean" not in wrapped
