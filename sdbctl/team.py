@@ -44,16 +44,17 @@ def rank() -> int:
     """
     if _joined is not None:
         return int(_joined.global_rank)
-    # a shell that Slurm gave out has a number, too, which is none of ours
-    # as Fabric does: other job managers set a rank, too, that does not change in the processes that are started here
+    if not _several:
+        return 0
+    # as Fabric decides: a shell that Slurm gave out, and other job managers, set numbers, too, that are none of ours
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        names = ["RANK"]
+        name = "RANK"
     elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        names = ["SLURM_PROCID"]
+        name = "SLURM_PROCID"
     else:
-        names = ["LOCAL_RANK"]
-    known = [os.environ[name] for name in names if os.environ.get(name, "").isdecimal()]
-    return int(known[0]) if _several and known else 0
+        name = "LOCAL_RANK"
+    number = os.environ.get(name, "")
+    return int(number) if number.isdecimal() else 0
 
 
 def size() -> int:

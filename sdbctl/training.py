@@ -538,6 +538,7 @@ def fit(
                     stepped()
                 if halts or epoch + 1 == recipe.epochs:
                     meter.flush()
+                    _check_weights(model, name)
                     synchronise(engine.device)
             seconds += time.perf_counter() - begin
             model.eval()
@@ -551,14 +552,12 @@ def fit(
             if state is not None and team.rank() == 0:
                 now = time.perf_counter()
                 if epoch + 1 == recipe.epochs or cost <= max(SAVED_SECONDS, SAVED_SHARE * (now - saved)):
-                    _check_weights(model, name)
                     _save(state, identity, epoch + 1, seconds, model, optimiser, generator, memory, engine.device)
                     saved = time.perf_counter()
                     cost = saved - now
     model.eval()
     with team.together():
         team.share(*model.buffers())
-    _check_weights(model, name)
     return seconds
 
 

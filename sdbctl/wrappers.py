@@ -306,8 +306,8 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Modu
     Raises:
         BadInput: What the box says of its confidences is damaged.
     """
-    names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_deviation")
-    by_class, cut, rough, flat = found = [meta.measured.get(name) for name in names]
+    names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_deviation", "keyed_flat")
+    by_class, cut, rough, flat, hidden = found = [meta.measured.get(name) for name in names]
     if confidence == "exact" or found == [None] * len(found):
         return net
     classes = len(meta.classes)
@@ -317,7 +317,6 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class") -> nn.Modu
             raise _damaged()
         if not all(isinstance(share, float) and least < share < 1 for share in values):
             raise _damaged()
-    hidden = meta.measured.get("keyed_flat")
     if not all(isinstance(value, float) and math.isfinite(value) for value in (flat, hidden)):
         raise _damaged()
     assert isinstance(flat, float)

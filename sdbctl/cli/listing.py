@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -26,8 +27,6 @@ def list_(
 def entries(topic: str) -> dict[str, str]:
     """Names and one line each, straight from the registry."""
     if topic == "objectives":
-        from dataclasses import asdict
-
         from sdbctl.objectives import OBJECTIVES
 
         def line(name: str) -> str:

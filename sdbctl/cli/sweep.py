@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +20,9 @@ from sdbctl.cli.common import check_known, finite, read_key
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import BadInput, UsageError
+
+if TYPE_CHECKING:
+    from sdbctl.box import BoxConfig
 
 
 def grid(given: list[str]) -> list[dict[str, str]]:
@@ -68,6 +70,17 @@ class Row:
     def settings(self) -> list[str]:
         """Its parameters as ``--set`` takes them."""
         return [f"{key}={value}" for key, value in self.parameters.items()]
+
+    def config(self) -> BoxConfig:
+        """How it is boxed, but for what all rows share.
+
+        Raises:
+            UsageError: Its preset or a parameter is unknown.
+        """
+        from sdbctl.box import BoxConfig
+        from sdbctl.cli.box import parse_parameters
+
+        return BoxConfig.of(str(self.objective), self.preset, parse_parameters(self.settings))
 
     @property
     def folder(self) -> str:
@@ -181,7 +194,6 @@ def sweep(
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
     rows = rows_of(objective or [], set_ or [], wrapper or [], confidence or [])
     from sdbctl import boxfile, files
-    from sdbctl.box import BoxConfig
     from sdbctl.cli import box, evaluate, export
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
@@ -195,7 +207,7 @@ def sweep(
         check_known("objective", row.objective, OBJECTIVES)
         check_known("wrapper", row.wrapper, WRAPPERS)
         if row.objective:
-            BoxConfig.of(row.objective, row.preset, box.parse_parameters(row.settings))
+            row.config()
     run = {
         "checkpoint": boxfile.load(checkpoint, trust=trust).sha256,
         "key": read_key(key_file, False).id,
@@ -314,12 +326,8 @@ def sweep(
 
 
 def _check_box(row: Row, path: Path) -> None:
-    from sdbctl.box import BoxConfig
     from sdbctl.boxfile import load_box
-    from sdbctl.cli.box import parse_parameters
 
-    meta = load_box(path).meta
-    config = BoxConfig.of(str(row.objective), row.preset, parse_parameters(row.settings))
-    wanted = dataclasses.asdict(config.resolved())
+    meta, wanted = load_box(path).meta, asdict(row.config().resolved())
     if meta.objective != row.objective or any(meta.parameters.get(name) != wanted[name] for name in wanted):
         raise UsageError(f"{path} is a box with another objective or other parameters", "name another --report")
