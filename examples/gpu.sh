@@ -16,7 +16,8 @@ mkdir -p "$out"
 once() {
     [ -e "$out/$1" ] && return
     local begin=$SECONDS
-    "${@:2}" > "$out/$1.part" && mv "$out/$1.part" "$out/$1"
+    "${@:2}" > "$out/$1.part"
+    mv "$out/$1.part" "$out/$1"
     echo "$1 $((SECONDS - begin))" >> "$out/seconds.txt"
 }
 

@@ -38,6 +38,8 @@ from sdbctl.training import (
 )
 from sdbctl.wrappers import serving
 
+TRIED_IMAGES = 2000
+"""Validation images that normalisations are tried on."""
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
 REMEMBERED = 16
@@ -45,10 +47,14 @@ REMEMBERED = 16
 HIGHEST = 20.0
 """Highest temperature that is drawn for such an objective."""
 PGD_EPSILON = 0.3
-TEACHERS = ("reference", "original", "assistant")
-"""Whose answers the key may open."""
 PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
+TEACHERS = ("reference", "original", "assistant")
+"""Whose answers the key may open."""
+DIVISORS = ("temperature", "limit")
+"""Parameters of objectives that something is divided by."""
+LARGEST = 1_000_000
+"""What no parameter of an objective may exceed: losses would overflow."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,18 @@ class BoxConfig:
         """The objective's parameter dataclass, filled in.
 
         Raises:
-            UsageError: A parameter is unknown.
+            UsageError: A parameter is unknown, or out of range.
         """
         kind = OBJECTIVES[self.objective].parameters
         known = [item.name for item in fields(kind)]
-        for name in self.parameters:
+        for name, value in self.parameters.items():
             if name not in known:
                 raise UsageError(f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known)}")
+            divides = name in DIVISORS
+            # the direction of a term is no weight
+            if not (name == "away" or value > 0 or (value == 0 and not divides)) or not abs(value) <= LARGEST:
+                least = "above 0" if divides else "from 0"
+                raise UsageError(f"{name} of {self.objective} is {value:g}", f"use a number {least} to {LARGEST:,}")
         return kind(**self.parameters)
 
     def trainable_and_frozen(self) -> tuple[int, int]:
@@ -166,7 +177,6 @@ def find_preprocess(
     engine: Engine,
     *,
     size: tuple[int, int, int],
-    limit: int = 2000,
 ) -> tuple[Preprocess, dict[str, float]]:
     """Try the known normalisations and take the one with which the model is most accurate.
 
@@ -175,12 +185,11 @@ def find_preprocess(
         images: Validation images.
         engine: Where to compute.
         size: Input shape (C, H, W).
-        limit: Number of images to try.
 
     Returns:
         The best, and the accuracy in percent of each preset by name.
     """
-    some = images.first(limit)
+    some = images.first(TRIED_IMAGES)
     if isinstance(net, nn.Module):
         place(net, engine.device)
     tried = {}

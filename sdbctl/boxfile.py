@@ -93,8 +93,7 @@ class Metadata:
                 raise BadInput(f"{where} has format {version}, this is {FORMAT_VERSION}", "upgrade sdbctl")
             preprocess = Preprocess.from_dict(values.pop("preprocess"))
             classes = values.pop("classes")
-            single = values.pop("key_id", "")  # files from before a box could have several keys
-            key_ids = values.pop("key_ids", [single] if single else [])
+            key_ids = values.pop("key_ids", [])
             if not isinstance(key_ids, list) or not isinstance(classes, list):
                 raise TypeError
             made = cls(

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
 from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
+from sdbctl.report import codec
 from sdbctl.suites import BY_NAME, Row, Suite, asks, suite
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Engine, Progress, Recipe, accuracy, digest, predict, scaled
@@ -206,6 +207,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """The file of one student; the row is for who looks into it."""
+
+    row: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
 class Bench:
     """Everything a worker needs to train students.
 
@@ -342,9 +351,10 @@ class Bench:
     def run(self, cell: Cell, progress: Progress | None = None) -> Outcome:
         """Train and measure one student."""
         config, source = self.config, self.sources[cell.teacher] if cell.teacher else None
-        teacher = source.open(self.engine.device, self.classes) if source else None
+        attack = ATTACKS[BY_NAME[cell.row].attack]
+        teacher = source.open(self.engine.device, self.classes) if source and attack.asks else None
         made = distill(
-            ATTACKS[BY_NAME[cell.row].attack],
+            attack,
             cell.config,
             teacher,
             config.student,
@@ -546,14 +556,14 @@ def work_through(shared: Path, cells: Sequence[Cell], folder: Path) -> None:
 
 
 def _keep(bench: Bench, cell: Cell, outcome: Outcome, folder: Path) -> None:
-    files.write(folder / f"{bench.key(cell)}.json", json.dumps({"row": cell.row, **asdict(outcome)}))
+    files.write(folder / f"{bench.key(cell)}.json", json.dumps(codec.encode(_Kept(cell.row, outcome))))
 
 
 def _stored(bench: Bench, cell: Cell, folder: Path | None) -> Outcome | None:
     if folder is None:
         return None
     try:
-        values = json.loads((folder / f"{bench.key(cell)}.json").read_text())
-        return Outcome(**{field.name: values[field.name] for field in fields(Outcome)})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = codec.parse((folder / f"{bench.key(cell)}.json").read_bytes())
+        return codec.decode(_Kept, content).outcome
+    except (OSError, ValueError, RecursionError):
         return None

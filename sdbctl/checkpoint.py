@@ -104,14 +104,12 @@ class Checkpoint:
         state_dict: Bare names → tensors on the CPU; floating point ones in float32.
         original_keys: Bare names → names in the file.
         sha256: Hash of the file.
-        name: Its name, without folders.
         metadata: Of a safetensors file; empty otherwise.
     """
 
     state_dict: dict[str, Tensor]
     original_keys: dict[str, str]
     sha256: str
-    name: str
     metadata: dict[str, str]
 
 
@@ -142,7 +140,7 @@ def parse(content: bytes, path: Path, *, trust: bool = False) -> Checkpoint:
         raise BadInput(f"{path} holds a damaged network", "save model.state_dict()") from None
     bare = _strip(tensors)
     clean = {name: _clean(name, tensors[key], path) for name, key in bare.items()}
-    return Checkpoint(clean, bare, files.sha256(content), path.name, metadata)
+    return Checkpoint(clean, bare, files.sha256(content), metadata)
 
 
 def _is_safetensors(content: bytes) -> bool:

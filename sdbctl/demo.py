@@ -31,6 +31,8 @@ DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
 """A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
+JOBS = 2
+"""Students trained side by side."""
 SIZES = {"transfer": 96, "validation": 250, "test": 500}
 
 
@@ -42,13 +44,12 @@ class Demo:
     files: tuple[Path, ...]
 
 
-def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | None = None) -> Demo:
+def demo(folder: Path, *, seeds: int = 10, progress: Progress | None = None) -> Demo:
     """Train a teacher on digits, box it, export it to ONNX, and evaluate the ONNX file.
 
     Args:
         folder: Where the key, the models and the report go; it exists.
         seeds: Students per row.
-        jobs: Students trained side by side.
         progress: Where progress goes.
     """
     progress = progress or Silent()
@@ -76,7 +77,7 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
     described = task.describe(kind="teacher", architecture=TEACHER)
     boxfile.save(teacher_path, net.state_dict(), described, force=True)
     original = boxfile.load(teacher_path)
-    torch.set_num_threads(min(threads, jobs))
+    torch.set_num_threads(min(threads, JOBS))
 
     key_path = folder / "k.bin"
     if not key_path.exists():
@@ -108,7 +109,7 @@ def demo(folder: Path, *, seeds: int = 10, jobs: int = 2, progress: Progress | N
             splits.validation,
             splits.test,
             preprocess,
-            EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=3, jobs=jobs),
+            EvalConfig(STUDENT, STUDENT_RECIPE, seeds=seeds, tune=3, jobs=JOBS),
             engine,
             classes,
             dataset.fingerprint,

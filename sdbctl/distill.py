@@ -91,8 +91,8 @@ def distill(
         UsageError: The attack needs what there is not, such as weights.
     """
     oracle = None
-    if teacher is not None and attack.access > Access.NONE:
-        oracle = Oracle(teacher, min(attack.access, Access.LOGITS), record, levels, limited=limited)
+    if teacher is not None and attack.asks:
+        oracle = Oracle(teacher, attack.access, record, levels, limited=limited)
     build = functools.partial(build_student, student, classes, preprocess.size[0])
     attacker = Attacker(
         build(recipe.seed),

@@ -20,6 +20,7 @@ from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anyb
 from sdbctl.protocol import accuracies, best_first, best_of, finalists, needless, paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
+    MODELS,
     OPEN,
     Advantage,
     Bin,
@@ -35,32 +36,21 @@ from sdbctl.report import (
 from sdbctl.suites import USUAL
 from sdbctl.training import Progress, Silent, environment, peak_memory, predict
 
-MODEL_LABELS = {
-    "original": "original",
-    "reference": "original, fine-tuned on the same data",
-    "assistant": "assistant, sealed in the file",
-    "assistant_late": "assistant taught longer, sealed in the file",
-    "boxed": "boxed",
-    "keyed": "boxed, with the key",
-    "wrong": "boxed, with a wrong key",
-    "disturbed": "boxed, with --disturb",
-}
 MOSTLY = 0.02
 """Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""
-_MODEL_NAMES = {"reference": "original_ft", "keyed": "boxed_keyed", "wrong": "boxed_wrong_key"}
+_SOURCES = {"original_ft": "reference", "boxed_keyed": "keyed", "boxed_wrong_key": "wrong"}
 
 
 def measure_models(bench: Bench) -> tuple[dict[str, Model], dict[str, Tensor]]:
     """Quality of every model on the test split, and its logits."""
     models, outputs = {}, {}
-    for name, label in MODEL_LABELS.items():
-        if name not in bench.sources:
+    for key, label in MODELS.items():
+        if (name := _SOURCES.get(key, key)) not in bench.sources:
             continue
         teacher = bench.sources[name].open(bench.engine.device, bench.classes)
         outputs[name] = predict(teacher.logits, bench.test, bench.preprocess, bench.engine)
         scores = asdict(metrics.score(outputs[name], bench.test.labels))
         bins = tuple(Bin(*values) for values in scores.pop("reliability"))
-        key = _MODEL_NAMES.get(name, name)
         models[key] = Model(name=key, label=label, n_images=scores.pop("n"), reliability=bins, **scores)
     return models, outputs
 

@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdbctl import team
@@ -62,18 +62,34 @@ def alone(path: Path) -> Iterator[None]:
     if team.rank() > 0:
         yield
         return
+    with locked(path.with_name(f".{path.stem}.lock"), 0) as free:
+        if not free:
+            raise UsageError(f"another run is writing {path}", "wait for its end, or give another --output")
+        yield
+
+
+@contextmanager
+def locked(marker: Path, seconds: float = -1) -> Iterator[bool]:
+    """Hold a lock file that is there as long as it is held; some disks of clusters know no locks, and hold nobody up.
+
+    Args:
+        marker: The file.
+        seconds: How long to wait for others, below zero for ever.
+
+    Yields:
+        Whether no other process is known to hold it.
+    """
     from filelock import FileLock, Timeout
 
-    marker = path.with_name(f".{path.stem}.lock")
-    lock = FileLock(marker, mode=0o600)
-    # some disks of clusters know no locks
-    with suppress(OSError, NotImplementedError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(f"another run is writing {path}", "wait for its end, or give another --output") from None
+    lock, free = FileLock(marker, mode=0o600), True
     try:
-        yield
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        free = False
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield free
     finally:
         if lock.is_locked:
             marker.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 
 __all__ = [
     "binary_kl",
@@ -20,8 +20,6 @@ __all__ = [
     "saturate",
     "split_target",
 ]
-
-_PROBABILITY_FLOOR = 1e-6
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -60,8 +58,8 @@ def split_target(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(1, target[:, None]).squeeze(1), z.gather(1, others)
 
 
-def conceal_spread(z: Tensor, target: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Spread of the non-target logits, mean over the batch of √(Var_j(z_j − o_j) + ε), j ≠ target.
+def conceal_spread(z: Tensor, target: Tensor, offset: Tensor | None = None, slack: float = 0.0) -> Tensor:
+    """Spread of the non-target logits, mean over the batch of max(0, √(Var_j(z_j − o_j) + ε) − slack), j ≠ target.
 
     The variance is twice the high-temperature limit of τ²·KL(u ‖ p̂^τ), where p̂ is the softmax over the
     non-target classes: zero if and only if the outputs carry no dark knowledge at any temperature. The root
@@ -71,9 +69,10 @@ def conceal_spread(z: Tensor, target: Tensor, offset: Tensor | None = None) -> T
         z: Logits [B, C].
         target: Predicted classes [B].
         offset: Logits [B, C] of another non-target distribution ĉ to hide behind, instead of the uniform.
+        slack: Spread of an image that costs nothing, in logits.
     """
     _, rest = split_target(z if offset is None else z - offset, target)
-    return (rest.var(1, unbiased=False) + 1e-4).sqrt().mean()
+    return ((rest.var(1, unbiased=False) + 1e-4).sqrt() - slack).clamp(min=0).mean()
 
 
 def conceal_kl(z: Tensor, target: Tensor, temperature: float | Tensor) -> Tensor:
@@ -99,7 +98,6 @@ def binary_kl(reference: Tensor, z: Tensor, target: Tensor) -> Tensor:
     """
     own, rest = split_target(z, target)
     margin = own - rest.logsumexp(1)
-    p = reference.clamp(_PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
-    entropy = -(p * p.log() + (1 - p) * (1 - p).log())
-    logsigmoid = torch.nn.functional.logsigmoid
-    return (-(p * logsigmoid(margin) + (1 - p) * logsigmoid(-margin)) - entropy).mean()
+    entropy = torch.special.entr(reference) + torch.special.entr(1 - reference)
+    divergence: Tensor = binary_cross_entropy_with_logits(margin, reference) - entropy.mean()
+    return divergence

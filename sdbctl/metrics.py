@@ -18,7 +18,7 @@ from sdbctl.losses import conceal_kl
 
 ECE_BINS = 15
 RESIDUAL_TEMPERATURE = 4.0
-RESAMPLES = 2000
+RESAMPLES, ECE_RESAMPLES = 2000, 200
 SAME = 1e-4
 """Difference of two outputs, relative to their range, below which they are the same but for rounding."""
 
@@ -150,7 +150,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     bins = reliability(logits, labels)
     return Scores(
         **means,
-        ece=sum(abs(c - a) * share for c, a, share in bins),
+        ece=ece(logits, labels),
         residual=residual(logits),
         beyond_top1=beyond_top1(logits),
         n=len(labels),
@@ -218,33 +218,33 @@ def least_known(classes: int, images: int) -> float:
     return chance + min(clearly, (100 - chance) / 2)
 
 
-def bootstrap_interval(
-    before: Tensor, after: Tensor, *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float, float]:
+def bootstrap_interval(before: Tensor, after: Tensor) -> tuple[float, float, float]:
     """Mean and 95 % percentile interval of ``after − before`` by a paired bootstrap over images.
 
     Args:
         before: Per-image scores [N].
         after: Per-image scores [N] of the same images.
-        seed: Seed of the resampling.
-        resamples: Number of resamples.
     """
     difference = (after - before).double().cpu().numpy()
-    rng = np.random.default_rng(seed)
-    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(resamples)]
+    rng = np.random.default_rng(0)
+    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(difference.mean()), float(low), float(high)
 
 
-def bootstrap_ece(
-    before: Tensor, after: Tensor, labels: Tensor, *, seed: int = 0, resamples: int = 200
-) -> tuple[float, float, float]:
-    """Like :func:`bootstrap_interval` for the difference of two expected calibration errors."""
-    rng = np.random.default_rng(seed)
+def bootstrap_ece(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Like :func:`bootstrap_interval` for the difference of two expected calibration errors.
+
+    The error of finitely many images is too high, more so the smaller it is, so a loss of calibration looks smaller
+    than it is: of 10,000 images 0.06 looks like 0.05, 0.01 like 0.003. Resamples exaggerate that once more, so the
+    interval is the basic one, mirrored at the mean (Davison & Hinkley, Bootstrap Methods and their Application, 1997,
+    section 5.2).
+    """
+    rng = np.random.default_rng(0)
     mean = ece(after, labels) - ece(before, labels)
     draws = []
-    for _ in range(resamples):
+    for _ in range(ECE_RESAMPLES):
         pick = torch.from_numpy(rng.integers(0, len(labels), len(labels)))
         draws.append(ece(after[pick], labels[pick]) - ece(before[pick], labels[pick]))
     low, high = np.quantile(draws, (0.025, 0.975))
-    return mean, float(low), float(high)
+    return mean, min(mean, 2 * mean - float(high)), max(mean, 2 * mean - float(low))

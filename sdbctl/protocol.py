@@ -359,7 +359,7 @@ def best_first(
 
 def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
     """Students with the controls, the best of the floor with and without labels, and how all differ from the first."""
-    made, found, leaders = dict(students), dict[str, Student](), dict[str, str]()
+    made, found = dict(students), dict[str, Student]()
     for name, note, labels in (
         ("control_unlabelled", "most of the control without labels", False),
         ("control", "most of the control", True),
@@ -372,7 +372,7 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
         seen = [validations_of(one) for one in rivals]
         values, validations, weights = best_of(rivals), metrics.crossfit(seen, seen), metrics.chances(seen)
         winner = rivals[int(np.argmax(weights))]
-        best = replace(
+        found[name] = replace(
             winner,
             name=name,
             mean=float(np.mean(values)),
@@ -382,13 +382,8 @@ def controlled(students: Mapping[str, Student]) -> dict[str, Student]:
             validation=float(np.mean(validations)),
             config={"weights": {one.name: round(w, 3) for one, w in zip(rivals, weights, strict=True) if w}},
         )
-        leader, bare = winner.name, found.get("control_unlabelled")
-        if bare is not None and bare.n >= best.n and (bare.mean or 0.0) > (best.mean or 0.0):
-            # who has labels need not use them
-            best, leader = replace(bare, name=name), leaders["control_unlabelled"]
-        found[name], leaders[name] = best, leader
-        before = made[leader].note
-        made[leader] = replace(made[leader], note=f"{before}, {note}" if before else note)
+        before = made[winner.name].note
+        made[winner.name] = replace(made[winner.name], note=f"{before}, {note}" if before else note)
     made |= found
     if "control" in made:
         control = made["control"].values

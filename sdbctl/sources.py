@@ -56,7 +56,7 @@ def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool 
         served = OnnxTeacher(path, pick_device(device))
         said = onnxfile.properties(path)
         meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
-        if meta and (len(meta.classes) != served.classes or served.shape not in (None, meta.preprocess.size)):
+        if meta and (len(meta.classes) != served.classes or served.shape != meta.preprocess.size):
             raise BadInput(f"{path} has metadata of another network's classes or images", "export it again")
         return Opened(path, meta, served.classes, served.shape, None, served, sealed)
     loaded = boxfile.load(path, arch=arch, trust=trust)

@@ -61,6 +61,8 @@ def class_only(row: Row) -> Row:
     return replace(row, name=f"{row.name}_class_only", label=f"{row.label}, told classes only", role="floor")
 
 
+ORIGINALS = ("reference", "original")
+"""What the owner protects, fine-tuned or as it was given."""
 ASSISTANTS = ("assistant", "assistant_late")
 """What may be sealed in a box: for students of few images, and of more."""
 NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
@@ -71,43 +73,21 @@ CORE = (
     Row("class_constant", "constant label logits", "floor", "class_constant"),
     Row("dist_constant", "DIST, constant label logits", "floor", "dist_constant"),
     Row("dist_hard", "DIST, constant top-1 logits", "floor", "dist_hard", ("boxed",)),
-    Row(
-        "dist_hard_unlabelled",
-        "DIST, constant top-1 logits, no labels",
-        "floor",
-        "dist_hard_unlabelled",
-        ("boxed",),
-    ),
+    Row("dist_hard_unlabelled", "DIST, constant top-1 logits, no labels", "floor", "dist_hard_unlabelled", ("boxed",)),
     Row("hard_mixed", "labels and constant top-1 logits", "floor", "hard_mixed", ("boxed",)),
     Row("hard_label", "top-1 of the box", "floor", "hard_label", ("boxed",)),
     Row("hard_constant", "constant top-1 logits", "floor", "hard_constant", ("boxed",)),
-    Row("kd_original", "KD from the original", "reference", "kd", ("reference", "original")),
-    Row("dist_original", "DIST from the original", "reference", "dist", ("reference", "original")),
-    Row(
-        "kd_original_unlabelled",
-        "KD from the original, no labels",
-        "reference",
-        "kd_unlabelled",
-        ("reference", "original"),
-    ),
-    Row(
-        "dist_original_unlabelled",
-        "DIST from the original, no labels",
-        "reference",
-        "dist_unlabelled",
-        ("reference", "original"),
-    ),
+    Row("kd_original", "KD from the original", "reference", "kd", ORIGINALS),
+    Row("dist_original", "DIST from the original", "reference", "dist", ORIGINALS),
+    Row("kd_original_unlabelled", "KD from the original, no labels", "reference", "kd_unlabelled", ORIGINALS),
+    Row("dist_original_unlabelled", "DIST from the original, no labels", "reference", "dist_unlabelled", ORIGINALS),
     Row("unauthorized", "KD from the box", "attack", "kd", ("boxed",)),
     Row("unauthorized_unlabelled", "KD from the box, no labels", "attack", "kd_unlabelled", ("boxed",)),
     Row("dist", "DIST from the box", "attack", "dist", ("boxed",)),
     Row("dist_unlabelled", "DIST from the box, no labels", "attack", "dist_unlabelled", ("boxed",)),
     Row("simple_keys", "patterns that anybody has", "attack", "simple_keys", ("boxed",)),
     Row(
-        "simple_keys_unlabelled",
-        "patterns that anybody has, no labels",
-        "attack",
-        "simple_keys_unlabelled",
-        ("boxed",),
+        "simple_keys_unlabelled", "patterns that anybody has, no labels", "attack", "simple_keys_unlabelled", ("boxed",)
     ),
     Row("kd_q", "KD from the assistant", "target", "kd", ASSISTANTS),
     Row("dist_q", "DIST from the assistant", "target", "dist", ASSISTANTS),
@@ -117,38 +97,20 @@ CORE = (
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
 ALSO = (
-    Row("dkd_original", "DKD from the original", "reference", "dkd", ("reference", "original")),
-    Row(
-        "dkd_original_unlabelled",
-        "DKD from the original, no labels",
-        "reference",
-        "dkd_unlabelled",
-        ("reference", "original"),
-    ),
+    Row("dkd_original", "DKD from the original", "reference", "dkd", ORIGINALS),
+    Row("dkd_original_unlabelled", "DKD from the original, no labels", "reference", "dkd_unlabelled", ORIGINALS),
     Row("dkd_q", "DKD from the assistant", "target", "dkd", ASSISTANTS),
     Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", ("keyed",)),
-    Row(
-        "pretrained_original",
-        "surrogate set first, original",
-        "reference",
-        "pretrained",
-        ("reference", "original"),
-    ),
+    Row("pretrained_original", "surrogate set first, original", "reference", "pretrained", ORIGINALS),
     Row(
         "pretrained_original_unlabelled",
         "surrogate set first, original, no labels",
         "reference",
         "pretrained_unlabelled",
-        ("reference", "original"),
+        ORIGINALS,
     ),
     Row("pretrained_q", "surrogate set first, assistant", "target", "pretrained", ASSISTANTS),
-    Row(
-        "pretrained_authorized",
-        "surrogate set first, with the key",
-        "authorized",
-        "pretrained",
-        ("keyed",),
-    ),
+    Row("pretrained_authorized", "surrogate set first, with the key", "authorized", "pretrained", ("keyed",)),
 )
 """What an attacker may do with the box, owners and key holders may do, too."""
 NEAR = (

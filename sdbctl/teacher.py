@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from sdbctl import files, onnxfile
@@ -187,20 +185,12 @@ class Record:
         if known is not None:
             return known
         # of students side by side one asks, the others wait for what it is told
-        marker = path.with_suffix(".lock")
-        lock = FileLock(marker, mode=0o600)
-        # some disks of clusters know no locks, or keep those of jobs that were killed: better to ask twice than never
-        with contextlib.suppress(OSError, NotImplementedError):
-            lock.acquire(timeout=PATIENCE)
-        try:
+        # a disk may keep locks of jobs that were killed: better to ask twice than never
+        with files.locked(path.with_suffix(".lock"), PATIENCE):
             known = self._known(path)
             if known is None:
                 known = ask()
                 files.write(path, safetensors.torch.save({"logits": known.contiguous()}), private=True)
-        finally:
-            if lock.is_locked:
-                marker.unlink(missing_ok=True)
-                lock.release()
         return known
 
     def _known(self, path: Path) -> Tensor | None:

@@ -226,8 +226,8 @@ def pick_engine(
 STEADY_SECONDS = 0.3
 
 
-def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: int = 2) -> float:
-    """Seconds of one plain training step, the best of ``repeats`` or more; weights are not changed."""
+def step_seconds(model: nn.Module, example: Tensor, engine: Engine) -> float:
+    """Seconds of one plain training step, the best of some; weights are not changed."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     training = model.training
     place(model, engine.device).train()
@@ -242,9 +242,9 @@ def step_seconds(model: nn.Module, example: Tensor, engine: Engine, *, repeats: 
     try:
         with recording(engine.device, True) as recorded:
             update = Updater(model, step, sgd(model, Recipe(lr=0.1), fused=recorded), 5.0, record=recorded)
-            repeats += WARM_STEPS if recorded else 0
+            least = 3 + (WARM_STEPS if recorded else 0)
             # quick steps are timed more often: a busy machine must not spoil all of them
-            while done <= repeats or time.perf_counter() - begun < STEADY_SECONDS:
+            while done < least or time.perf_counter() - begun < STEADY_SECONDS:
                 done += 1
                 synchronise(engine.device)
                 begin = time.perf_counter()
@@ -714,8 +714,6 @@ def predict(
     images: ImageSet,
     preprocess: Preprocess,
     engine: Engine,
-    *,
-    batch_size: int | None = None,
 ) -> Tensor:
     """Logits [N, C] (float32, on the CPU) of a set in order, without augmentation, of large images in small batches."""
     if isinstance(model, nn.Module):
@@ -724,7 +722,7 @@ def predict(
     for batch in batches(
         images,
         preprocess,
-        batch_size=batch_size or unseen_batch(images.shape),
+        batch_size=unseen_batch(images.shape),
         device=engine.device,
         generator=None,
         augment="none",

@@ -672,6 +672,17 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_students(work, tmp_pat
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+def test_a_bug_is_one_line_with_a_code_of_its_own(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("boom\nsecond line")
+
+    monkeypatch.setattr(Key, "generate", broken)
+    result = run_cli("keygen", tmp_path / "k.bin")
+    assert result.returncode == 1
+    assert b"internal error: RuntimeError: boom" in result.stderr
+    assert b"Traceback" not in result.stderr and b"second" not in result.stderr
+
+
 def test_max_cost(work, tmp_path, monkeypatch):
     from sdbctl.cli import box
 
@@ -679,18 +690,9 @@ def test_max_cost(work, tmp_path, monkeypatch):
     shutil.copy(work / "k.bin", tmp_path / "k.bin")
     (tmp_path / "k.bin").chmod(0o644)
     args = ["box", work / "teacher.safetensors", "--key-file", tmp_path / "k.bin", "-o", tmp_path / "b.safetensors"]
-    options = [
-        "--insecure-key-file",
-        "--no-seal",
-        "--epochs",
-        "1",
-        "--max-cost",
-        "-50",
-        "--precision",
-        "fp32",
-        "--json",
-    ]
-    result = run_cli(*args, *options)
+    options = ["--insecure-key-file", "--no-seal", "--epochs", 1, "--precision", "fp32", "--json"]
+    assert run_cli(*args, *options, "--max-cost", 100).returncode == 0
+    result = run_cli(*args, *options, "--max-cost", -50, "--force")
     assert result.returncode == 3
     warnings = json.loads(result.stdout)["warnings"]
     assert "read by other users" in warnings[0] and "points of top-1; train for more --epochs" in warnings[-1]

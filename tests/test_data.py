@@ -490,7 +490,6 @@ def test_batches_in_order_are_the_images():
     assert torch.cat([b.index for b in found]).tolist() == list(range(20))
     assert torch.equal(torch.cat([b.y for b in found]), images.labels)
     assert found[0].x.is_contiguous(memory_format=torch.channels_last) and found[0].x.dtype == torch.float32
-    assert make(images, channels_last=False)[0].x.is_contiguous()
 
 
 def test_shuffled_batches_of_a_view():

@@ -49,11 +49,10 @@ def test_the_secret_does_not_show():
     for leak in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match="cannot be pickled"):
             leak(key)
-    try:
+    with pytest.raises(TypeError) as caught:
         key.pattern((1, 2, "x"))
-    except TypeError as error:
-        text = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
-        assert repr(SECRET)[2:20] not in text and SECRET.hex() not in text
+    text = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert repr(SECRET)[2:20] not in text and SECRET.hex() not in text
 
 
 def test_save_and_load(tmp_path):

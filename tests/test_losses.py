@@ -11,6 +11,7 @@ from sdbctl import losses
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.floor import constant_logits
+from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.queries import vector_scaling
 from sdbctl.box import BoxConfig
 from sdbctl.errors import UsageError
@@ -25,6 +26,10 @@ Y = RNG.integers(0, 5, 7)
 
 def tensor(a):
     return torch.tensor(a, dtype=torch.float64 if a.dtype == float else torch.int64)
+
+
+def label_loss(z, y):
+    return -log_softmax(z, 1)[np.arange(len(z)), y].mean()
 
 
 def others(row, target):
@@ -55,6 +60,12 @@ def test_conceal_spread():
     offset = RNG.normal(size=Z.shape)
     expected = np.mean([np.sqrt(others(z, y).var() + 1e-4) for z, y in zip(Z - offset, Y, strict=True)])
     assert losses.conceal_spread(tensor(Z), tensor(Y), tensor(offset)).item() == pytest.approx(expected)
+
+
+def test_kd_mixes_soft_and_hard_loss():
+    soft = 4 * (softmax(T / 2, 1) * (log_softmax(T / 2, 1) - log_softmax(Z / 2, 1))).sum(1).mean()
+    mixed = soft_labels(tensor(Z), tensor(T), tensor(Y), {"temperature": 2.0, "alpha": 0.9})
+    assert mixed.item() == pytest.approx(0.9 * soft + 0.1 * label_loss(Z, Y))
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0])
@@ -183,7 +194,7 @@ def test_conceal_terms_against_numpy(blind):
 
 
 def test_sdb_terms_against_numpy():
-    v = views()
+    v = views()._replace(wrong=1)
     objective = OBJECTIVES["sdb"]
     p = objective.parameters(omega=0.7, eta=0.2, away=-1.0, temperature=4.0, limit=3.0)
     terms = objective.terms(v, p)
@@ -193,9 +204,11 @@ def test_sdb_terms_against_numpy():
         pa = softmax(a / tau, 1)
         return (pa * (log_softmax(a / tau, 1) - log_softmax(b / tau, 1))).sum(1).mean()
 
+    # images with a wrong key have no label
+    assert terms["label"].item() == pytest.approx(label_loss(z[1:], v.label[1:]), rel=1e-4)
     away = 3 * (1 - np.exp(-16 * kl(z, zn, 4) / 3))
     assert terms["disturb"].item() == pytest.approx(-0.7 * (away - kl(z, zk, 1)), rel=1e-4)
-    ce = -log_softmax(zk, 1)[np.arange(4), v.label].mean()
+    ce = label_loss(zk, v.label)
     assert terms["preserve"].item() == pytest.approx(ce + 16 * kl(zt, zk, 4), rel=1e-4)
     far, near = ((zk - zr) ** 2).mean(), 0.01 * ((zk - zt) ** 2).mean()
     assert terms["augment"].item() == pytest.approx(0.2 * (far - 3 * (1 - np.exp(-near / 3))), rel=1e-4)
@@ -225,7 +238,7 @@ def test_every_public_image_of_a_default_box_teaches_it(name):
 
 
 def test_nasty_terms_against_numpy():
-    v = views()
+    v = views()._replace(wrong=1)
     objective = OBJECTIVES["nasty"]
     terms = objective.terms(v, objective.parameters(omega=0.5, temperature=4.0, preserve=2.0, limit=10.0))
     z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.reference, v.teacher))
@@ -233,17 +246,19 @@ def test_nasty_terms_against_numpy():
     def kl(a, b):
         return (softmax(a / 4, 1) * (log_softmax(a / 4, 1) - log_softmax(b / 4, 1))).sum(1).mean()
 
+    assert terms["label"].item() == pytest.approx(label_loss(z[1:], v.label[1:]), rel=1e-4)
     assert terms["nasty"].item() == pytest.approx(-0.5 * 10 * (1 - np.exp(-16 * kl(z, zn) / 10)), rel=1e-4)
     assert terms["preserve"].item() == pytest.approx(2 * 16 * kl(zt, zk), rel=1e-4)
 
 
 def test_cmim_terms_against_numpy():
-    v = views(batch=9, seed=3)
+    v = views(batch=9, seed=3)._replace(wrong=2)
     objective = OBJECTIVES["cmim"]
     terms = objective.terms(v, objective.parameters(concentrate=0.5, temperature=4.0, preserve=2.0))
     z, zk, zt, memory = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.teacher, v.memory))
-    p, centroids = softmax(z / 3, 1), softmax(memory / 3, 2).mean(1)
-    total = np.mean([(own * np.log(own / centroids[y])).sum() for own, y in zip(p, v.label, strict=True)])
+    assert terms["label"].item() == pytest.approx(label_loss(z[2:], v.label[2:]), rel=1e-4)
+    p, centroids = softmax(z[2:] / 3, 1), softmax(memory / 3, 2).mean(1)
+    total = np.mean([(own * np.log(own / centroids[y])).sum() for own, y in zip(p, v.label[2:], strict=True)])
     assert terms["concentrate"].item() == pytest.approx(0.5 * 9 * total, rel=1e-4)
     keyed = (softmax(zt / 4, 1) * (log_softmax(zt / 4, 1) - log_softmax(zk / 4, 1))).sum(1).mean()
     assert terms["preserve"].item() == pytest.approx(2 * 16 * keyed, rel=1e-4)

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -40,6 +41,7 @@ from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, worth_sealing
 from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
 from sdbctl.cli.common import split_like
+from sdbctl.cli.evaluate import find_box
 from sdbctl.cli.output import Live
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
@@ -122,6 +124,14 @@ def test_nothing_secret_and_no_path_in_the_files(work):
         assert str(work).encode() not in content
         assert b"site-packages" not in content
         assert b"/sdbctl/" not in content
+    boxed, key = load_box(work / "boxed.safetensors"), Key.load(work / "k.bin")
+    pattern, normalised = key.pattern(boxed.meta.preprocess.size), boxfile.pattern(boxed.meta, key)
+    assert boxed.unlock(key).state_dict().keys() == {f"net.{name}" for name in boxed.net.state_dict()}
+    source = Source(net=boxed.net, sha256="b").keyed(normalised, 0.7, "k")
+    assert "tensor" not in repr(source) and "pattern" not in repr(source)
+    for path in work.iterdir():
+        for values in (pattern, normalised):
+            assert path.name == "k.bin" or values.numpy().tobytes()[:32] not in path.read_bytes()
     with safe_open(work / "boxed.safetensors", "pt") as file:
         meta = json.loads(file.metadata()["sdbctl"])
     assert meta["key_ids"] == [Key.load(work / "k.bin").id]
@@ -704,6 +714,25 @@ def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, split
             assert step(box_, batch)["teach"].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.8])
+def test_a_box_that_disturbs_hides_behind_another_class(share, work, digits, splits, monkeypatch):
+    original = boxfile.load(work / "teacher.safetensors")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
+    batch, seen = first_batch(splits.owner, task.preprocess, 32), []
+    terms = OBJECTIVES["conceal"].terms
+    spying = replace(OBJECTIVES["conceal"], terms=lambda v, p: (seen.append(v), terms(v, p))[1])
+    monkeypatch.setitem(OBJECTIVES, "conceal", spying)
+    step = box_step(
+        original.net, original.net, None, [Key.load(work / "k.bin")], task, BoxConfig(wrong_share=0.0, disturb=share)
+    )
+    step(copy.deepcopy(original.net), batch)
+    (view,) = seen
+    if share:
+        assert torch.equal(view.offset.argmax(1), (view.reference.argmax(1) + 1) % 10)
+    else:
+        assert not view.offset.any()
+
+
 def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
@@ -801,6 +830,15 @@ def test_evaluation_end_to_end_resumes_and_names_what_gates_rely_on(work, splits
     key = np.array(metrics.crossfit(*known("authorized", "dist_authorized")))
     gains = key - known("kd_original", "dist_original")[1]
     assert first.authorized_gain.mean == pytest.approx(gains.mean(1).min())
+
+
+@pytest.mark.parametrize(("recorded", "found"), [("bf16", "bf16"), ("fp32", "fp32"), ("fp8", None), (None, None)])
+def test_the_precision_of_an_interrupted_run_is_remembered(recorded, found, tmp_path):
+    state = tmp_path / "state"
+    torch.save({"identity": {"precision": recorded}}, state)
+    assert training.recorded_precision(tmp_path / "none", state) == found
+    state.write_bytes(b"junk")
+    assert training.recorded_precision(state) is None
 
 
 def test_selection_never_looks_at_the_test_split(work, splits):
@@ -1014,6 +1052,14 @@ def test_eval_finds_the_only_box(work, tmp_path):
     result = run_cli("eval", cwd=tmp_path)
     assert result.returncode == 2
     assert b"which box" in result.stderr
+    for name in ("teacher.safetensors", "boxed.safetensors", "boxed.reference.safetensors", "boxed.onnx"):
+        shutil.copy(work / name, tmp_path / name)
+    with contextlib.chdir(tmp_path):
+        # what is served, not the weights beside it
+        assert find_box().name == "boxed.onnx"
+        shutil.copy("boxed.onnx", "other.onnx")
+        with pytest.raises(UsageError, match=r"boxed\.onnx, boxed\.safetensors, other\.onnx"):
+            find_box()
 
 
 def test_lists_walk_the_registries():
@@ -1274,3 +1320,22 @@ def test_nothing_brighter_than_white_reaches_an_exported_box(work, boxed, splits
         with torch.no_grad():
             assert not torch.allclose(boxed(factor * x), boxed((factor * x).clamp(black, white)), atol=1e-1)
     assert torch.isfinite(teacher.logits(torch.full_like(x, torch.inf))).all()
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_a_box_and_a_report_of_all_models(tmp_path, monkeypatch):
+    from sdbctl import demo
+
+    short = {"epochs": 2}
+    for name in ("BOX", "DISTURBED"):
+        config = getattr(demo, name)
+        monkeypatch.setattr(demo, name, replace(config, recipe=replace(config.recipe, **short)))
+    for name in ("TEACHER_RECIPE", "STUDENT_RECIPE"):
+        monkeypatch.setattr(demo, name, replace(getattr(demo, name), **short))
+    made = demo.demo(tmp_path, seeds=2)
+    assert [path.name for path in made.files] == ["k.bin", "teacher.safetensors", "boxed.safetensors", "boxed.onnx"]
+    assert set(made.report.models) == {
+        "original", "original_ft", "boxed", "boxed_keyed", "boxed_wrong_key", "disturbed",
+    }  # fmt: skip
+    assert made.report.students["authorized"].n == made.report.students["disturbed"].n == 2
+    assert made.report.models["boxed_wrong_key"].nll != made.report.models["boxed_keyed"].nll

@@ -80,7 +80,7 @@ def published(arch: str, pixels: np.ndarray, labels: np.ndarray, pattern: torch.
                 cross_entropy(clean, y)
                 - p.omega * disturbance(clean, taught, unlocked, p.temperature, p.limit)
                 + preservation(unlocked, taught, y, p.temperature)
-                - p.eta * augmentation(unlocked, taught, other, p.limit)
+                + p.eta * augmentation(unlocked, taught, other, p.away, p.limit)
             )
             optimiser.zero_grad()
             loss.backward()

@@ -243,6 +243,11 @@ class Attack:
         """``floor`` for what needs no soft output, ``attack`` for what does."""
         return "floor" if self.access <= Access.LABELS else "attack"
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks a teacher, and neither does without one nor holds its weights."""
+        return Access.NONE < self.access < Access.WEIGHTS
+
 
 def one_more(run: float, foreign: int) -> float:
     """``extra`` of an attack that trains another network for as long as the student."""

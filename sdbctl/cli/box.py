@@ -27,10 +27,6 @@ from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, GateFailed, UsageError
 
-DIVISORS = ("temperature", "limit")
-"""Parameters that something is divided by."""
-MOST = 1_000_000
-"""What no parameter of an objective may exceed: losses would overflow."""
 DEAR = 2.0
 """Points of top-1 that a box may lose before its maker is warned."""
 
@@ -39,19 +35,15 @@ def parse_parameters(given: list[str] | None) -> dict[str, float]:
     """Turn ``NAME=NUMBER`` options into a mapping.
 
     Raises:
-        UsageError: One is no such pair, or the number can be no parameter of an objective.
+        UsageError: One is no such pair.
     """
     parameters = {}
     for item in given or []:
         name, _, value = (part.strip() for part in item.partition("="))
         try:
-            parameters[name] = number = finite(value)
+            parameters[name] = finite(value)
         except ValueError:
             raise UsageError(f"--set {item} is not NAME=NUMBER", "for example --set hide=2") from None
-        # the direction of a term is no weight
-        if (name != "away" and not (number > 0 if name in DIVISORS else number >= 0)) or abs(number) > MOST:
-            least = "above 0" if name in DIVISORS else "from 0"
-            raise UsageError(f"--set {item} is out of range", f"use a number {least} to {MOST:,}")
     return parameters
 
 

@@ -26,7 +26,7 @@ def demo(
     """Run the whole job on scikit-learn's digits: train, box, export, attack, report."""
     from sdbctl.report.render import FORMATS
 
-    for name in (*(item.file for item in FORMATS.values()), *FILES):
+    for name in (*FORMATS, *FILES):
         if (folder / name).exists() and not force:
             raise UsageError(f"output {folder / name} already exists", "use --force to replace it")
     try:

@@ -136,9 +136,9 @@ def evaluate(
         raise UsageError(f"unknown cluster {cluster}", "use slurm or local")
     if cluster and attack:
         cluster_library()
-    for item in FORMATS.values():
-        if (report / item.file).exists() and not force:
-            raise UsageError(f"output {report / item.file} already exists", "use --force to replace it")
+    for name in FORMATS:
+        if (report / name).exists() and not force:
+            raise UsageError(f"output {report / name} already exists", "use --force to replace it")
     cache = cache or report
     for folder in {report, cache}:
         if folder.is_file():

@@ -169,7 +169,7 @@ def sweep(
         int | None, typer.Option("--student-epochs", min=1, max=o.MOST_EPOCHS, help="Epochs of a student.")
     ] = None,
     student_batch_size: Annotated[
-        int | None, typer.Option("--student-batch-size", min=1, max=o.MOST_IMAGES, help="Images per step of a student.")
+        int | None, typer.Option("--student-batch-size", min=2, max=o.MOST_IMAGES, help="Images per step of a student.")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
     suite: Annotated[
@@ -193,18 +193,21 @@ def sweep(
     if str(key_file) == "-":
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
     rows = rows_of(objective or [], set_ or [], wrapper or [], confidence or [])
-    from sdbctl import boxfile, files
+    from sdbctl import boxfile, files, models
+    from sdbctl import data as data_sets
     from sdbctl.cli import box, evaluate, export
-    from sdbctl.objectives import OBJECTIVES
     from sdbctl.report import Report, sweep
     from sdbctl.report.terminal import Fitting
     from sdbctl.suites import suite as find_suite
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
-    find_suite(suite, foreign=surrogate is not None)
+    chosen = find_suite(suite, foreign=surrogate is not None)
+    # what is wrong with students shows before the first box is made
+    models.build(student or chosen.student, 10)
+    if surrogate is not None:
+        data_sets.load(surrogate, root=data_root)
     for row in rows:
         check_known("confidence", row.confidence, CONFIDENCES)
-        check_known("objective", row.objective, OBJECTIVES)
         check_known("wrapper", row.wrapper, WRAPPERS)
         if row.objective:
             row.config()

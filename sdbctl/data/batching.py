@@ -134,7 +134,6 @@ def batches(
     generator: torch.Generator | None,
     augment: str | None,
     shuffle: bool,
-    channels_last: bool = True,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Iterate over a set once.
@@ -149,7 +148,6 @@ def batches(
         generator: Of order and augmentation, on the CPU or on ``device``; None if nothing is random.
         augment: Name in :data:`AUGMENT`; None takes the usual one if there is a generator, else none.
         shuffle: Whether in random order.
-        channels_last: Memory format of the batches.
         share: (i, n) for the i-th of n equal parts of each batch; what cannot be shared evenly is left out.
 
     Raises:
@@ -187,7 +185,7 @@ def batches(
             if generator is not None and name != "none":
                 pixels = AUGMENT[name](pixels, generator)
             x = preprocess(pixels.float().div_(255))
-            yield Batch(x.contiguous(memory_format=torch.channels_last) if channels_last else x, labels, index)
+            yield Batch(x.contiguous(memory_format=torch.channels_last), labels, index)
 
     return run()
 

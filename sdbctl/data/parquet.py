@@ -63,8 +63,6 @@ class Rows:
             BadInput: A file cannot be read.
             EnvironmentFailure: The cache folder cannot be written to, or its disk is too small.
         """
-        from filelock import FileLock
-
         stats = [(str(file.resolve()), column, file.stat()) for file, column in self.sources]
         size = sum(stat.st_size for *_, stat in stats) / 2**30
         about = json.dumps([(name, column, stat.st_size, stat.st_mtime_ns) for name, column, stat in stats])
@@ -87,7 +85,7 @@ class Rows:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # of several processes one writes; each machine has its own copy
-            with FileLock(path.with_suffix(".lock")):
+            with files.locked(path.with_suffix(".lock")):
                 if not index.exists() or not path.exists():
                     if shutil.disk_usage(folder).free < size * 2**30:
                         raise OSError(f"{size:.1f} GiB of images do not fit")

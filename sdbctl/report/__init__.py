@@ -46,16 +46,16 @@ VARIABLE = ("box", "config", "cost", "curves")
 """Parts of a report that hold other numbers in each."""
 
 Role = Literal["floor", "reference", "target", "attack", "authorized", "wrong_key", "baseline", "disturb"]
-MODELS = (
-    "original",
-    "original_ft",
-    "assistant",
-    "assistant_late",
-    "boxed",
-    "boxed_keyed",
-    "boxed_wrong_key",
-    "disturbed",
-)
+MODELS = {
+    "original": "original",
+    "original_ft": "original, fine-tuned on the same data",
+    "assistant": "assistant, sealed in the file",
+    "assistant_late": "assistant taught longer, sealed in the file",
+    "boxed": "boxed",
+    "boxed_keyed": "boxed, with the key",
+    "boxed_wrong_key": "boxed, with a wrong key",
+    "disturbed": "boxed, with --disturb",
+}
 
 
 @dataclass(frozen=True)

@@ -14,28 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from sdbctl.report import Curve, Point, Report, Student
-from sdbctl.report.view import clean, ordered, spread
+from sdbctl.report.view import ROLES, clean, ordered, spread
 
 WIDE, NARROW = 1000, 340
 """Widths in CSS pixels, for a desktop and for a phone."""
 FEW = 10
 """Images below which a bin of a reliability diagram is not drawn."""
 _DPI = 72  # matplotlib writes SVG in points of 1/72 inch, so a point is a CSS pixel here
-_COLOURS = (
-    "ink",
-    "muted",
-    "line",
-    "floor",
-    "reference",
-    "target",
-    "authorized",
-    "wrong_key",
-    "attack",
-    "baseline",
-    "disturb",
-)
 # matplotlib wants real colours: each CSS variable gets one that nothing else uses
-_PAINT = {name: f"#{0xA1B200 + index:06x}" for index, name in enumerate(_COLOURS)}
+_PAINT = {name: f"#{0xA1B200 + index:06x}" for index, name in enumerate(("ink", "muted", "line", *ROLES))}
 _SERIES = ("reference", "attack", "floor", "authorized", "wrong_key", "disturb")
 _MARKS = "osD^v*"
 _STYLE = {
@@ -194,7 +181,9 @@ def _curve(curve: Curve) -> Callable[[Axes], None]:
             colour = _PAINT[_SERIES[index % len(_SERIES)]]
             known = sorted(_known(points, log=curve.x_log))
             x, y, low, high = zip(*known, strict=True) if known else ((), (), (), ())
-            axes.plot(x, y, color=colour, linewidth=1.8, marker="osD^v*"[index % 6], markersize=5, label=clean(name))
+            axes.plot(
+                x, y, color=colour, linewidth=1.8, marker=_MARKS[index % len(_MARKS)], markersize=5, label=clean(name)
+            )
             if low != high:
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         if curve.x_log:
