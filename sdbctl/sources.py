@@ -44,6 +44,12 @@ class Opened:
     served: OnnxTeacher | None
     sealed: str
 
+    @classmethod
+    def of(cls, path: Path, loaded: Loaded) -> Opened:
+        """A file that was read as a torch network."""
+        shape = loaded.meta.preprocess.size if loaded.meta else None
+        return cls(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
+
     @property
     def recorded(self) -> str | None:
         """Name of the data set that it was made with."""
@@ -59,9 +65,7 @@ def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool 
         if meta and (len(meta.classes) != served.classes or served.shape != meta.preprocess.size):
             raise BadInput(f"{path} has metadata of another network's classes or images", "export it again")
         return Opened(path, meta, served.classes, served.shape, None, served, sealed)
-    loaded = boxfile.load(path, arch=arch, trust=trust)
-    shape = loaded.meta.preprocess.size if loaded.meta else None
-    return Opened(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
+    return Opened.of(path, boxfile.load(path, arch=arch, trust=trust))
 
 
 def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str]) -> nn.Module | None:

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,13 +56,19 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
             rows_of(*nothing)
 
 
-def test_a_box_of_another_row_is_not_taken(work):
+def test_a_box_of_another_row_is_not_taken(work, monkeypatch):
     meta = boxfile.load_box(work / "boxed.safetensors").meta
     same = {name: meta.parameters[name] for name in ("hide", "turn", "confidence", "teach", "blind", "temperature")}
     _check_box(Row("x", meta.objective, None, same), work / "boxed.safetensors")
     for other in (Row("x", "sdb"), Row("x", meta.objective, None, same | {"hide": 0.5})):
         with pytest.raises(UsageError, match="another objective or other parameters"):
             _check_box(other, work / "boxed.safetensors")
+    # made when there was no such parameter yet
+    before = replace(meta, parameters={name: value for name, value in meta.parameters.items() if name != "turn"})
+    monkeypatch.setattr("sdbctl.boxfile.load_box", lambda path: SimpleNamespace(meta=before))
+    _check_box(Row("x", meta.objective, None, same), work / "boxed.safetensors")
+    with pytest.raises(UsageError, match="other parameters"):
+        _check_box(Row("x", meta.objective, None, same | {"turn": 8.0}), work / "boxed.safetensors")
 
 
 @pytest.mark.parametrize(

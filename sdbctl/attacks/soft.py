@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax, normalize, one_hot
 from sdbctl.attacks.base import Attack, Config, Loss, PerBatch
 from sdbctl.attacks.floor import from_label, from_top1
 from sdbctl.attacks.kd import TAU4, soft_labels, target_of
+from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd, split_target
 from sdbctl.teacher import Access
 
@@ -138,6 +139,31 @@ def info_nce(a: Tensor, b: Tensor) -> Tensor:
     Van den Oord et al., arXiv 1807.03748.
     """
     return cross_entropy(normalize(a) @ normalize(b).T / 0.1, torch.arange(len(a), device=a.device))
+
+
+def chosen(
+    method: str, temperature: float, alpha: float | None, *, labels: bool, foreign: bool
+) -> tuple[str, dict[str, float]]:
+    """The attack that somebody means who names a loss, and its configuration.
+
+    Args:
+        method: One of :data:`METHODS`.
+        temperature: τ.
+        alpha: Share of the soft loss, if it was asked for.
+        labels: Whether the transfer set has labels.
+        foreign: Whether there are images of another data set to begin with.
+
+    Raises:
+        UsageError: There is no such share.
+    """
+    config = {**METHODS[method], "temperature": temperature}
+    if alpha is not None and "alpha" not in config:
+        raise UsageError(f"{method} has no --alpha", "leave it out, or use --method kd")
+    if not labels and alpha not in (None, 1.0):
+        raise UsageError(f"without labels {alpha:g} is no --alpha", "leave it out, or use --labels")
+    if "alpha" in config:
+        config["alpha"] = 1.0 if not labels else config["alpha"] if alpha is None else alpha
+    return f"{'pretrained' if foreign else method}{'' if labels else '_unlabelled'}", config
 
 
 def _without_soft(what: str, source: str, loss: Loss, *grid: Config) -> tuple[Attack, Attack]:

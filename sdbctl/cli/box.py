@@ -11,16 +11,14 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     begin,
-    check_classes,
     check_known,
+    data_of,
     finite,
     named,
-    open_data,
     pick,
-    preprocess_of,
+    preprocess_for,
     read_key,
     recipe_of,
-    split_like,
     together,
 )
 from sdbctl.cli.names import complete
@@ -170,6 +168,7 @@ def box(
     from sdbctl.key import ids_of
     from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES
+    from sdbctl.sources import Opened
     from sdbctl.training import recorded_precision
 
     ids_of(keys)
@@ -195,18 +194,11 @@ def box(
             f"({original.classes - 1} can): the file will show more than the exported graph, and cost more"
         )
     found = reference_of(reference_path, original) if reference or (resume and reference_path.exists()) else None
-    recorded = original.meta
-    shape = recorded.preprocess.size if recorded else None
-    dataset = open_data(
-        data,
-        data_root,
-        download=download,
-        size=image_size,
-        recorded=str(recorded.data.get("name", "")) if recorded else None,
-        classes=original.classes,
-        shape=shape,
-    )
-    dataset = check_classes(dataset, original.classes, recorded, checkpoint.name)
+    opened = Opened.of(checkpoint, original)
+    dataset, splits = data_of(
+        opened, data, data_root, download=download, size=image_size,
+        owner=owner_size, transfer=transfer_size, test=test_size,
+    )  # fmt: skip
     if disturb and original.classes < 3:
         raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
     if dataset.train.shape[0] != original.channels:
@@ -214,9 +206,6 @@ def box(
             f"the checkpoint takes {original.channels} channels, the images have {dataset.train.shape[0]}",
             "use the data it was trained on",
         )
-    splits = split_like(
-        dataset, recorded.data if recorded else None, owner=owner_size, transfer=transfer_size, test=test_size
-    )
     if OBJECTIVES[objective].needs_adversarial:
         check_held(splits.owner)
     size = dataset.train.shape
@@ -232,7 +221,7 @@ def box(
         profile=profile,
         kept=recorded_precision(*states[:2]) if resume else None,
     )
-    preprocess = preprocess_of(original, normalize, splits.validation, engine, size)
+    preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
     say(f"original: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
 

@@ -17,7 +17,7 @@ from sdbctl.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sdbctl.boxfile import Loaded, Metadata
+    from sdbctl.boxfile import Metadata
     from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
     from sdbctl.key import Key
     from sdbctl.sources import Opened
@@ -204,6 +204,18 @@ def of_other_data(recorded: Mapping[str, Any], dataset: Dataset) -> bool:
     return recorded.get("fingerprint") not in (None, dataset.fingerprint)
 
 
+def data_of(
+    opened: Opened, spec: str | None, root: Path, *, download: bool, size: int | None, **sizes: int | None
+) -> tuple[Dataset, Splits]:
+    """The data of a model: as named, recorded or implied, with labels in its order, and its splits."""
+    shape, recorded = opened.shape, opened.meta.data if opened.meta else None
+    dataset = open_data(
+        spec, root, download=download, size=size, recorded=opened.recorded, classes=opened.classes, shape=shape
+    )
+    dataset = check_classes(dataset, opened.classes, opened.meta, opened.path.name)
+    return dataset, split_like(dataset, recorded, **sizes)
+
+
 def split_like(dataset: Dataset, recorded: Mapping[str, Any] | None, **sizes: int | None) -> Splits:
     """Split a data set as a file records it, so that what was disjoint stays disjoint.
 
@@ -345,9 +357,10 @@ def preprocess_for(
         return opened.meta.preprocess
     if opened.loaded is not None:
         check_takes(opened.loaded.net, size)
-        return preprocess_of(opened.loaded, normalize, images, engine, size)
     if normalize is not None:
         return preset(normalize, size)
+    if opened.loaded is not None:
+        return tried_preprocess(opened.loaded.net, images, engine, size)[0]
     assert opened.served is not None
     found, best = tried_preprocess(opened.served.logits, images, engine, size)
     if best < metrics.least_known(opened.classes, len(images)):
@@ -357,17 +370,6 @@ def preprocess_for(
             f"check --data, or give --normalize PRESET: {', '.join(presets(size[0]))}",
         )
     return found
-
-
-def preprocess_of(
-    loaded: Loaded, normalize: str | None, images: ImageSet, engine: Engine, size: tuple[int, int, int]
-) -> Preprocess:
-    """The checkpoint's normalisation: as recorded, as asked for, or the best of the known ones."""
-    if normalize is not None:
-        return preset(normalize, size)
-    if loaded.meta is not None:
-        return loaded.meta.preprocess
-    return tried_preprocess(loaded.net, images, engine, size)[0]
 
 
 def tried_preprocess(

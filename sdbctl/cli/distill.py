@@ -11,8 +11,8 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     begin,
-    check_classes,
     check_known,
+    data_of,
     of_other_data,
     open_data,
     open_surrogate,
@@ -106,7 +106,7 @@ def distill(
     from sdbctl import boxfile, metrics, team
     from sdbctl.attacks import ATTACKS
     from sdbctl.attacks.queries import PRETRAINED
-    from sdbctl.attacks.soft import METHODS
+    from sdbctl.attacks.soft import METHODS, chosen
     from sdbctl.box import Task
     from sdbctl.boxfile import Loaded, check_key, pattern
     from sdbctl.boxing import TRIED_IMAGES
@@ -132,18 +132,10 @@ def distill(
                 raise BadInput(
                     error.message, "get the file again; --no-sealed asks with the key in each image"
                 ) from None
-    dataset = open_data(
-        data,
-        data_root,
-        download=download,
-        size=image_size,
-        recorded=opened.recorded,
-        classes=classes,
-        shape=opened.shape,
+    dataset, splits = data_of(
+        opened, data, data_root, download=download, size=image_size, transfer=transfer_size, test=test_size
     )
-    dataset = check_classes(dataset, classes, meta, teacher.name)
     recorded = meta.data if meta else {}
-    splits = split_like(dataset, recorded, transfer=transfer_size, test=test_size)
     own = "transfer" not in recorded or of_other_data(recorded, dataset)
     if own and transfer_size is None:
         # a split has no empty part, and the owner's is of no use here
@@ -162,16 +154,8 @@ def distill(
     foreign = None
     if surrogate is not None:
         foreign = open_surrogate(surrogate, data_root, dataset, splits.transfer, recipe.epochs, download=download)
-    name = f"{method if foreign is None else 'pretrained'}{'' if labels else '_unlabelled'}"
-    attack, config = ATTACKS[name], {**METHODS[method], "temperature": temperature}
-    if alpha is not None:
-        if "alpha" not in config:
-            raise UsageError(f"{method} has no --alpha", "leave it out, or use --method kd")
-        config["alpha"] = alpha
-    if "alpha" in config and not labels:
-        if alpha not in (None, 1.0):
-            raise UsageError(f"without labels {alpha:g} is no --alpha", "leave it out, or use --labels")
-        config["alpha"] = 1.0
+    name, config = chosen(method, temperature, alpha, labels=labels, foreign=foreign is not None)
+    attack = ATTACKS[name]
     net = build_student(student, classes, size[0], seed)
     engine = pick(
         device,

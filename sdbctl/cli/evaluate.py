@@ -13,14 +13,12 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     box_fields,
-    check_classes,
+    data_of,
     of_other_data,
-    open_data,
     open_surrogate,
     pick,
     preprocess_for,
     read_key,
-    split_like,
 )
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, duration, emit, say
@@ -149,18 +147,10 @@ def evaluate(
     sources = gather(
         opened, key, original, reference, notes, pick_device(device), arch=arch, trust=trust, attack=attack
     )
-    dataset = open_data(
-        data,
-        data_root,
-        download=download,
-        size=image_size,
-        recorded=opened.recorded,
-        classes=opened.classes,
-        shape=opened.shape,
+    dataset, splits = data_of(
+        opened, data, data_root, download=download, size=image_size, transfer=transfer_size, test=test_size
     )
-    dataset = check_classes(dataset, opened.classes, meta, box.name)
     size = dataset.train.shape
-    splits = split_like(dataset, meta.data if meta else None, transfer=transfer_size, test=test_size)
     if meta is not None and of_other_data(meta.data, dataset):
         notes.append("This is not the data that the file was made with: splits may overlap.")
     if jobs == 0:

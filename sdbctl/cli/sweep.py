@@ -329,8 +329,11 @@ def sweep(
 
 
 def _check_box(row: Row, path: Path) -> None:
+    from sdbctl.box import BoxConfig
     from sdbctl.boxfile import load_box
 
     meta, wanted = load_box(path).meta, asdict(row.config().resolved())
-    if meta.objective != row.objective or any(meta.parameters.get(name) != wanted[name] for name in wanted):
+    # parameters that there were not when it was made had no effect, as by default
+    made = {**asdict(BoxConfig(str(row.objective)).resolved()), **meta.parameters}
+    if meta.objective != row.objective or any(made[name] != wanted[name] for name in wanted):
         raise UsageError(f"{path} is a box with another objective or other parameters", "name another --report")
