@@ -132,53 +132,73 @@ def gather(
     Raises:
         BadInput: The key, the original or the reference is not that of the box, or cannot be compared with it.
     """
+    boxed = _boxed(opened, device, notes, attack=attack)
+    sources = {"boxed": boxed}
+    if key is not None:
+        sources |= _with_key(opened, boxed, key, notes)
+    sources |= _originals(opened, original, reference, notes, arch=arch, trust=trust)
+    undefended = sources.get("reference") or sources.get("original")
+    if undefended is not None:
+        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
+    return sources
+
+
+def _boxed(opened: Opened, device: torch.device, notes: list[str], *, attack: bool) -> Source:
+    """The model, and what whoever holds its file can train."""
     box, meta = opened.path, opened.meta
     boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
-        boxed = replace(boxed, net=opened.loaded.net)
         if meta is not None and "flat_deviation" in meta.measured:
             notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
-    else:
-        beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
-        held, why = None, "is not there"
-        if beside.exists():
-            why = "is not what was exported"
-            with contextlib.suppress(BadInput):
-                held = boxfile.load(beside)
-        unboxed = meta is None or meta.kind != "box"
-        if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
-            boxed = replace(
-                boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes)
+        return replace(boxed, net=opened.loaded.net)
+    beside, boxed = box.with_suffix(".safetensors"), replace(boxed, onnx=box)
+    held, why = None, "is not there"
+    if beside.exists():
+        why = "is not what was exported"
+        with contextlib.suppress(BadInput):
+            held = boxfile.load(beside)
+    unboxed = meta is None or meta.kind != "box"
+    if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
+        return replace(boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes))
+    if attack:
+        try:
+            boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")
+            notes.append(
+                f"Attacks on the file train what the ONNX graph holds, since {beside.name} {why}: BatchNorm may be "
+                "folded into its convolutions."
             )
-        elif attack:
-            try:
-                boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")
-                notes.append(
-                    f"Attacks on the file train what the ONNX graph holds, since {beside.name} {why}: BatchNorm may be "
-                    "folded into its convolutions."
-                )
-            except UsageError as error:
-                notes.append(f"Attacks on the file were left out: {error.message}, and {beside.name} {why}.")
-    sources = {"boxed": boxed}
-    if key is not None:
-        if meta is None or meta.kind != "box":
-            raise BadInput(f"{box} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
-        check_key(meta, key)
-        sources["keyed"] = boxed.keyed(pattern(meta, key), meta.strength, key.id)
-        generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
-        patterns = {"wrong": wrong(secret, generator)}
-        patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
-        for name, other in patterns.items():
-            sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, f"{name} {key.id}")
-        if opened.sealed or meta.parameters.get("sealed"):
-            try:
-                helpers = boxfile.unsealed(opened.sealed, key, meta, box.name)
-                sources |= {
-                    name: Source(net=helper.net, sha256=helper.sha256)
-                    for name, helper in zip(ASSISTANTS, helpers, strict=False)
-                }
-            except BadInput as error:
-                notes.append(f"Students of an assistant were left out: {error.message}.")
+        except UsageError as error:
+            notes.append(f"Attacks on the file were left out: {error.message}, and {beside.name} {why}.")
+    return boxed
+
+
+def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict[str, Source]:
+    """The box with its key and with wrong ones, and what is sealed in its file."""
+    meta = opened.meta
+    if meta is None or meta.kind != "box":
+        raise BadInput(f"{opened.path} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
+    check_key(meta, key)
+    sources = {"keyed": boxed.keyed(pattern(meta, key), meta.strength, key.id)}
+    generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
+    patterns = {"wrong": wrong(secret, generator)}
+    patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
+    for name, other in patterns.items():
+        sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, f"{name} {key.id}")
+    if opened.sealed or meta.parameters.get("sealed"):
+        try:
+            helpers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)
+            for name, helper in zip(ASSISTANTS, helpers, strict=False):
+                sources[name] = Source(net=helper.net, sha256=helper.sha256)
+        except BadInput as error:
+            notes.append(f"Students of an assistant were left out: {error.message}.")
+    return sources
+
+
+def _originals(
+    opened: Opened, original: Path | None, reference: Path | None, notes: list[str], *, arch: str | None, trust: bool
+) -> dict[str, Source]:
+    """The original and N_ft, which stands beside a box unless it is named."""
+    box, meta, sources = opened.path, opened.meta, dict[str, Source]()
     if original is not None:
         same = meta.architecture if meta is not None and meta.kind == "box" else None
         loaded = boxfile.load(original, arch=arch or same, trust=trust)
@@ -195,9 +215,6 @@ def gather(
         sources["reference"] = _alike(opened, boxfile.load(reference), reference, recorded, "the reference of this box")
     elif meta is not None:
         notes.append("Without the reference N_ft, costs are measured against the original as it was.")
-    undefended = sources.get("reference") or sources.get("original")
-    if undefended is not None:
-        sources |= {name: undefended.wrapped(name) for name in WRAPPERS}
     return sources
 
 

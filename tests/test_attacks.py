@@ -683,7 +683,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(work, splits, boxed, pat
 
     assert timeless(resumed) == timeless(whole)
     # the first five took their time, too, and the second run none
-    kept = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "b").iterdir()]
+    kept = [json.loads(path.read_text())["outcome"]["seconds"] for path in (tmp_path / "b").iterdir()]
     again = evaluate.evaluate(made, title="x", box={}, folder=tmp_path / "b")
     assert again.cost["seconds"] > sum(kept) * 0.99
 
