@@ -106,7 +106,14 @@ def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
     done = run_cli(*sweep, "--set", "hide=1,2", "--suite", "foreign", "--report", tmp_path / "out")
     assert done.returncode == 2 and b"give --surrogate SPEC" in done.stderr and not list(tmp_path.iterdir())
     done = run_cli(*sweep, "--set", "hide=1,-1", "--report", tmp_path / "out")
-    assert done.returncode == 2 and b"hide=-1" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and b"hide of conceal is -1" in done.stderr and not list(tmp_path.iterdir())
+    for option, value, said in (
+        ("--student", "nosuch", b"nosuch"),
+        ("--surrogate", f"npz:{tmp_path}/nosuch.npz", b"does not exist"),
+        ("--student-batch-size", 1, b"--student-batch-size"),
+    ):
+        done = run_cli(*sweep, "--set", "hide=1,2", option, value, "--report", tmp_path / "out")
+        assert done.returncode in (2, 4) and said in done.stderr and not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     done = run_cli(*sweep, "--set", "hide=1,2", "--report", tmp_path / "file")
     assert done.returncode == 2 and b"is a file" in done.stderr
