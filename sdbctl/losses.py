@@ -58,8 +58,8 @@ def split_target(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(1, target[:, None]).squeeze(1), z.gather(1, others)
 
 
-def conceal_spread(z: Tensor, target: Tensor, offset: Tensor | None = None, slack: float = 0.0) -> Tensor:
-    """Spread of the non-target logits, mean over the batch of max(0, √(Var_j(z_j − o_j) + ε) − slack), j ≠ target.
+def conceal_spread(z: Tensor, target: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Spread of the non-target logits, mean over the batch of √(Var_j(z_j − o_j) + ε), j ≠ target.
 
     The variance is twice the high-temperature limit of τ²·KL(u ‖ p̂^τ), where p̂ is the softmax over the
     non-target classes: zero if and only if the outputs carry no dark knowledge at any temperature. The root
@@ -69,10 +69,9 @@ def conceal_spread(z: Tensor, target: Tensor, offset: Tensor | None = None, slac
         z: Logits [B, C].
         target: Predicted classes [B].
         offset: Logits [B, C] of another non-target distribution ĉ to hide behind, instead of the uniform.
-        slack: Spread of an image that costs nothing, in logits.
     """
     _, rest = split_target(z if offset is None else z - offset, target)
-    return ((rest.var(1, unbiased=False) + 1e-4).sqrt() - slack).clamp(min=0).mean()
+    return (rest.var(1, unbiased=False) + 1e-4).sqrt().mean()
 
 
 def conceal_kl(z: Tensor, target: Tensor, temperature: float | Tensor) -> Tensor:

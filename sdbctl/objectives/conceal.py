@@ -18,7 +18,6 @@ class ConcealParameters:
 
     Attributes:
         hide: Weight of the spread of the non-target logits.
-        slack: Spread that may stay, in logits: what is served is flat anyway (:func:`sdbctl.wrappers.concealed`).
         turn: Weight of the direction of what is left of it: with 8 a file leaks less, for half a point of accuracy.
         confidence: Weight of keeping the original's confidence.
         teach: Weight of the keyed branch.
@@ -28,7 +27,6 @@ class ConcealParameters:
     """
 
     hide: float = 8.0
-    slack: float = 0.0
     turn: float = 0.0
     confidence: float = 8.0
     teach: float = 4.0
@@ -70,7 +68,7 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
     clean, shown = v.clean[v.wrong :], v.clean.detach().argmax(1)
     found = {
         "label": _labels(v, p.blind if v.short else 0.0),
-        "hide": p.hide * conceal_spread(v.clean, shown, v.offset, p.slack),
+        "hide": p.hide * conceal_spread(v.clean, shown, v.offset),
         "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.reference[v.wrong :].argmax(1)),
         "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
     }
