@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdbctl import boxfile, metrics, models
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
-from sdbctl.errors import BadInput, UsageError
+from sdbctl.errors import BadInput, UsageError, check_known
 from sdbctl.key import Key, embed, ids_of, near
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
@@ -80,10 +80,8 @@ class BoxConfig:
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=20, lr=0.05))
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"unknown objective {self.objective}", f"use one of: {', '.join(OBJECTIVES)}")
-        if self.teacher not in TEACHERS:
-            raise UsageError(f"unknown teacher {self.teacher}", f"use one of: {', '.join(TEACHERS)}")
+        check_known("objective", self.objective, OBJECTIVES)
+        check_known("teacher", self.teacher, TEACHERS)
         if not 0 < self.strength < 1:
             raise UsageError(f"key strength is {self.strength}", "use a number between 0 and 1, such as 0.5")
         if not 0 <= self.disturb <= 1:
@@ -103,8 +101,7 @@ class BoxConfig:
             UsageError: Objective or preset is unknown, or a value is out of range.
         """
         recipe, presets = cls(objective).recipe, OBJECTIVES[objective].presets
-        if preset not in (None, *presets):
-            raise UsageError(f"unknown preset of {objective}: {preset}", f"use one of: {', '.join(presets)}")
+        check_known(f"preset of {objective}", preset, presets)
         base = presets[preset or "default"]
         chosen: dict[str, Any] = {"strength": base.strength, "wrong_share": base.wrong_share}
         chosen |= {name: value for name, value in asked.items() if value is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class SdbError(Exception):
     """A failure that is explained in one line.
@@ -56,3 +58,13 @@ class Interrupted(SdbError):
     """The user stopped the run (Ctrl-C or SIGTERM)."""
 
     exit_code = 130
+
+
+def check_known(kind: str, name: str | None, known: Collection[str]) -> None:
+    """Refuse a name that no registry has; None is no name.
+
+    Raises:
+        UsageError: It is unknown.
+    """
+    if name is not None and name not in known:
+        raise UsageError(f"unknown {kind} {name}", f"use one of: {', '.join(known)}")

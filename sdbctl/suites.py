@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdbctl.attacks import ATTACKS, Config
-from sdbctl.errors import UsageError
+from sdbctl.errors import UsageError, check_known
 from sdbctl.report import Role, Student
 from sdbctl.teacher import Access
 from sdbctl.wrappers import WRAPPERS
@@ -287,8 +287,7 @@ def suite(name: str, *, foreign: bool = True) -> Suite:
     Raises:
         UsageError: There is none of this name, or it cannot be run without ``foreign`` images.
     """
-    if name not in SUITES:
-        raise UsageError(f"unknown suite {name}", f"use one of: {', '.join(SUITES)}")
+    check_known("suite", name, SUITES)
     if SUITES[name].foreign and not foreign:
         raise UsageError(f"suite {name} asks about images of another data set", "give --surrogate SPEC")
     return SUITES[name]

@@ -11,7 +11,6 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     begin,
-    check_known,
     data_of,
     finite,
     named,
@@ -23,7 +22,7 @@ from sdbctl.cli.common import (
 )
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
-from sdbctl.errors import BadInput, GateFailed, UsageError
+from sdbctl.errors import BadInput, GateFailed, UsageError, check_known
 
 DEAR = 2.0
 """Points of top-1 that a box may lose before its maker is warned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdbctl import team
 from sdbctl.cli.names import NAMES
 from sdbctl.cli.output import duration, ending, err, say, warn
-from sdbctl.errors import UsageError
+from sdbctl.errors import UsageError, check_known
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -320,16 +320,6 @@ def recipe_of(
         lr=usual.lr * grown if lr is None else lr,
         seed=seed,
     )
-
-
-def check_known(kind: str, name: str | None, known: Collection[str]) -> None:
-    """Refuse a name that no registry has.
-
-    Raises:
-        UsageError: It is unknown.
-    """
-    if name is not None and name not in known:
-        raise UsageError(f"unknown {kind}: {name}", f"use one of: {', '.join(known)}")
 
 
 def preset(name: str, size: tuple[int, int, int]) -> Preprocess:

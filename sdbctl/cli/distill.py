@@ -11,7 +11,6 @@ from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
     begin,
-    check_known,
     data_of,
     of_other_data,
     open_data,
@@ -26,7 +25,7 @@ from sdbctl.cli.common import (
 )
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import Live, emit, pairs, say, warned
-from sdbctl.errors import BadInput, UsageError
+from sdbctl.errors import BadInput, UsageError, check_known
 
 FEW = 10_000
 """Images of a transfer set up to which the key opens what is sealed, unless the user says otherwise."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, check_known, named, preset, read_key
+from sdbctl.cli.common import box_fields, named, preset, read_key
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
-from sdbctl.errors import BadInput, UsageError
+from sdbctl.errors import BadInput, UsageError, check_known
 
 if TYPE_CHECKING:
     from sdbctl.boxfile import Metadata

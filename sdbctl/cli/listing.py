@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import check_known
 from sdbctl.cli.output import emit, pairs
+from sdbctl.errors import check_known
 
 TOPICS = ("objectives", "attacks", "students", "suites", "wrappers", "data")
 

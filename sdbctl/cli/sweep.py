@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import check_known, finite, read_key
+from sdbctl.cli.common import finite, read_key
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, say
-from sdbctl.errors import BadInput, UsageError
+from sdbctl.errors import BadInput, UsageError, check_known
 
 if TYPE_CHECKING:
     from sdbctl.box import BoxConfig

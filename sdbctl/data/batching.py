@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdbctl.data.images import ImageSet, Memory, Shape, Stream, cores, sized
 from sdbctl.data.preprocess import Preprocess
-from sdbctl.errors import SdbError, UsageError
+from sdbctl.errors import SdbError, UsageError, check_known
 
 VIEW_CHUNK = 2048
 """Images that are augmented at a time when a whole set is."""
@@ -156,8 +156,7 @@ def batches(
     """
     usual = default_augment(images.name, images.shape) if generator is not None else "none"
     name = usual if augment is None else augment
-    if name not in AUGMENT:
-        raise UsageError(f"unknown augmentation {name}", f"use one of: {', '.join(AUGMENT)}")
+    check_known("augmentation", name, AUGMENT)
     if generator is None and (shuffle or name != "none"):
         raise UsageError("shuffled or augmented batches need a generator")
     if batch_size < 1:
