@@ -97,6 +97,7 @@ def binary_kl(reference: Tensor, z: Tensor, target: Tensor) -> Tensor:
     """
     own, rest = split_target(z, target)
     margin = own - rest.logsumexp(1)
+    reference = reference.clamp(0, 1)
     entropy = torch.special.entr(reference) + torch.special.entr(1 - reference)
     divergence: Tensor = binary_cross_entropy_with_logits(margin, reference) - entropy.mean()
     return divergence

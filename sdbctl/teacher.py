@@ -32,13 +32,15 @@ MOST_CLASSES = 1_000_000
 
 
 class Access(IntEnum):
-    """What an attacker sees of a model; each level includes those before it."""
+    """What an attacker sees of a model; each level includes those before it.
+
+    Logits are no level of their own: but for what all classes have in common, they are logarithms of probabilities.
+    """
 
     NONE = 0
     LABELS = 1
     PROBABILITIES = 2
-    LOGITS = 3
-    WEIGHTS = 4
+    WEIGHTS = 3
 
 
 class Teacher(Protocol):
@@ -224,9 +226,10 @@ class Oracle:
         *,
         limited: bool = False,
     ) -> None:
-        self.access, self.classes, self.queries = access, teacher.classes, 0
+        self.classes, self.queries = teacher.classes, 0
         self._beyond: dict[torch.device, Tensor] = {}
-        shown = _shown(access)
+        if not Access.NONE < access < Access.WEIGHTS:
+            raise ValueError("who asks for nothing, or holds the weights, gets no oracle")
 
         def show(z: Tensor) -> Tensor:
             if levels is not None and access > Access.LABELS:
@@ -234,7 +237,7 @@ class Oracle:
                 # a sum on each device: to ask for it would make a GPU wait
                 self._beyond[z.device] = self._beyond.get(z.device, 0) + (z != bare).any(1).sum()
                 z = bare if limited else z
-            return shown(z)
+            return z.argmax(1) if access == Access.LABELS else z.log_softmax(1)
 
         def answer(x: Tensor) -> Tensor:
             return show(teacher.logits(x))
@@ -259,7 +262,7 @@ class Oracle:
             x: Normalised images [B, C, H, W].
 
         Returns:
-            Logits [B, C], log-probabilities [B, C], or predicted classes [B], by access level.
+            Log-probabilities [B, C] or predicted classes [B], by access level.
         """
         self.queries += len(x)
         return self._answer(x)
@@ -280,16 +283,6 @@ class Oracle:
         """
         self.queries += 0 if again else len(images)
         return self._answers(images, preprocess, engine)
-
-
-def _shown(access: Access) -> Callable[[Tensor], Tensor]:
-    if access == Access.NONE:
-        raise ValueError("this attack asks for nothing, so it gets no oracle")
-    if access == Access.LABELS:
-        return lambda logits: logits.argmax(1)
-    if access == Access.PROBABILITIES:
-        return lambda logits: logits.log_softmax(1)
-    return lambda logits: logits
 
 
 def _signature(session: Any, path: Path) -> tuple[tuple[int, int, int], int, str, str]:

@@ -88,3 +88,24 @@ def test_read_says_what_is_wrong(tmp_path, make, message):
 def test_private_files_are_their_owners(tmp_path):
     assert files.write(tmp_path / "a", b"x", private=True).stat().st_mode & 0o777 == 0o600
     assert files.write(tmp_path / "b", b"x").stat().st_mode & 0o044 == 0o044
+
+
+def test_one_process_holds_a_lock_file_which_then_goes(tmp_path):
+    marker = tmp_path / "lock"
+    with files.locked(marker, 0) as first:
+        with files.locked(marker, 0) as second:
+            assert (first, second) == (True, False)
+        assert marker.exists()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("error", [OSError("no locks here"), NotImplementedError()])
+def test_a_disk_that_knows_no_locks_holds_nobody_up(error, tmp_path, monkeypatch):
+    def refuse(self, **how):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with files.locked(tmp_path / "lock", 0) as free, files.alone(tmp_path / "out"):
+        assert free
+    with pytest.raises(OSError, match="mine"), files.locked(tmp_path / "lock"):
+        raise OSError("mine")

@@ -90,6 +90,9 @@ def test_binary_kl():
     p = softmax(Z, 1)[np.arange(7), Y]
     expected = (reference * np.log(reference / p) + (1 - reference) * np.log((1 - reference) / (1 - p))).mean()
     assert losses.binary_kl(tensor(reference), tensor(Z), tensor(Y)).item() == pytest.approx(expected)
+    # a confidence of one, or what rounding makes of it
+    certain = losses.binary_kl(tensor(np.full(7, 1 + 1e-7)), tensor(Z), tensor(Y)).item()
+    assert certain == pytest.approx(-np.log(p).mean())
 
 
 @given(st.floats(0, 1e6), st.floats(0.1, 100))

@@ -12,16 +12,6 @@ from sdbctl.cli.settings import read_settings
 from sdbctl.errors import BadInput, UsageError
 from tests.conftest import run_cli
 
-
-def test_the_console_script_reads_them(monkeypatch, tmp_path, capsys):
-    (tmp_path / "sdbctl.toml").write_text('data = "nope"\n')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sdbctl", "train"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2 and "unknown data nope" in capsys.readouterr().err
-
-
 ROOT = typer.main.get_command(app)
 
 
@@ -128,3 +118,12 @@ def test_waiting_threads_sleep_soon_unless_told_otherwise(given, found, monkeypa
         cli.main()
     assert not ended.value.code
     assert os.environ.get("GOMP_SPINCOUNT") == found
+
+
+def test_the_console_script_reads_them(monkeypatch, tmp_path, capsys):
+    (tmp_path / "sdbctl.toml").write_text('data = "nope"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sdbctl", "train"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "unknown data nope" in capsys.readouterr().err

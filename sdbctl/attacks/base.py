@@ -216,7 +216,7 @@ class Attack:
         source: Citation.
         train: What it does.
         grid: Configurations to choose from on validation data.
-        access: The most it may see of the teacher: it is given an oracle that shows this, and with WEIGHTS a copy.
+        access: What it may see of the teacher: it is given an oracle that shows this, or with WEIGHTS a copy.
         labels: Whether it needs the labels of the transfer set; they are withheld otherwise.
         surrogate: Whether it asks about images of another data set; they are withheld otherwise.
         on_key: Whether it looks for the key.

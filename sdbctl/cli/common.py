@@ -340,7 +340,9 @@ def preprocess_for(
     from sdbctl.training import check_takes
 
     if opened.shape is not None and tuple(opened.shape) != tuple(size):
-        raise UsageError(f"{opened.path.name} takes images {opened.shape}, the data has {size}", "use --image-size")
+        raise UsageError(
+            f"{opened.path.name} takes images {opened.shape}, the data has {size}", "leave --image-size out"
+        )
     if opened.meta is not None and (normalize is None or opened.meta.kind == "box"):
         if normalize is not None and opened.meta.preprocess != preset(normalize, size):
             raise UsageError(f"{opened.path.name} was boxed with another normalisation", "leave --normalize out")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import finite, read_key
+from sdbctl.cli.common import data_of, finite, open_surrogate, read_key
 from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import BadInput, UsageError, check_known
@@ -194,25 +194,32 @@ def sweep(
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
     rows = rows_of(objective or [], set_ or [], wrapper or [], confidence or [])
     from sdbctl import boxfile, files, models
-    from sdbctl import data as data_sets
     from sdbctl.cli import box, evaluate, export
     from sdbctl.report import Report, sweep
     from sdbctl.report.terminal import Fitting
+    from sdbctl.sources import Opened
     from sdbctl.suites import suite as find_suite
+    from sdbctl.training import Recipe
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
     chosen = find_suite(suite, foreign=surrogate is not None)
     # what is wrong with students shows before the first box is made
     models.build(student or chosen.student, 10)
-    if surrogate is not None:
-        data_sets.load(surrogate, root=data_root)
     for row in rows:
         check_known("confidence", row.confidence, CONFIDENCES)
         check_known("wrapper", row.wrapper, WRAPPERS)
-        if row.objective:
+        if row.objective is not None:
             row.config()
+    original = boxfile.load(checkpoint, trust=trust)
+    if surrogate is not None:
+        # what is wrong with it, too
+        dataset, splits = data_of(
+            Opened.of(checkpoint, original), data, data_root, download=False, size=None, transfer=transfer_size
+        )
+        passes = student_epochs or chosen.epochs or Recipe().epochs
+        open_surrogate(surrogate, data_root, dataset, splits.transfer, passes, download=False)
     run = {
-        "checkpoint": boxfile.load(checkpoint, trust=trust).sha256,
+        "checkpoint": original.sha256,
         "key": read_key(key_file, False).id,
         "data": data,
         "splits": [owner_size, transfer_size, test_size],
@@ -329,11 +336,8 @@ def sweep(
 
 
 def _check_box(row: Row, path: Path) -> None:
-    from sdbctl.box import BoxConfig
     from sdbctl.boxfile import load_box
 
     meta, wanted = load_box(path).meta, asdict(row.config().resolved())
-    # parameters that there were not when it was made had no effect, as by default
-    made = {**asdict(BoxConfig(str(row.objective)).resolved()), **meta.parameters}
-    if meta.objective != row.objective or any(made[name] != wanted[name] for name in wanted):
+    if meta.objective != row.objective or any(meta.parameters.get(name) != wanted[name] for name in wanted):
         raise UsageError(f"{path} is a box with another objective or other parameters", "name another --report")
