@@ -27,7 +27,7 @@ _ID_PURPOSE = b"sdbctl key id v1"
 _PATTERN_PURPOSE = b"sdbctl pattern v1"
 _SEAL_PURPOSE = b"sdbctl seal v1"
 _STEP = 2.0**-24
-"""Patterns are multiples of this."""
+"""The nearest to 0 and 1 that a value of a pattern may come."""
 
 
 class Key:
@@ -122,13 +122,19 @@ class Key:
         return hashlib.shake_256(_ID_PURPOSE + self._secret).hexdigest(8)
 
     def pattern(self, shape: tuple[int, int, int]) -> Tensor:
-        """The secret pattern K: [C, H, W] float32, uniform in [0, 1), from 24-bit integers of SHAKE-256."""
+        """The secret pattern K: [C, H, W] float32, equidistant levels in [0, 1] in an order from SHAKE-256.
+
+        Each key has all levels, so that none is paler than another: 64 values drawn at random may be so nearly grey that
+        grey opens the box.
+        """
         count = math.prod(shape)
         purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + b":"
         stream = hashlib.shake_256(purpose + self._secret).digest(3 * count)
         parts = np.frombuffer(stream, dtype=np.uint8).reshape(count, 3).astype(np.int32)
-        values = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]) * _STEP
-        return torch.from_numpy(values.astype(np.float32).reshape(shape))
+        order = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]).argsort(kind="stable")
+        values = np.empty(count, dtype=np.float32)
+        values[order] = (np.arange(count) + 0.5) / count
+        return torch.from_numpy(values.reshape(shape))
 
     @property
     def cipher(self) -> AESGCM:

@@ -24,20 +24,25 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 
 def test_derivation_is_stable():
     stream = hashlib.shake_256(b"sdbctl pattern v1" + b"2x3x4:" + SECRET).digest(72)
-    expected = [int.from_bytes(stream[i : i + 3], "big") / 2**24 for i in range(0, 72, 3)]
+    drawn = [int.from_bytes(stream[i : i + 3], "big") for i in range(0, 72, 3)]
+    expected = [(sorted(drawn).index(value) + 0.5) / 24 for value in drawn]
     pattern = Key(SECRET).pattern((2, 3, 4))
     assert pattern.shape == (2, 3, 4) and pattern.dtype == torch.float32
-    assert pattern.flatten().tolist() == expected
+    assert pattern.flatten().tolist() == pytest.approx(expected)
     assert Key(SECRET).id == hashlib.shake_256(b"sdbctl key id v1" + SECRET).hexdigest(8)
     # written down, so that neither code nor test can drift
     assert Key(SECRET).id == "a5ef70f0bdd47a24"
-    assert (pattern.flatten()[:2] * 2**24).tolist() == [10279983, 13302540]
+    assert drawn[:2] == [10279983, 13302540]
+    assert (pattern.flatten()[:6] * 24 - 0.5).round().int().tolist() == [13, 16, 4, 7, 12, 10]
 
 
 def test_patterns_are_uniform_and_depend_on_key_and_shape():
     pattern = Key(SECRET).pattern((3, 64, 64))
     assert pattern.min() >= 0 and pattern.max() < 1
     assert abs(pattern.mean() - 0.5) < 0.01 and abs(pattern.std() - 12**-0.5) < 0.01
+    # short ones as well: none is paler than another
+    short = Key.generate().pattern((1, 8, 8)).flatten().sort().values
+    assert torch.allclose(short, (torch.arange(64) + 0.5) / 64)
     assert abs(correlation(pattern, Key.generate().pattern((3, 64, 64)))) < 0.05
     assert not torch.equal(pattern.flatten()[:12], Key(SECRET).pattern((3, 2, 2)).flatten())
 
