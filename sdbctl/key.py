@@ -124,8 +124,8 @@ class Key:
     def pattern(self, shape: tuple[int, int, int]) -> Tensor:
         """The secret pattern K: [C, H, W] float32, equidistant levels in [0, 1] in an order from SHAKE-256.
 
-        Each key has all levels, so that none is paler than another: 64 values drawn at random may be so nearly grey that
-        grey opens the box.
+        Each key has all levels, so that none is paler than another: 64 values drawn at random may be so nearly grey
+        that grey opens the box.
         """
         count = math.prod(shape)
         purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + b":"
