@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, metrics, models
+from sdbctl.attacks.keys import STRENGTHS, public_patterns
+from sdbctl.attacks.keys import keyed as mixed_with
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
 from sdbctl.errors import BadInput, UsageError, check_known
@@ -404,7 +408,8 @@ def box(
     }
     if not config.disturb:
         seen, *opened = (predict(model, data.validation, task.preprocess, engine) for model in (net, *unlocked))
-        measured |= serving(seen, data.validation.labels, torch.cat(opened))
+        odd = _oddly_keyed(net, some.alone(), task) if math.prod(task.preprocess.size) < SHORT else None
+        measured |= serving(seen, data.validation.labels, torch.cat(opened), odd)
     made.meta = replace(meta, measured=measured)
     # an auxiliary head that stays as it was would show what the features still know
     unused = {name: torch.zeros_like(tensor) for name, tensor in original.others.items()}
@@ -583,6 +588,12 @@ def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, pr
     other = torch.where(kind < 0.25, image, torch.where(kind < 0.5, 1 - image, other))
     mixed = torch.where(odd < ODD, other, patterns)
     return embed(x, preprocess(mixed), torch.where(odd < ODD, 1 - 0.7 * weight, strength))
+
+
+def _oddly_keyed(net: nn.Module, images: ImageSet, task: Task) -> Tensor:
+    """Logits of images with patterns that anybody has, which open a box with a short key most."""
+    tried = product(public_patterns(images).values(), STRENGTHS)
+    return torch.cat([predict(net, mixed_with(images, *some), task.preprocess, task.engine) for some in tried])
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:

@@ -245,7 +245,7 @@ class Concealed(nn.Module):
         return concealed(self.net(x.clamp(self.black, self.white)), self.cut, self.levels, self.flat)
 
 
-def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
+def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor | None = None) -> dict[str, Any]:
     """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
     What is served are accuracies, so that it is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001).
@@ -254,21 +254,24 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor) -> dict[str, Any]:
         public: Logits [N, C] of the box.
         labels: Classes [N] of the same images.
         keyed: Its logits on them with the key.
+        odd: Its logits [M, C] on images with patterns that anybody has.
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
         least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
-        :func:`deviation` below all but a twentieth of the keyed outputs; and ``keyed_flat``, the share of those, which
-        are served like public ones. Nothing if more than a twentieth of the public outputs are beyond it, too, as from
-        an objective that does not conceal.
+        :func:`deviation` below all but a twentieth of the keyed outputs, or, to be above all ``odd`` ones, all but a
+        tenth; and ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more than a
+        twentieth of the public outputs are beyond it, too, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
     closed, opened = deviation(public.float()), deviation(keyed.float())
-    flat = float(opened.quantile(0.05))
+    flat, most = (float(opened.quantile(share)) for share in (0.05, 0.1))
     if float(closed.quantile(0.95)) > flat:
         return {}
+    if odd is not None:
+        flat = min(max(flat, float(deviation(odd.float()).max())), most)
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 
