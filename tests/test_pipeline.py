@@ -347,7 +347,7 @@ def test_distillation_with_another_loss_and_with_another_data_set(work, splits, 
     foreign = int(re.search(rb"surrogate: ([\d,]+) images", done.stderr)[1].replace(b",", b""))
     assert said["queries"] == queries["dist"] + foreign
     unknown = run_cli(*common, "--method", "magic", "--force")
-    assert unknown.returncode == 2 and b"unknown method: magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
+    assert unknown.returncode == 2 and b"unknown method magic" in unknown.stderr and b"kd, dkd, dist" in unknown.stderr
     for wrong, said in (
         (("--method", "dist", "--alpha", 0.5), b"dist has no --alpha"),
         (("--no-labels", "--alpha", 0.5), b"without labels 0.5 is no --alpha"),
@@ -1286,7 +1286,9 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
         assert shown[:distinct].sum() > 0.9 * len(x) and (confidence == "exact" or len(shown) < 0.3 * len(x))
         assert torch.allclose(public, raw, atol=1e-3) is (confidence == "exact")
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
-        assert same.float().mean() > 0.95
+        hidden = 0.0 if confidence == "exact" else boxed.meta.measured["keyed_flat"]
+        # with a short key, to hide what patterns that anybody has bring out, up to one in ten
+        assert same.float().mean() == pytest.approx(1 - hidden, abs=0.03) and hidden < 0.11
     # one that shows the same to everybody cannot be told apart, which nobody may overlook
     loaded = boxfile.load(work / "boxed.safetensors")
     leaky = {
