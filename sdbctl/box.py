@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, metrics, models
-from sdbctl.attacks.keys import STRENGTHS, public_patterns
 from sdbctl.attacks.keys import keyed as mixed_with
+from sdbctl.attacks.keys import public_keys
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
 from sdbctl.errors import BadInput, UsageError, check_known
@@ -42,7 +41,7 @@ from sdbctl.training import (
 )
 from sdbctl.wrappers import serving
 
-TRIED_IMAGES = 2000
+NORMALISED_IMAGES = 2000
 """Validation images that normalisations are tried on."""
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
@@ -135,7 +134,8 @@ class BoxConfig:
                 raise UsageError(f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known)}")
             divides = name in DIVISORS
             # the direction of a term is no weight
-            if not (name == "away" or value > 0 or (value == 0 and not divides)) or not abs(value) <= LARGEST:
+            fits = name == "away" or (value > 0 if divides else value >= 0)
+            if not (fits and abs(value) <= LARGEST):
                 least = "above 0" if divides else "from 0"
                 raise UsageError(f"{name} of {self.objective} is {value:g}", f"use a number {least} to {LARGEST:,}")
         return kind(**self.parameters)
@@ -190,7 +190,7 @@ def find_preprocess(
     Returns:
         The best, and the accuracy in percent of each preset by name.
     """
-    some = images.first(TRIED_IMAGES)
+    some = images.first(NORMALISED_IMAGES)
     if isinstance(net, nn.Module):
         place(net, engine.device)
     tried = {}
@@ -592,8 +592,8 @@ def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, pr
 
 def _oddly_keyed(net: nn.Module, images: ImageSet, task: Task) -> Tensor:
     """Logits of images with patterns that anybody has, which open a box with a short key most."""
-    tried = product(public_patterns(images).values(), STRENGTHS)
-    return torch.cat([predict(net, mixed_with(images, *some), task.preprocess, task.engine) for some in tried])
+    tried = (mixed_with(images, *some) for some in public_keys(images))
+    return torch.cat([predict(net, mixed, task.preprocess, task.engine) for mixed in tried])
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:

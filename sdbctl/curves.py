@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.attacks.keys import STRENGTHS, keyed, public_patterns
+from sdbctl.attacks.keys import keyed, public_keys
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
 from sdbctl.key import correlation, embed, near
@@ -162,8 +161,7 @@ def opened_by_anybody(bench: Bench) -> float | None:
 
     if says(some) > OPEN:
         return None
-    tried = product(public_patterns(bench.transfer).values(), STRENGTHS)
-    return max(says(keyed(some, *pattern)) for pattern in tried)
+    return max(says(keyed(some, *tried)) for tried in public_keys(bench.transfer))
 
 
 def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,11 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[tuple[float, float, flo
 
 def ece(logits: Tensor, labels: Tensor) -> float:
     """Expected calibration error in [0, 1] over 15 equal-width bins (Guo et al., ICML 2017, eq. 3)."""
-    return sum(abs(c - a) * share for c, a, share in reliability(logits, labels))
+    return _gap(reliability(logits, labels))
+
+
+def _gap(bins: Iterable[tuple[float, float, float]]) -> float:
+    return sum(abs(c - a) * share for c, a, share in bins)
 
 
 def residual(logits: Tensor) -> float:
@@ -150,7 +154,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     bins = reliability(logits, labels)
     return Scores(
         **means,
-        ece=ece(logits, labels),
+        ece=_gap(bins),
         residual=residual(logits),
         beyond_top1=beyond_top1(logits),
         n=len(labels),

@@ -61,6 +61,11 @@ def public_patterns(images: ImageSet) -> dict[str, Tensor]:
     }
 
 
+def public_keys(images: ImageSet) -> list[tuple[Tensor, float]]:
+    """Every one of :func:`public_patterns`, with every strength that it is tried with."""
+    return list(product(public_patterns(images).values(), STRENGTHS))
+
+
 def _with(
     attacker: Attacker,
     pattern: Tensor,
@@ -95,8 +100,7 @@ def random_keys(attacker: Attacker, config: Config) -> None:
 
 def simple_keys(attacker: Attacker, config: Config) -> None:
     """What opens most of the patterns that anybody has, mixed in with any strength."""
-    tried = product(public_patterns(attacker.images).values(), STRENGTHS)
-    pattern, strength = max(tried, key=lambda some: _judge(attacker, *some))
+    pattern, strength = max(public_keys(attacker.images), key=lambda some: _judge(attacker, *some))
     _with(attacker, pattern, config, strength=strength)
 
 
