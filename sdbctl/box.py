@@ -31,6 +31,7 @@ from sdbctl.training import (
     Step,
     accuracy,
     digest,
+    exact,
     fit,
     image_seconds,
     place,
@@ -394,26 +395,42 @@ def box(
         memory=memory,
     )
     seconds = time.perf_counter() - begin
-    public = predict(net, data.test, task.preprocess, engine)
-    keyed = [predict(model, data.test, task.preprocess, engine) for model in unlocked]
-    measured = {
-        "n": len(data.test),
-        "original_top1": round(task.top1(original.net, data.test), 3),
-        "reference_top1": round(task.top1(reference, data.test), 3),
-        "boxed_top1": round(metrics.top1(public, data.test.labels), 3),
-        "keyed_top1": round(min(metrics.top1(outputs, data.test.labels) for outputs in keyed), 3),
-        "residual": metrics.residual(public),
-        "keyed_residual": min(metrics.residual(outputs) for outputs in keyed),
-        "seconds": round(seconds, 1),
-    }
-    if not config.disturb:
-        seen, *opened = (predict(model, data.validation, task.preprocess, engine) for model in (net, *unlocked))
-        odd = _oddly_keyed(net, some.alone(), task) if math.prod(task.preprocess.size) < SHORT else None
-        measured |= serving(seen, data.validation.labels, torch.cat(opened), odd)
-    made.meta = replace(meta, measured=measured)
+    # in full precision, as a box is served
+    task = replace(task, engine=Engine(engine.device))
+    with exact(engine.device):
+        measured = _measured(original.net, reference, net, unlocked, task)
+        if not config.disturb:
+            measured |= _serving(net, unlocked, task)
+    made.meta = replace(meta, measured={**measured, "seconds": round(seconds, 1)})
     # an auxiliary head that stays as it was would show what the features still know
     unused = {name: torch.zeros_like(tensor) for name, tensor in original.others.items()}
     return Boxed(made, original.file_state(net) | unused, measured)
+
+
+def _measured(
+    original: nn.Module, reference: nn.Module, net: nn.Module, unlocked: Sequence[nn.Module], task: Task
+) -> dict[str, float]:
+    """What the metadata says of a box, on test images."""
+    test = task.data.test
+    public, *keyed = (predict(model, test, task.preprocess, task.engine) for model in (net, *unlocked))
+    return {
+        "n": len(test),
+        "original_top1": round(task.top1(original, test), 3),
+        "reference_top1": round(task.top1(reference, test), 3),
+        "boxed_top1": round(metrics.top1(public, test.labels), 3),
+        "keyed_top1": round(min(metrics.top1(outputs, test.labels) for outputs in keyed), 3),
+        "residual": metrics.residual(public),
+        "keyed_residual": min(metrics.residual(outputs) for outputs in keyed),
+    }
+
+
+def _serving(net: nn.Module, unlocked: Sequence[nn.Module], task: Task) -> dict[str, Any]:
+    """How a box is to be served, by validation images."""
+    some = task.data.validation
+    public, *keyed = (predict(model, some, task.preprocess, task.engine) for model in (net, *unlocked))
+    short = math.prod(task.preprocess.size) < SHORT
+    odd = _oddly_keyed(net, some.first(SHOWN_IMAGES).alone(), task) if short else None
+    return serving(public, some.labels, torch.cat(keyed), odd)
 
 
 def plain_step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -518,15 +535,7 @@ def adversarial(net: nn.Module, task: Task) -> Tensor:
     images, engine = task.data.owner, task.engine
     check_held(images)
     copies = []
-    for batch in batches(
-        images,
-        task.preprocess,
-        batch_size=unseen_batch(images.shape),
-        device=engine.device,
-        generator=None,
-        augment="none",
-        shuffle=False,
-    ):
+    for batch in batches(images, task.preprocess, batch_size=unseen_batch(images.shape), device=engine.device):
         begin = task.preprocess.undo(batch.x)
         pixels = begin
         for _ in range(PGD_STEPS):

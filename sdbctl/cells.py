@@ -10,11 +10,12 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from sdbctl.errors import EnvironmentFailure, SdbError
 from sdbctl.key import correlation
 from sdbctl.report import codec
 from sdbctl.suites import BY_NAME, Row, Suite, asks, suite
-from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
-from sdbctl.training import Engine, Progress, Recipe, accuracy, digest, predict, scaled
+from sdbctl.teacher import Access, ClosedTeacher, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
+from sdbctl.training import Engine, Progress, Recipe, accuracy, digest, peak_memory, predict, scaled
 from sdbctl.wrappers import WrappedTeacher
 
 
@@ -194,7 +195,8 @@ class Outcome:
     """One trained student: accuracies in percent, the test accuracy only for reported ones.
 
     ``correlation`` is that of the secret pattern with what an attack on the key found; ``beyond`` is how many answers
-    said more than the predicted class, or None if nobody knows what that is; ``digest`` tells students apart.
+    said more than the predicted class, or None if nobody knows what that is; ``digest`` tells students apart;
+    ``memory`` is the most that its process has held, in bytes.
     """
 
     validation: float
@@ -204,6 +206,7 @@ class Outcome:
     correlation: float | None = None
     beyond: int | None = None
     digest: str = ""
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,19 @@ class _Kept:
 
     row: str
     outcome: Outcome
+
+
+@dataclass
+class Spent:
+    """What the students of an evaluation cost, filled while it runs.
+
+    Attributes:
+        earlier: Seconds of the students that runs before this one trained, by what tells them apart.
+        memory: The most bytes that one of them needed.
+    """
+
+    earlier: dict[str, float] = field(default_factory=dict)
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,8 +247,7 @@ class Bench:
         answers: Folder in which the teachers' answers are kept, so that students share one set of queries.
         surrogate: Unlabelled images of another data set, or None.
         strength: λ of the box, 0 if the teacher is none.
-        earlier: Seconds of the students that runs before this one trained, by what tells them apart; filled while it
-            runs.
+        spent: What the students cost.
     """
 
     sources: Mapping[str, Source]
@@ -247,7 +262,7 @@ class Bench:
     answers: Path | None = None
     surrogate: ImageSet | None = None
     strength: float = 0.0
-    earlier: dict[str, float] = field(default_factory=dict)
+    spent: Spent = field(default_factory=Spent)
 
     def rows(self) -> list[Row]:
         """The rows whose teachers are there, and which the attacker can try on them."""
@@ -352,7 +367,9 @@ class Bench:
         """Train and measure one student."""
         config, source = self.config, self.sources[cell.teacher] if cell.teacher else None
         attack = ATTACKS[BY_NAME[cell.row].attack]
-        teacher = source.open(self.engine.device, self.classes) if source and attack.asks else None
+        teacher = None
+        if source and attack.asks:
+            teacher = ClosedTeacher(self.classes, partial(source.open, self.engine.device, self.classes))
         made = distill(
             attack,
             cell.config,
@@ -376,7 +393,8 @@ class Bench:
         test = accuracy(made.student, self.test, self.preprocess, self.engine) if cell.final else None
         found = correlation(made.guess, self.secret) if made.guess is not None and self.secret is not None else None
         beyond = made.beyond if source is not None and source.levels is not None else None
-        return Outcome(validation, test, made.seconds, made.queries, found, beyond, digest(made.student))
+        trained = digest(made.student), peak_memory()
+        return Outcome(validation, test, made.seconds, made.queries, found, beyond, *trained)
 
 
 def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress: Progress) -> dict[str, Outcome]:
@@ -394,7 +412,8 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         stored = _stored(bench, cell, folder)
         if stored:
             done[cell.id] = stored
-            bench.earlier.setdefault(cell.id, stored.seconds)
+            bench.spent.earlier.setdefault(cell.id, stored.seconds)
+            bench.spent.memory = max(bench.spent.memory, stored.memory)
         elif cell not in todo:
             todo.append(cell)
     if done:
@@ -403,7 +422,8 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
 
     def finish(cell: Cell, outcome: Outcome) -> None:
         done[cell.id] = outcome
-        bench.earlier[cell.id] = 0.0
+        bench.spent.earlier[cell.id] = 0.0
+        bench.spent.memory = max(bench.spent.memory, outcome.memory)
         if folder is not None:
             _keep(bench, cell, outcome, folder)
         progress.advance(1, {"validation": outcome.validation})
@@ -415,12 +435,32 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         assert folder is not None
         _on_cluster(bench, todo, folder, finish)
     elif jobs <= 1:
-        for cell in todo:
-            finish(cell, bench.run(cell))
+        # the last of many has the threads of the others, whose number decides how sums are rounded
+        with as_worker(bench.config.jobs):
+            _finish_all(((cell, partial(bench.run, cell)) for cell in todo), finish)
     else:
         with workers(bench) as pool:
-            _side_by_side(pool, todo, finish)
+            running = {pool.submit(_work, cell): cell for cell in todo}
+            _finish_all(((running[future], future.result) for future in as_completed(running)), finish)
     return done
+
+
+def _finish_all(trained: Iterable[tuple[Cell, Callable[[], Outcome]]], finish: Callable[[Cell, Outcome], None]) -> None:
+    """Collect outcomes. A student that fails does not cost the others, whose outcomes are kept; then it is an error."""
+    failed: Exception | None = None
+    for cell, outcome in trained:
+        try:
+            result = outcome()
+        except BrokenProcessPool:
+            raise
+        except Exception as error:
+            if isinstance(error, SdbError):
+                error.message = f"{cell.row}: {error.message}"
+            failed = failed or error
+        else:
+            finish(cell, result)
+    if failed:
+        raise failed
 
 
 _open: ContextVar[tuple[Bench, ProcessPoolExecutor] | None] = ContextVar("_open", default=None)
@@ -468,13 +508,6 @@ def workers(bench: Bench) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in started:
             process.terminate()
-
-
-def _side_by_side(pool: ProcessPoolExecutor, todo: Sequence[Cell], finish: Callable[[Cell, Outcome], None]) -> None:
-    running: dict[Future[Outcome], Cell] = {pool.submit(_work, cell): cell for cell in todo}
-    while running:
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            finish(running.pop(future), future.result())
 
 
 _bench: Bench | None = None

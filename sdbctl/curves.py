@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.keys import keyed, public_keys
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
-from sdbctl.key import correlation, embed, near
+from sdbctl.key import correlation, embed, fingerprint, near
 from sdbctl.report import OPEN, RECOVERED, Curve, Interval, KeyStrength, Point, Student
 from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row
 from sdbctl.teacher import KeyedTeacher
@@ -203,11 +202,8 @@ def listening(bench: Bench) -> Bench:
     if secret is None or bench.strength == 0 or len(bench.validation) < HEARD:
         return bench
     pattern = bench.preprocess(_guesses(bench, secret, [HEARD])[HEARD][0])
-    digest = hashlib.sha256(pattern.numpy().tobytes()).hexdigest()
-    return replace(
-        bench,
-        sources={**bench.sources, "overheard": bench.sources["boxed"].keyed(pattern, bench.strength, digest)},
-    )
+    overheard = bench.sources["boxed"].keyed(pattern, bench.strength, fingerprint(pattern))
+    return replace(bench, sources={**bench.sources, "overheard": overheard})
 
 
 def _guesses(bench: Bench, secret: Tensor, counts: Sequence[int]) -> dict[int, list[Tensor]]:

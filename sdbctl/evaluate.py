@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, workers
+from sdbctl.cells import Bench, Spent, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anybody, taught_by_keys
 from sdbctl.protocol import accuracies, best_first, best_of, finalists, needless, paired, train_students
 from sdbctl.report import (
@@ -90,7 +90,7 @@ def evaluate(
     Returns:
         The report; what was not measured is None in it.
     """
-    begin, bench = time.perf_counter(), replace(bench, earlier={}).telling_classes()
+    begin, bench = time.perf_counter(), replace(bench, spent=Spent()).telling_classes()
     progress = progress or Silent()
     models, outputs = measure_models(bench)
     guesses = [
@@ -327,10 +327,10 @@ def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict
     images = len(bench.transfer) * bench.config.recipe.epochs
     rate = images / float(np.mean([student.seconds for student in trained])) if trained else None
     # what it goes on with took its time, too
-    seconds += sum(bench.earlier.values()) / bench.config.jobs
+    seconds += sum(bench.spent.earlier.values()) / bench.config.jobs
     return {
         "seconds": round(seconds, 1),
         "student_images_per_second": round(rate, 1) if rate else None,
-        "peak_memory_mib": round(peak_memory() / 2**20),
+        "peak_memory_mib": round(max(bench.spent.memory, peak_memory()) / 2**20),
         "jobs": bench.config.jobs,
     }

@@ -162,6 +162,11 @@ def ids_of(keys: Sequence[Key]) -> tuple[str, ...]:
     return ids
 
 
+def fingerprint(pattern: Tensor) -> str:
+    """Hash of a pattern, to tell cached results apart."""
+    return hashlib.sha256(pattern.numpy().tobytes()).hexdigest()
+
+
 def embed(x: Tensor, pattern: Tensor, lam: float | Tensor) -> Tensor:
     """Key embedding x_k = λ·x + (1 − λ)·K (Ye et al., arXiv 2112.03695).
 

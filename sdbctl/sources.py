@@ -14,7 +14,7 @@ from sdbctl import boxfile, files, onnxfile
 from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.key import Key, near, wrong
+from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
 from sdbctl.teacher import OnnxTeacher
@@ -183,7 +183,7 @@ def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict
     patterns = {"wrong": wrong(secret, generator)}
     patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}
     for name, other in patterns.items():
-        sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, f"{name} {key.id}")
+        sources[name] = boxed.keyed(meta.preprocess(other), meta.strength, fingerprint(other))
     if opened.sealed or meta.parameters.get("sealed"):
         try:
             helpers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)

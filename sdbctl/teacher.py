@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,11 +49,13 @@ class Teacher(Protocol):
 
     Attributes:
         classes: Number of classes C.
-        where: Where it runs, for people ("torch on cpu").
     """
 
     classes: int
-    where: str
+
+    @property
+    def where(self) -> str:
+        """Where it runs, for people ("torch on cpu")."""
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C], float32, on the device of the normalised images ``x`` [B, C, H, W]; no gradient."""
@@ -155,6 +158,22 @@ class OnnxTeacher:
         return output.to(asked)
 
 
+class ClosedTeacher:
+    """A teacher that is opened by the first query: of most, all answers are on record."""
+
+    def __init__(self, classes: int, open_it: Callable[[], Teacher]) -> None:
+        self.classes, self._open = classes, functools.cache(open_it)
+
+    @property
+    def where(self) -> str:
+        """See :class:`Teacher`."""
+        return self._open().where
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See :class:`Teacher`."""
+        return self._open().logits(x)
+
+
 class KeyedTeacher:
     """A teacher that is asked with the key: it sees λx + (1 − λ)K instead of x."""
 
@@ -164,7 +183,8 @@ class KeyedTeacher:
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
-        return self.teacher.logits(embed(x, self.pattern.to(x.device), self.strength))
+        self.pattern = self.pattern.to(x.device)
+        return self.teacher.logits(embed(x, self.pattern, self.strength))
 
 
 @dataclass(frozen=True)

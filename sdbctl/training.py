@@ -7,7 +7,6 @@ import io
 import math
 import os
 import re
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -277,8 +276,11 @@ def synchronise(device: torch.device) -> None:
 
 def peak_memory() -> int:
     """The most bytes that this process has held so far, on the GPU if there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+
+    used = [torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count())]
+    if any(used):
+        return max(used)
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -491,7 +493,9 @@ def fit(
         least = 2 * fabric.world_size
         raise UsageError(f"there is too little to train on: {size} image(s)", f"at least {least} are needed")
     total = recipe.epochs * per_epoch
-    identity = {"recipe": asdict(recipe), "images": size, "name": name, "precision": engine.precision}
+    identity = {"recipe": asdict(recipe), "images": size, "name": name}
+    # a GPU draws other random numbers
+    identity |= {"precision": engine.precision, "device": engine.device.type}
     identity["run"] = dict(resume_from.run) if resume_from else {}
     state = resume_from.path if resume_from else None
     begin_epoch = 0
@@ -506,7 +510,7 @@ def fit(
         if state is not None and state.exists():
             begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, memory, engine.device)
             for group in optimiser.param_groups:
-                # the state may be of another device
+                # the state may be of a run on another number of devices
                 group["fused"] = record or None
             progress.note(f"resumed {name} after epoch {begin_epoch} of {recipe.epochs}")
         team.agree(begin_epoch, "the state to go on from")
@@ -673,7 +677,7 @@ def _restore(
         if memory is not None:
             memory.copy_(state["memory"])
         torch.random.set_rng_state(state["cpu_rng"])
-        if state["cuda_rng"] is not None and device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], device)
         return int(state["epoch"]), float(state["seconds"])
     except BadInput:
@@ -719,15 +723,7 @@ def predict(
     if isinstance(model, nn.Module):
         model.eval()
     outputs = []
-    for batch in batches(
-        images,
-        preprocess,
-        batch_size=unseen_batch(images.shape),
-        device=engine.device,
-        generator=None,
-        augment="none",
-        shuffle=False,
-    ):
+    for batch in batches(images, preprocess, batch_size=unseen_batch(images.shape), device=engine.device):
         with engine.autocast():
             outputs.append(model(batch.x).float())
     return torch.cat(outputs).cpu()

@@ -15,7 +15,7 @@ import torch
 
 from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol, training
 from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
-from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code
+from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code, run_cells
 from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
@@ -24,7 +24,7 @@ from sdbctl.metrics import class_only, usual
 from sdbctl.protocol import controlled
 from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, Point, Report, Student
 from sdbctl.sources import gather, open_model, rebuilt, stand_in
-from sdbctl.suites import ALL, ALWAYS, NEAR, SUITES, TWINS
+from sdbctl.suites import ALL, ALWAYS, BY_NAME, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, Record, TorchTeacher
 from sdbctl.training import Engine, Recipe, Silent
 from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, behind, concealed, served, serving
@@ -355,9 +355,11 @@ def test_noise_on_weights_is_as_strong_as_said(teacher, boxed, transfer, monkeyp
         assert float(noise.square().mean().sqrt()) == pytest.approx(float(expected), rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["reestimated", "pruned"])
-def test_statistics_are_those_of_the_images_at_hand(name, teacher, boxed, transfer, monkeypatch):
-    (net,), attacker = nets_of(name, teacher, boxed, transfer, monkeypatch)
+@pytest.mark.parametrize(("name", "batch"), [("reestimated", 256), ("pruned", 256), ("reestimated", 8)])
+def test_statistics_are_those_of_the_images_at_hand(name, batch, teacher, boxed, transfer, monkeypatch):
+    # of 18 images, three batches of six and none of two, or of one, which has no statistics
+    monkeypatch.setattr(file, "BATCHED", batch)
+    (net,), attacker = nets_of(name, teacher, boxed, transfer.take(range(18)), monkeypatch)
     seen, norm = [], next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     training.predict(net, attacker.view(0), attacker.preprocess, ENGINE)
@@ -1170,6 +1172,54 @@ def test_a_worker_is_timed_with_its_share_of_the_threads():
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def cells_of(made, *rows):
+    attacks = {row: ATTACKS[BY_NAME[row].attack] for row in rows}
+    return [Cell(row, "original" if one.asks else "", one.grid[0], 0, True) for row, one in attacks.items()]
+
+
+def test_the_last_student_has_the_threads_of_the_others(work, splits, boxed, monkeypatch):
+    # sums are rounded by the number of threads, and a killed run must go on to the same students
+    made, threads = bench(work, splits, boxed, "quick"), []
+    made = replace(made, config=replace(made.config, jobs=2))
+
+    def run(self, cell):
+        threads.append(torch.get_num_threads())
+        return Outcome(50.0, 50.0, 1.0, 0, memory=7 * 2**40)
+
+    monkeypatch.setattr(Bench, "run", run)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        run_cells(made, cells_of(made, "cross_entropy"), None, Silent())
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2]
+    assert made.spent.memory == 7 * 2**40
+
+
+def test_a_student_that_fails_does_not_cost_the_others(work, splits, boxed, monkeypatch, tmp_path):
+    made = bench(work, splits, boxed, "quick")
+
+    def run(self, cell):
+        if cell.row == "label_smoothing":
+            raise UsageError("weights are no numbers", "lower the rate")
+        return Outcome(50.0, 50.0, 1.0, 0)
+
+    monkeypatch.setattr(Bench, "run", run)
+    with pytest.raises(UsageError, match=r"^label_smoothing: weights are no numbers; lower the rate$"):
+        run_cells(made, cells_of(made, "label_smoothing", "cross_entropy", "class_constant"), tmp_path, Silent())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_teacher_whose_answers_are_on_record_is_not_opened(work, splits, boxed, monkeypatch, tmp_path):
+    made = bench(work, splits, boxed, "quick", answers=tmp_path)
+    one, opened = cells_of(made, "kd_original")[0], []
+    real = Source.open
+    monkeypatch.setattr(Source, "open", lambda *all: opened.append(1) or real(*all))
+    first, again = made.run(one), made.run(one)
+    assert len(opened) == 1 and first.digest == again.digest
 
 
 def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, pattern, monkeypatch):

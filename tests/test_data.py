@@ -626,7 +626,7 @@ def test_image_sets():
 @pytest.mark.gpu
 def test_batches_on_a_gpu_do_not_wait():
     gpu, images = torch.device("cuda"), image_set(64)
-    list(data.batches(images, plain(), batch_size=8, device=gpu, generator=None, augment=None, shuffle=False))
+    list(data.batches(images, plain(), batch_size=8, device=gpu))
     for generator in (seeded(1), torch.Generator(gpu).manual_seed(1)):
         stream = data.batches(images, plain(), batch_size=8, device=gpu, generator=generator, augment="crop-flip",
                               shuffle=True)  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, losses, metrics, models, onnxfile, training
+from sdbctl import boxfile, data, evaluate, losses, metrics, models, onnxfile, sources, training
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.soft import METHODS
@@ -62,9 +62,7 @@ ENGINE = Engine(CPU)
 
 
 def first_batch(images, preprocess, size):
-    return next(
-        data.batches(images, preprocess, batch_size=size, device=CPU, generator=None, augment="none", shuffle=False)
-    )
+    return next(data.batches(images, preprocess, batch_size=size, device=CPU))
 
 
 @pytest.fixture
@@ -372,6 +370,29 @@ class StopAfterTwo(Silent):
             raise KeyboardInterrupt
 
 
+def test_students_of_other_wrong_patterns_are_not_taken_for_these(work, monkeypatch):
+    # patterns are drawn one after another: one percentage more, and those behind it are others
+    def found():
+        return gather(open_model(work / "boxed.safetensors", "cpu"), Key.load(work / "k.bin"), None, None, [], CPU)
+
+    usual = found()
+    monkeypatch.setattr(sources, "NEAR_PERCENT", (55, *sources.NEAR_PERCENT))
+    other = found()
+    assert usual["wrong"].sha256 == other["wrong"].sha256
+    assert usual["near_90"].sha256 != other["near_90"].sha256
+
+
+def test_what_is_said_of_a_box_is_said_in_full_precision(work, digits, splits):
+    # it is served so, and what it leaves of other classes may be less than bf16 tells apart
+    original, key = boxfile.load(work / "teacher.safetensors"), Key.load(work / "k.bin")
+    task = Task("digits", digits.classes, splits, original.meta.preprocess, replace(ENGINE, precision="bf16"))
+    made = box(original, original.net, [key], task, BoxConfig(recipe=Recipe(epochs=2, batch_size=128, lr=0.01)))
+    exactly = predict(made.model.net, splits.test, original.meta.preprocess, ENGINE)
+    assert made.measured["residual"] == metrics.residual(exactly)
+    coarsely = predict(made.model.net, splits.test, original.meta.preprocess, task.engine)
+    assert made.measured["residual"] != metrics.residual(coarsely)
+
+
 def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits, tmp_path):
     original, key, state = boxfile.load(work / "teacher.safetensors"), Key.load(work / "k.bin"), tmp_path / "state"
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
@@ -407,6 +428,16 @@ def test_a_resumed_box_with_a_memory_ends_like_an_uninterrupted_one(work, digits
         box(original, original.net, [key], task, config, progress=StopAfterTwo(), resume_from=state)
     resumed = box(original, original.net, [key], task, config, resume_from=state)
     assert all(torch.equal(whole.state_dict[name], resumed.state_dict[name]) for name in whole.state_dict)
+
+
+def test_a_state_of_another_kind_of_device_is_not_called_damaged(splits, tmp_path):
+    path = tmp_path / "state"
+    train(splits, Recipe(epochs=2), path)
+    state = torch.load(path, weights_only=True)
+    state["identity"]["device"], state["generator"] = "cuda", torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, path)
+    with pytest.raises(BadInput, match=r"other settings \(device cuda, not cpu\)"):
+        train(splits, Recipe(epochs=2), path)
 
 
 def test_a_damaged_resume_file_is_refused(splits, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ from sdbctl.training import place, scaled, seeded
 
 TUNE_EPOCHS, TUNE_STEPS = 10, 300
 """How long, at least, an attacker trains the box itself."""
+BATCHED = 256
+"""Images of a batch that statistics of BatchNorm are taken from, at most."""
 FEW = 256
 """Images below which statistics of BatchNorm are not to be had from them."""
 
@@ -144,16 +147,11 @@ def _reestimate(attacker: Attacker, net: nn.Module) -> None:
             module.reset_running_stats()
             module.momentum = None
     net.train()
+    # alike in size: each counts the same, and a single image has no statistics
+    count = len(attacker.images)
+    size = math.ceil(count / math.ceil(count / BATCHED))
     with torch.no_grad(), attacker.engine.autocast():
-        for batch in batches(
-            attacker.view(0),
-            attacker.preprocess,
-            batch_size=256,
-            device=attacker.engine.device,
-            generator=None,
-            augment="none",
-            shuffle=False,
-        ):
+        for batch in batches(attacker.view(0), attacker.preprocess, batch_size=size, device=attacker.engine.device):
             net(batch.x)
     net.eval()
 

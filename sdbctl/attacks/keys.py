@@ -138,8 +138,8 @@ def inverted(attacker: Attacker, config: Config) -> None:
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            reached.append(-loss.item())
-        return sum(reached[-SMOOTHED:])
+            reached.append(-loss.detach())
+        return float(torch.stack(reached[-SMOOTHED:]).sum())
 
     with seeded(attacker.recipe.seed):
         rounds = int(config["rounds"])

@@ -101,15 +101,17 @@ def recalibrated(attacker: Attacker, config: Config) -> None:
 def between(attacker: Attacker, epoch: int) -> ImageSet:
     """Convex combinations of two images each (mixup, Zhang et al., ICLR 2018): queries between the data points."""
     images = attacker.view(epoch)
+    pixels = images.pixels
     generator = torch.Generator().manual_seed(epoch % attacker.views)
     share = torch.rand(len(images), 1, 1, 1, generator=generator)
     other = torch.randperm(len(images), generator=generator)
-    return changed(images, lambda some, p: share[p] * some + (1 - share[p]) * images.pixels[other[p]])
+    return changed(images, lambda some, p: share[p] * some + (1 - share[p]) * pixels[other[p]])
 
 
 def pasted(attacker: Attacker, epoch: int) -> ImageSet:
     """Images with a rectangle of another image (CutMix, Yun et al., ICCV 2019)."""
     images = attacker.view(epoch)
+    pixels = images.pixels
     generator = torch.Generator().manual_seed(epoch % attacker.views)
     n, (_, h, w) = len(images), images.shape
     side = (1 - torch.rand(n, generator=generator)).sqrt()
@@ -121,7 +123,7 @@ def pasted(attacker: Attacker, epoch: int) -> ImageSet:
 
     def paste(some: Tensor, p: slice) -> Tensor:
         inside = (inside_rows[p, :, None] & inside_columns[p, None, :])[:, None]
-        return torch.where(inside, images.pixels[other[p]], some)
+        return torch.where(inside, pixels[other[p]], some)
 
     return changed(images, paste)
 

@@ -131,9 +131,9 @@ def batches(
     *,
     batch_size: int,
     device: torch.device,
-    generator: torch.Generator | None,
-    augment: str | None,
-    shuffle: bool,
+    generator: torch.Generator | None = None,
+    augment: str | None = None,
+    shuffle: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Iterate over a set once.
@@ -195,17 +195,20 @@ def _chunks(order: Tensor, size: int) -> list[Tensor]:
 
 def _fetch(images: ImageSet, chunks: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield positions int64 [B], pixels uint8 [B, C, H, W] and labels int64 [B], all on the device."""
-    labels, positions = images.labels.to(device), images.positions.to(device)
+    labels = images.labels.to(device)
     if isinstance(images.source, Memory):
-        pixels = images.source.on(device)
+        pixels, positions = images.source.on(device), images.positions.to(device)
         for chunk in chunks:
             yield chunk, pixels[positions[chunk]], labels[chunk]
         return
     from torch.utils.data import DataLoader
 
     workers = min(cores(), len(chunks)) if cores() > 1 else 0
+    # all at once: a GPU would have to be waited for at each chunk
+    order = torch.cat([torch.empty(0, dtype=torch.long, device=device), *chunks]).cpu()
+    wanted = [some.tolist() for some in torch.split(images.positions[order], [len(chunk) for chunk in chunks])]
     loader: Any = DataLoader(
-        _Decoded(images.source, [positions[chunk].tolist() for chunk in chunks]),
+        _Decoded(images.source, wanted),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",

@@ -160,19 +160,18 @@ class ImageSet:
                 f"{len(self):,} images of {sized(self.shape)} take {size / 2**30:.1f} GiB of memory",
                 "use fewer; --transfer-size has the attacker's",
             )
+        if isinstance(self.source, Memory):
+            return ImageSet.of(self.pixels, self.labels, self.name)
         pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
 
         def fill(start: int) -> None:
             for index in range(start, min(start + 256, len(self))):
                 pixels[index] = self[index]
 
-        if isinstance(self.source, Memory):
-            pixels.copy_(self.pixels)
-        else:
-            # decoding a small image hardly leaves the interpreter, where threads only wait for each other
-            with ThreadPoolExecutor(1 if min(self.shape[1:]) < THREADED else cores()) as pool:
-                for _ in pool.map(fill, range(0, len(self), 256)):
-                    pass
+        # decoding a small image hardly leaves the interpreter, where threads only wait for each other
+        with ThreadPoolExecutor(1 if min(self.shape[1:]) < THREADED else cores()) as pool:
+            for _ in pool.map(fill, range(0, len(self), 256)):
+                pass
         return ImageSet.of(pixels, self.labels, self.name)
 
     @functools.cached_property
@@ -194,7 +193,9 @@ class ImageSet:
     def digest(self) -> str:
         """Hash of the pixels of a set in memory, in order."""
         content = self.pixels.contiguous()
-        return hashlib.sha256(f"{tuple(content.shape)}".encode() + content.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{tuple(content.shape)}".encode())
+        digest.update(content.numpy().data)  # not copied first
+        return digest.hexdigest()
 
     def unlabelled(self) -> ImageSet:
         """The same images with −1 for every label."""
