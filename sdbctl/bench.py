@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdbctl import boxfile, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.kd import soft_labels
-from sdbctl.box import BoxConfig, Task, box_step, plain_step
+from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.boxfile import Metadata
 from sdbctl.cells import Bench, Source, as_worker
 from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
@@ -96,7 +96,7 @@ def measure(
         config = BoxConfig(name)
         trainable, frozen = config.trainable_and_frozen()
         floors[f"box {name}"] = (3 * trainable + frozen) / 3
-        runs[f"box {name}"] = _trainer(net, box_step(net, net, net, [key], task, config), batch, engine)
+        runs[f"box {name}"] = _trainer(net, BoxStep(net, net, net, [key], task, config), batch, engine)
     with tempfile.TemporaryDirectory() as folder:
         meta = Metadata("teacher", arch, names, preprocess)
         as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")

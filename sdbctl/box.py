@@ -14,21 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, metrics, models
-from sdbctl.attacks.keys import keyed as mixed_with
-from sdbctl.attacks.keys import public_keys
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
 from sdbctl.errors import BadInput, UsageError, check_known
-from sdbctl.key import Key, embed, ids_of, near
+from sdbctl.key import Key, embed, ids_of
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
+from sdbctl.patterns import SHORT, WrongKeys, mixed_with, public_keys
 from sdbctl.training import (
     Engine,
     Progress,
     Recipe,
     Resume,
-    Step,
     accuracy,
     digest,
     exact,
@@ -379,10 +377,10 @@ def box(
     if OBJECTIVES[config.objective].needs_random:
         with seeded(config.recipe.seed):
             random = models.build(original.architecture, original.classes, original.channels)
-    memory = remembered(reference, task) if OBJECTIVES[config.objective].needs_memory else None
+    step = BoxStep(teacher, reference, random, keys, task, config)
     fit(
         net,
-        box_step(teacher, reference, random, keys, task, config, memory),
+        step,
         data.owner,
         task.preprocess,
         config.recipe,
@@ -392,7 +390,7 @@ def box(
         resume_from=Resume(resume_from, {**meta.run, "reference": digest(reference)}) if resume_from else None,
         after_epoch=watch,
         record=True,
-        memory=memory,
+        kept=step.kept,
     )
     seconds = time.perf_counter() - begin
     # in full precision, as a box is served
@@ -438,69 +436,91 @@ def plain_step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     return {"label": cross_entropy(model(batch.x), batch.y)}
 
 
-def box_step(
-    teacher: nn.Module,
-    reference: nn.Module,
-    random: nn.Module | None,
-    keys: Sequence[Key],
-    task: Task,
-    config: BoxConfig,
-    memory: Tensor | None = None,
-) -> Step:
+class BoxStep:
     """The step that trains a box: public and keyed branch in one forward pass, all other networks frozen.
 
-    The key opens the answers of ``teacher``, which may be the reference itself. ``random``, with fresh weights for
-    SDB's knowledge augmentation, is asked only by objectives that need it, as is ``memory``, by default that of
-    :func:`remembered`. Each image of a batch is seen with the next key.
-    """
-    objective, parameters = OBJECTIVES[config.objective], config.resolved()
-    engine, preprocess = task.engine, task.preprocess
-    frozen = _frozen(reference, engine)
-    teaching = frozen if teacher is reference else _frozen(teacher, engine)
-    secrets = torch.stack([key.pattern(preprocess.size) for key in keys]).to(engine.device)
-    patterns = preprocess(secrets)
-    fresh = _frozen(random, engine) if random is not None and objective.needs_random else None
-    misleading = adversarial(frozen, task) if objective.needs_adversarial else None
-    if objective.needs_memory and memory is None:
-        memory = remembered(frozen, task)
-    strength, short = config.strength, secrets[0].numel() < SHORT
+    Each image of a batch is seen with the next key.
 
-    def step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        # at least one image is left that labels and confidences are learned from
-        x, wrong = batch.x, min(round(config.wrong_share * len(batch.x)), len(batch.x) - 1)
-        turn = torch.arange(len(x), device=x.device) % len(keys)
-        keyed = embed(x, patterns[turn], strength)
-        with torch.no_grad(), engine.autocast():
-            shown = frozen(x).float()
-            taught = shown if teaching is frozen else teaching(x).float()
-            other = fresh(keyed).float() if fresh else None
-        public = (
-            torch.cat([_wrongly_keyed(x[:wrong], secrets, turn[:wrong], strength, preprocess), x[wrong:]])
-            if wrong
-            else x
-        )
-        outputs = model(torch.cat([public, keyed])).float()
-        clean, unlocked = outputs.chunk(2)
+    Args:
+        teacher: Whose answers the key opens; it may be the reference itself.
+        reference: N_ft.
+        random: A network with fresh weights for SDB's knowledge augmentation, or None; asked by objectives that need
+            it.
+        keys: The secret keys.
+        task: The owner's data.
+        config: How to box.
+
+    Attributes:
+        kept: What the step changes beside the model, and so part of the state of a run.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        reference: nn.Module,
+        random: nn.Module | None,
+        keys: Sequence[Key],
+        task: Task,
+        config: BoxConfig,
+    ) -> None:
+        self.config, self.engine, self.preprocess = config, task.engine, task.preprocess
+        self.objective, self.parameters = OBJECTIVES[config.objective], config.resolved()
+        self.reference = _frozen(reference, task.engine)
+        self.teacher = self.reference if teacher is reference else _frozen(teacher, task.engine)
+        self.random = _frozen(random, task.engine) if random is not None and self.objective.needs_random else None
+        self.misleading = adversarial(self.reference, task) if self.objective.needs_adversarial else None
+        self.memory = remembered(self.reference, task) if self.objective.needs_memory else None
+        secrets = torch.stack([key.pattern(task.preprocess.size) for key in keys]).to(task.engine.device)
+        self.patterns = task.preprocess(secrets)
+        with seeded(config.recipe.seed):
+            most = self._wrong(config.recipe.batch_size)
+            self.wrong_keys = WrongKeys(secrets, config.strength, task.preprocess, most)
+        self.kept = [some for some in (self.wrong_keys.rising, self.memory) if some is not None and len(some)]
+
+    def _wrong(self, images: int) -> int:
+        """How many images of a batch get a wrong key: at least one is left to learn labels and confidences from."""
+        return min(round(self.config.wrong_share * images), images - 1)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """The objective's terms of one batch."""
+        x, wrong = batch.x, self._wrong(len(batch.x))
+        turn = torch.arange(len(x), device=x.device) % len(self.patterns)
+        keyed = embed(x, self.patterns[turn], self.config.strength)
+        with torch.no_grad(), self.engine.autocast():
+            shown = self.reference(x).float()
+            taught = shown if self.teacher is self.reference else self.teacher(x).float()
+            other = self.random(keyed).float() if self.random else None
+        public = torch.cat([self.wrong_keys(x[:wrong], turn[:wrong]), x[wrong:]]) if wrong else x
+        clean, unlocked = model(torch.cat([public, keyed])).float().chunk(2)
         misled = None
-        if misleading is not None:
+        if self.misleading is not None:
             model.eval()
             with torch.no_grad():
-                misled = model(preprocess(misleading[batch.index].float() / 255)).float()
+                misled = model(self.preprocess(self.misleading[batch.index].float() / 255)).float()
             model.train()
         predicted = shown.argmax(1)
         confidence = shown.softmax(1).gather(1, predicted[:, None]).squeeze(1)
-        offset, confidence = disturbed(predicted, confidence, shown.shape[1], config.disturb)
-        tau = HIGHEST ** torch.rand((), device=x.device) if memory is not None else 1.0
+        offset, confidence = disturbed(predicted, confidence, shown.shape[1], self.config.disturb)
         views = Views(
-            clean, unlocked, shown, taught, other, misled, batch.y, offset, confidence, memory, tau, wrong, short
+            clean,
+            unlocked,
+            shown,
+            taught,
+            other,
+            misled,
+            batch.y,
+            offset,
+            confidence,
+            self.memory,
+            HIGHEST ** torch.rand((), device=x.device) if self.memory is not None else 1.0,
+            wrong,
+            self.wrong_keys.short,
         )
-        terms = objective.terms(views, parameters)
-        if memory is not None:
-            place_of = torch.randint(0, memory.shape[1], (len(x) - wrong,), device=x.device)
-            memory[batch.y[wrong:], place_of] = clean[wrong:].detach()
+        terms = self.objective.terms(views, self.parameters)
+        if self.memory is not None:
+            place_of = torch.randint(0, self.memory.shape[1], (len(x) - wrong,), device=x.device)
+            self.memory[batch.y[wrong:], place_of] = clean[wrong:].detach()
         return terms
-
-    return step
 
 
 def remembered(net: nn.Module, task: Task) -> Tensor:
@@ -569,34 +589,6 @@ def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: flo
     share = even + strength * (0.99 - even)
     lowest = share / (1 + share) + 0.03
     return decoy_offset(predicted, classes, share), (confidence * (1 - 0.45 * strength)).clamp(min=lowest)
-
-
-SHORT = 1000
-"""Values of a key below which it can be searched for: one of 64 was found by its answers, one of 3,072 was not."""
-NEAREST = 0.95
-"""Correlation up to which patterns are taught to be wrong keys."""
-ODD = 0.5
-"""Share of the images with a wrong key, where keys are short, that have something else mixed in."""
-
-
-def _wrongly_keyed(x: Tensor, secrets: Tensor, turn: Tensor, strength: float, preprocess: Preprocess) -> Tensor:
-    """Normalised images with patterns whose correlation with the secrets is anything from −1 to :data:`NEAREST`.
-
-    r = NEAREST − (1 + NEAREST)·u³, u uniform: more of those that are nearly right, which are hard to tell from the key.
-    A short key leaves so much room for others that even a pale image may open a box. So there half of the patterns are
-    odd: other images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness.
-    They are mixed in as strongly as anybody may try.
-    """
-    drawn = torch.empty((), device=x.device).uniform_(0.0, 1.0)
-    patterns = near(secrets, NEAREST - (1 + NEAREST) * drawn**3, None)[turn]
-    if secrets[0].numel() >= SHORT:
-        return embed(x, preprocess(patterns), strength)
-    odd, contrast, brightness, weight, kind = torch.rand(5, len(x), 1, 1, 1, device=x.device)
-    image = preprocess.undo(x).roll(1, 0)
-    other = (4 * contrast**2 * (patterns - 0.5) + 1.5 * brightness - 0.25).clamp(0, 1)
-    other = torch.where(kind < 0.25, image, torch.where(kind < 0.5, 1 - image, other))
-    mixed = torch.where(odd < ODD, other, patterns)
-    return embed(x, preprocess(mixed), torch.where(odd < ODD, 1 - 0.7 * weight, strength))
 
 
 def _oddly_keyed(net: nn.Module, images: ImageSet, task: Task) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.attacks.keys import keyed, public_keys
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
 from sdbctl.key import correlation, embed, fingerprint, near
+from sdbctl.patterns import mixed_with, public_keys
 from sdbctl.report import OPEN, RECOVERED, Curve, Interval, KeyStrength, Point, Student
 from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row
 from sdbctl.teacher import KeyedTeacher
@@ -160,7 +160,7 @@ def opened_by_anybody(bench: Bench) -> float | None:
 
     if says(some) > OPEN:
         return None
-    return max(says(keyed(some, *tried)) for tried in public_keys(bench.transfer))
+    return max(says(mixed_with(some, *tried)) for tried in public_keys(bench.transfer))
 
 
 def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:

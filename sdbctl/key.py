@@ -130,11 +130,8 @@ class Key:
         count = math.prod(shape)
         purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + b":"
         stream = hashlib.shake_256(purpose + self._secret).digest(3 * count)
-        parts = np.frombuffer(stream, dtype=np.uint8).reshape(count, 3).astype(np.int32)
-        order = (parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]).argsort(kind="stable")
-        values = np.empty(count, dtype=np.float32)
-        values[order] = (np.arange(count) + 0.5) / count
-        return torch.from_numpy(values.reshape(shape))
+        parts = np.frombuffer(stream, dtype=np.uint8).reshape(*shape, 3).astype(np.int32)
+        return ordered(torch.from_numpy(parts[..., 0] << 16 | parts[..., 1] << 8 | parts[..., 2]))
 
     @property
     def cipher(self) -> AESGCM:
@@ -148,6 +145,20 @@ class Key:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a key cannot be pickled")
+
+
+def ordered(values: Tensor) -> Tensor:
+    """The pattern with the levels that every key has, in the order of some values.
+
+    Args:
+        values: Any [C, H, W] on the CPU; of equal ones the first has the lower level.
+
+    Returns:
+        [C, H, W] float32, equidistant levels in [0, 1].
+    """
+    count, levels = values.numel(), torch.empty(values.numel())
+    levels[values.flatten().argsort(stable=True)] = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
+    return levels.view(values.shape)
 
 
 def ids_of(keys: Sequence[Key]) -> tuple[str, ...]:

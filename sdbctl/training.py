@@ -454,7 +454,7 @@ def fit(
     resume_from: Resume | None = None,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     record: bool = False,
-    memory: Tensor | None = None,
+    kept: Sequence[Tensor] = (),
 ) -> float:
     """Train ``model`` in place.
 
@@ -471,7 +471,7 @@ def fit(
             epoch, so that nothing is lost until the result is saved: then call its ``done``.
         after_epoch: Called after each epoch; what it returns is shown beside the loss terms.
         record: Whether a GPU may record the step and replay it; see :class:`Updater`.
-        memory: What the step changes beside the model, which is part of the state.
+        kept: What the step changes in place beside the model, which is part of the state.
 
     Returns:
         Seconds spent in the training steps.
@@ -508,7 +508,7 @@ def fit(
         ExitStack() as stack,
     ):
         if state is not None and state.exists():
-            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, memory, engine.device)
+            begin_epoch, seconds = _restore(state, identity, model, optimiser, generator, kept, engine.device)
             for group in optimiser.param_groups:
                 # the state may be of a run on another number of devices
                 group["fused"] = record or None
@@ -550,13 +550,13 @@ def fit(
                 extra = after_epoch(epoch)
                 progress.advance(0, extra)
             # what is saved is the first one's, so that a run that goes on is the run that was not stopped
-            if memory is not None:
+            if kept:
                 with team.together():
-                    team.share(memory)
+                    team.share(*kept)
             if state is not None and team.rank() == 0:
                 now = time.perf_counter()
                 if epoch + 1 == recipe.epochs or cost <= max(SAVED_SECONDS, SAVED_SHARE * (now - saved)):
-                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator, memory, engine.device)
+                    _save(state, identity, epoch + 1, seconds, model, optimiser, generator, kept, engine.device)
                     saved = time.perf_counter()
                     cost = saved - now
     model.eval()
@@ -637,7 +637,7 @@ def _save(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
-    memory: Tensor | None,
+    kept: Sequence[Tensor],
     device: torch.device,
 ) -> None:
     state = {
@@ -647,7 +647,7 @@ def _save(
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
         "generator": generator.get_state(),
-        "memory": memory,
+        "kept": list(kept),
         "cpu_rng": torch.random.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
@@ -663,7 +663,7 @@ def _restore(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
-    memory: Tensor | None,
+    kept: Sequence[Tensor],
     device: torch.device,
 ) -> tuple[int, float]:
     try:
@@ -674,8 +674,8 @@ def _restore(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
-        if memory is not None:
-            memory.copy_(state["memory"])
+        for tensor, before_it in zip(kept, state["kept"], strict=True):
+            tensor.copy_(before_it)
         torch.random.set_rng_state(state["cpu_rng"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], device)

@@ -26,7 +26,7 @@ LAYERS = [
     {"suites"},
     {"distill"},
     {"attacks", "objectives", "report"},
-    {"wrappers"},
+    {"wrappers", "patterns"},
     {"teacher"},
     {"boxfile", "training"},
     {"checkpoint", "data", "models", "onnxfile", "seal"},

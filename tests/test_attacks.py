@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol, training
-from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
+from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, queries, soft, staged
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code, run_cells
 from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, correlation, embed
 from sdbctl.metrics import class_only, usual
+from sdbctl.patterns import mixed_with
 from sdbctl.protocol import controlled
 from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, Point, Report, Student
 from sdbctl.sources import gather, open_model, rebuilt, stand_in
@@ -522,7 +523,7 @@ def test_info_nce_against_numpy():
 def test_keyed_images_are_those_of_a_key_holder(transfer):
     pattern = torch.rand(1, 8, 8)
     expected = 0.6 * transfer.pixels + 0.4 * 255 * pattern
-    assert (keys.keyed(transfer, pattern, 0.6).pixels.float() - expected).abs().max() <= 0.5
+    assert (mixed_with(transfer, pattern, 0.6).pixels.float() - expected).abs().max() <= 0.5
 
 
 def test_an_attack_on_the_key_is_judged_by_its_guess(work, boxed, pattern, teacher, transfer):
@@ -1737,7 +1738,7 @@ def test_queries_are_made_piece_by_piece_as_all_at_once(transfer, boxed, monkeyp
 
     def made():
         mixed = [mix(attacker, 1).pixels for mix in (queries.between, queries.pasted)]
-        return torch.stack([*mixed, keys.keyed(transfer, torch.full(transfer.shape, 0.5), 0.7).pixels])
+        return torch.stack([*mixed, mixed_with(transfer, torch.full(transfer.shape, 0.5), 0.7).pixels])
 
     whole = made()
     assert len(transfer) % 7

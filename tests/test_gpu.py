@@ -8,7 +8,7 @@ from torch import nn
 
 from sdbctl import boxfile, models, training
 from sdbctl.attacks import ATTACKS
-from sdbctl.box import BoxConfig, Task, box_step, fine_tune
+from sdbctl.box import BoxConfig, BoxStep, Task, fine_tune
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits
 from sdbctl.distill import build_student, distill
 from sdbctl.key import Key
@@ -61,7 +61,7 @@ def test_a_recorded_box_step_is_the_step(name, disturb):
     t, config = task(), BoxConfig(name, disturb=disturb, wrong_share=0.0)
     torch.manual_seed(0)
     net, other = models.build("resnet8", 10, 3).to(GPU), models.build("resnet8", 10, 3).to(GPU)
-    step = box_step(net, net, other, [Key.generate()], t, config)
+    step = BoxStep(net, net, other, [Key.generate()], t, config)
     batch = batch_of(t.data.owner, t.preprocess)
     (seen, one, update), (plain, two, usual) = (
         updated(step, net, batch, record=True),
@@ -82,7 +82,7 @@ def test_a_recorded_box_step_is_the_step(name, disturb):
 def test_a_recorded_step_draws_wrong_keys_anew():
     t, config = task(), BoxConfig("conceal", wrong_share=1.0)
     net = models.build("resnet8", 10, 3).to(GPU)
-    step = box_step(net, net, None, [Key.generate()], t, config)
+    step = BoxStep(net, net, None, [Key.generate()], t, config)
     seen, _, update = updated(step, net, batch_of(t.data.owner, t.preprocess), record=True, rate=0.0)
     assert update.recorded
     assert len({terms["hide"] for terms in seen[WARM_STEPS:]}) == STEPS - WARM_STEPS

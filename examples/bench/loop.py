@@ -12,7 +12,7 @@ import json
 import torch
 
 from sdbctl import models
-from sdbctl.box import BoxConfig, Task, box_step, plain_step
+from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.data import ImageSet, Preprocess, Splits
 from sdbctl.key import Key
 from sdbctl.training import Engine, Recipe, Step, environment, fit
@@ -28,7 +28,7 @@ def rate(arch: str, images: ImageSet, precision: str, record: bool, batch_size: 
     if box:
         reference, splits = models.build(arch, 10, 3), Splits(images, images, images, images, 0, "")
         task = Task("cifar10", tuple(map(str, range(10))), splits, preprocess, engine)
-        step = box_step(reference, reference, None, [Key.generate()], task, BoxConfig("conceal"))
+        step = BoxStep(reference, reference, None, [Key.generate()], task, BoxConfig("conceal"))
     for _ in range(2):
         seconds = fit(net, step, images, preprocess, recipe, engine, record=record)
     return round(len(images) / seconds)

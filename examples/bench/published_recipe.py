@@ -23,7 +23,7 @@ from torchvision import transforms
 
 from sdbctl import models
 from sdbctl.bench import Cast
-from sdbctl.box import BoxConfig, Task, box_step
+from sdbctl.box import BoxConfig, BoxStep, Task
 from sdbctl.data import ImageSet, Preprocess, Splits, batches
 from sdbctl.key import Key
 from sdbctl.losses import cross_entropy
@@ -100,7 +100,7 @@ def ours(arch: str, pixels: np.ndarray, labels: np.ndarray, key: Key, device: to
     )
     config = BoxConfig("sdb", strength=STRENGTH, wrong_share=0.0)
     original = models.build(arch, 10, 3)
-    step = box_step(original, original, models.build(arch, 10, 3), [key], task, config)
+    step = BoxStep(original, original, models.build(arch, 10, 3), [key], task, config)
     place(net, engine.device).train()
     record = device.type == "cuda"
     generator = torch.Generator(engine.device).manual_seed(0)

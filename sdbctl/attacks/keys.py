@@ -5,8 +5,8 @@ Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,25 +15,23 @@ from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
-from sdbctl.data import ImageSet, changed
-from sdbctl.key import embed
+from sdbctl.data import ImageSet
+from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
+from sdbctl.patterns import SHORT, mixed_with, public_keys
 from sdbctl.teacher import Access
 from sdbctl.training import seeded
 
 SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""
-STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""λ with which patterns that anybody has are tried."""
+SEARCHES = 4
+"""Searches for a short key."""
+REACH = 0.4
+"""How far around a pattern a search looks, in values that are uniform at first."""
 STARTS = 4
 """Random patterns that a white-box search starts from."""
 SMOOTHED = 4
 """Last batches by which it judges them."""
-
-
-def keyed(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
-    """Images mixed with a pattern, as pixels: λx + (1 − λ)·255·K'."""
-    return changed(images, lambda some, _: embed(some.float(), 255 * pattern, strength))
 
 
 def opened(z: Tensor, y: Tensor) -> Tensor:
@@ -42,28 +40,6 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
     Wrong patterns spoil predictions, the right one does not; and only its outputs tell the other classes apart.
     """
     return conceal_spread(z, z.detach().argmax(1)) - cross_entropy(z, y)
-
-
-def public_patterns(images: ImageSet) -> dict[str, Tensor]:
-    """What anybody can mix into an image, by name: [C, H, W] in [0, 1].
-
-    Args:
-        images: One's own.
-    """
-    pixels = images.first(1000).alone().pixels.float() / 255
-    generator = torch.Generator().manual_seed(0)
-    return {
-        **{f"grey {level:g}": torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)},
-        **{f"coins {n}": torch.randint(2, images.shape, generator=generator).float() for n in range(3)},
-        "mean image": pixels.mean(0),
-        **{f"image {n}": image for n, image in enumerate(pixels[:4])},
-        **{f"negative {n}": 1 - image for n, image in enumerate(pixels[:4])},
-    }
-
-
-def public_keys(images: ImageSet) -> list[tuple[Tensor, float]]:
-    """Every one of :func:`public_patterns`, with every strength that it is tried with."""
-    return list(product(public_patterns(images).values(), STRENGTHS))
 
 
 def _with(
@@ -76,14 +52,14 @@ def _with(
     attacker.guess = pattern
     attacker.learn(
         lambda z, answer, y: soft_loss(z, answer, y, config),
-        targets=lambda images: (ask or attacker.ask)(keyed(images, pattern, strength or attacker.strength)),
+        targets=lambda images: (ask or attacker.ask)(mixed_with(images, pattern, strength or attacker.strength)),
     )
 
 
 def _judge(attacker: Attacker, pattern: Tensor, strength: float | None = None) -> float:
     assert attacker.oracle is not None
     some = attacker.images.first(SEARCH_IMAGES)
-    mixed = keyed(some, pattern, strength or attacker.strength)
+    mixed = mixed_with(some, pattern, strength or attacker.strength)
     x = attacker.preprocess(mixed.pixels.to(attacker.engine.device).float() / 255)
     # who has no labels compares with what is predicted without the pattern
     labels = some.labels if attacker.labels else attacker.ask(some).argmax(1)
@@ -105,18 +81,27 @@ def simple_keys(attacker: Attacker, config: Config) -> None:
 
 
 def searched(attacker: Attacker, config: Config) -> None:
-    """Black-box search by natural evolution strategies (Ilyas et al., ICML 2018) for the pattern that opens most."""
+    """Black-box search for the pattern that opens most, by natural evolution strategies (Ilyas et al., ICML 2018).
+
+    What is secret of a key is the order of its levels, so an order is searched for: pale patterns open nothing. Where
+    a key is short, the best of several searches counts.
+    """
     generator = torch.Generator().manual_seed(attacker.recipe.seed)
-    pattern, sigma = torch.full(attacker.preprocess.size, 0.5), 0.2
-    for _ in range(int(config["rounds"])):
-        noise = torch.randn(8, *pattern.shape, generator=generator)
-        gains = [
-            _judge(attacker, (pattern + sigma * n).clamp(0, 1)) - _judge(attacker, (pattern - sigma * n).clamp(0, 1))
-            for n in noise
-        ]
-        slope = (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0)
-        pattern = (pattern + 0.05 * slope.sign()).clamp(0, 1)
-    _with(attacker, pattern, config)
+
+    def search() -> Tensor:
+        values = torch.rand(attacker.preprocess.size, generator=generator)
+        for _ in range(int(config["rounds"])):
+            noise = torch.randn(8, *values.shape, generator=generator)
+            gains = [
+                _judge(attacker, ordered(values + REACH * n)) - _judge(attacker, ordered(values - REACH * n))
+                for n in noise
+            ]
+            slope = (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0)
+            values = values + REACH / 4 * slope.sign()
+        return ordered(values)
+
+    count = SEARCHES if math.prod(attacker.preprocess.size) < SHORT else 1
+    _with(attacker, max((search() for _ in range(count)), key=lambda pattern: _judge(attacker, pattern)), config)
 
 
 def inverted(attacker: Attacker, config: Config) -> None:

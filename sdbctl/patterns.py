@@ -1,0 +1,135 @@
+"""Patterns that are not the secret one: what anybody can mix into an image, and what a box learns to take for wrong."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from sdbctl.data import ImageSet, Preprocess, changed
+from sdbctl.key import embed, near
+
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""λ with which patterns that anybody has are tried."""
+SHORT = 1000
+"""Values of a key below which it can be searched for: keys of 64 were found by their answers, one of 3,072 was not."""
+NEAREST = 0.95
+"""Correlation up to which patterns are taught to be wrong keys."""
+RISING = 1 / 3
+"""Share of the images with a wrong key, where keys are short, whose pattern climbs against the box."""
+RISE = 0.2
+"""Length of a step of such a pattern, as a root mean square of normal variables."""
+LIFE = 60
+"""Mean number of steps after which it begins anew."""
+ODD = 0.5
+"""Share of the other images with a wrong key, where keys are short, that have something else mixed in."""
+
+
+def mixed_with(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
+    """Images mixed with a pattern, as pixels: λx + (1 − λ)·255·K'."""
+    return changed(images, lambda some, _: embed(some.float(), 255 * pattern, strength))
+
+
+def public_patterns(images: ImageSet) -> dict[str, Tensor]:
+    """What anybody can mix into an image, by name: [C, H, W] in [0, 1].
+
+    Args:
+        images: One's own.
+    """
+    pixels = images.first(1000).alone().pixels.float() / 255
+    generator = torch.Generator().manual_seed(0)
+    return {
+        **{f"grey {level:g}": torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)},
+        **{f"coins {n}": torch.randint(2, images.shape, generator=generator).float() for n in range(3)},
+        "mean image": pixels.mean(0),
+        **{f"image {n}": image for n, image in enumerate(pixels[:4])},
+        **{f"negative {n}": 1 - image for n, image in enumerate(pixels[:4])},
+    }
+
+
+def public_keys(images: ImageSet) -> list[tuple[Tensor, float]]:
+    """Every one of :func:`public_patterns`, with every strength that it is tried with."""
+    return list(product(public_patterns(images).values(), STRENGTHS))
+
+
+class WrongKeys:
+    """Mixes wrong keys into the images that a box is to conceal.
+
+    Most are nearly right, which is hardest to tell from the key: their correlation with it is r = NEAREST −
+    (1 + NEAREST)·u³, u uniform. A short key leaves so much room for others that a search finds patterns that open a
+    box without being near it, and that even a pale image may open one. So there a third of the patterns climb: after
+    each step of training they follow their own gradient of the box's loss, which costs no further pass through the
+    network (as in Shafahi et al., NeurIPS 2019), and begin anew now and then. Half of the others are odd: other
+    images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness. They are
+    mixed in as strongly as anybody may try.
+
+    Args:
+        secrets: Keys [K, C, H, W] in [0, 1].
+        strength: λ of the box.
+        preprocess: Its normalisation.
+        images: The most images of a step.
+
+    Attributes:
+        short: Whether the keys can be searched for.
+        rising: Normal variables [R, C, H, W] of the patterns that climb, changed by each step; R is 0 for long keys.
+    """
+
+    def __init__(self, secrets: Tensor, strength: float, preprocess: Preprocess, images: int) -> None:
+        self.secrets, self.strength, self.preprocess = secrets, strength, preprocess
+        self.short = math.prod(preprocess.size) < SHORT
+        count = round(RISING * images) if self.short else 0
+        self.rising = torch.randn(count, *preprocess.size, device=secrets.device)
+
+    def __call__(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Mix wrong keys into images.
+
+        Args:
+            x: Normalised images [B, C, H, W].
+            turn: Which key [B] each image's pattern resembles.
+
+        Returns:
+            Normalised images [B, C, H, W]. Their gradient moves the patterns that climb.
+        """
+        if not self.short:
+            # one pattern a key and step are as many as are needed
+            u = torch.empty((), device=x.device).uniform_(0.0, 1.0)
+            return self._mixed(x, near(self.secrets, NEAREST - (1 + NEAREST) * u**3, None)[turn], self.strength)
+        climbing = min(len(self.rising), round(RISING * len(x)))
+        risen = self._mixed(x[:climbing], self._risen(climbing), self.strength)
+        x, turn = x[climbing:], turn[climbing:]
+        u, odd, contrast, brightness, weight, kind = torch.rand(6, len(x), 1, 1, 1, device=x.device)
+        patterns = near(self.secrets[turn], NEAREST - (1 + NEAREST) * u**3, None)
+        image = self.preprocess.undo(x).roll(1, 0)
+        other = (4 * contrast**2 * (patterns - 0.5) + 1.5 * brightness - 0.25).clamp(0, 1)
+        other = torch.where(kind < 0.25, image, torch.where(kind < 0.5, 1 - image, other))
+        strength = torch.where(odd < ODD, 1 - 0.7 * weight, self.strength)
+        return torch.cat([risen, self._mixed(x, torch.where(odd < ODD, other, patterns), strength)])
+
+    def _mixed(self, x: Tensor, patterns: Tensor, strength: float | Tensor) -> Tensor:
+        return embed(x, self.preprocess(patterns), strength)
+
+    def _risen(self, count: int) -> Tensor:
+        """Patterns [N, C, H, W] in [0, 1] that climb as soon as their gradient is known."""
+        rising, shape = self.rising[:count], (-1, 1, 1, 1)
+        fresh, old = torch.randn_like(rising), torch.rand(count, device=rising.device) < 1 / LIFE
+        leaf = rising.clone().requires_grad_()
+
+        def climb(slope: Tensor) -> None:
+            size = slope.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-20)
+            moved = _standard(rising + RISE * slope / size)
+            # what has come to a key is no wrong one
+            likeness = torch.einsum("nchw,kchw->nk", _standard(torch.special.ndtr(moved)), _standard(self.secrets))
+            found = likeness.amax(1) > NEAREST * moved[0].numel()
+            rising.copy_(torch.where((old | found).view(shape), fresh, moved))
+
+        leaf.register_hook(climb)  # type: ignore[no-untyped-call]
+        patterns: Tensor = torch.special.ndtr(leaf)
+        return patterns
+
+
+def _standard(values: Tensor) -> Tensor:
+    """Each of [N, C, H, W] with mean 0 and mean square 1."""
+    centred = values - values.mean((1, 2, 3), keepdim=True)
+    return centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)

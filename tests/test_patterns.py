@@ -1,0 +1,77 @@
+"""Wrong keys: what is mixed into the images that a box conceals."""
+
+import pytest
+import torch
+
+from sdbctl.data import Preprocess
+from sdbctl.key import Key, correlation
+from sdbctl.patterns import NEAREST, RISING, WrongKeys
+
+SHORT, LONG = (1, 8, 8), (3, 32, 32)
+
+
+def wrong_keys(size, images, keys=1):
+    preprocess = Preprocess((0.5,) * size[0], (0.5,) * size[0], size)
+    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(keys)])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = WrongKeys(secrets, 0.7, preprocess, images)
+
+    def on_black(images):
+        """Of a black image with a wrong key only three tenths of the pattern are left."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            turn = torch.arange(images) % keys
+            return preprocess.undo(made(preprocess(torch.zeros(images, *size)), turn))
+
+    return made, on_black, secrets
+
+
+def test_a_short_key_is_told_from_any_pattern():
+    made, on_black, (secret,) = wrong_keys(SHORT, 4000)
+    others = on_black(4000)[len(made.rising) :].detach()
+    assert len(others) == 4000 - round(RISING * 4000)
+    assert 0 <= others.min() < 0.01 and 0.6 < others.max() <= 0.7001
+    assert (others.std((1, 2, 3)) < 0.01).any() and (others.std((1, 2, 3)) > 0.25).any()
+    # of the odd half a quarter is mixed with another image, black as well
+    assert (others.amax((1, 2, 3)) < 1e-6).float().mean() == pytest.approx(1 / 8, abs=0.03)
+    # each image has a pattern of its own, most of them near the key, none too near
+    likeness = torch.tensor([correlation(pattern, secret) for pattern in others[:500]])
+    assert 0.2 < (likeness > 0.5).float().mean() < 0.6
+    assert 0.9 < likeness.max() < NEAREST + 0.02
+
+
+def test_long_keys_have_one_wrong_pattern_a_step():
+    made, on_black, _ = wrong_keys(LONG, 100, keys=2)
+    mixed = on_black(100)
+    assert len(made.rising) == 0 and not mixed.requires_grad
+    assert torch.equal(mixed[0::2], mixed[:1].expand(50, *LONG))
+    assert (mixed[0] - mixed[1]).abs().max() > 0.1
+
+
+def test_patterns_of_short_keys_climb_the_loss():
+    made, on_black, _ = wrong_keys(SHORT, 30)
+    before = made.rising.clone()
+    goal = (torch.arange(64) % 2).view(SHORT).float()
+    on_black(30)
+    assert torch.equal(made.rising, before), "without a gradient nothing moves"
+    for _ in range(40):
+        (on_black(30)[:10] * goal).sum().backward()
+    # all but those that began anew
+    assert sorted(correlation(torch.special.ndtr(one), goal) for one in made.rising)[3] > 0.9
+    assert torch.allclose(made.rising.mean((1, 2, 3)), torch.zeros(10), atol=0.5)
+
+
+def test_a_pattern_that_has_climbed_to_a_key_begins_anew():
+    made, on_black, secrets = wrong_keys(SHORT, 30, keys=2)
+    made.rising[:] = torch.special.ndtri(secrets[1])
+    on_black(30).sum().backward()
+    assert max(correlation(torch.special.ndtr(one), secret) for one in made.rising for secret in secrets) < 0.7
+
+
+def test_a_smaller_batch_moves_fewer_patterns():
+    made, on_black, _ = wrong_keys(SHORT, 30)
+    before = made.rising.clone()
+    on_black(9).sum().backward()
+    moved = (made.rising != before).flatten(1).any(1)
+    assert moved.tolist() == [True] * 3 + [False] * 7
