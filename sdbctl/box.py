@@ -53,8 +53,6 @@ PGD_STEPS = 10
 """A quarter of the published number, with steps four times as large."""
 TEACHERS = ("reference", "original", "assistant")
 """Whose answers the key may open."""
-DIVISORS = ("temperature", "limit")
-"""Parameters of objectives that something is divided by."""
 LARGEST = 1_000_000
 """What no parameter of an objective may exceed: losses would overflow."""
 
@@ -90,6 +88,7 @@ class BoxConfig:
             raise UsageError(f"disturb is {self.disturb}", "use a number from 0 (off) to 1")
         if not 0 <= self.wrong_share <= 1:
             raise UsageError(f"wrong share is {self.wrong_share}", "use a number from 0 to 1")
+        self.resolved()
         if not self.keyed and self.teacher == "assistant":
             raise UsageError(
                 "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
@@ -117,8 +116,7 @@ class BoxConfig:
     @property
     def keyed(self) -> bool:
         """Whether the key opens the answers of a teacher."""
-        parameters = self.resolved()
-        return bool(getattr(parameters, "preserve", getattr(parameters, "teach", 1.0)))
+        return bool(getattr(self.resolved(), OBJECTIVES[self.objective].keyed))
 
     def resolved(self) -> Any:
         """The objective's parameter dataclass, filled in.
@@ -126,18 +124,17 @@ class BoxConfig:
         Raises:
             UsageError: A parameter is unknown, or out of range.
         """
-        kind = OBJECTIVES[self.objective].parameters
-        known = [item.name for item in fields(kind)]
+        objective = OBJECTIVES[self.objective]
+        known = [item.name for item in fields(objective.parameters)]
         for name, value in self.parameters.items():
             if name not in known:
                 raise UsageError(f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known)}")
-            divides = name in DIVISORS
-            # the direction of a term is no weight
-            fits = name == "away" or (value > 0 if divides else value >= 0)
+            divides = name in objective.divisors
+            fits = name in objective.signed or (value > 0 if divides else value >= 0)
             if not (fits and abs(value) <= LARGEST):
                 least = "above 0" if divides else "from 0"
                 raise UsageError(f"{name} of {self.objective} is {value:g}", f"use a number {least} to {LARGEST:,}")
-        return kind(**self.parameters)
+        return objective.parameters(**self.parameters)
 
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""

@@ -75,13 +75,13 @@ def test_the_command_line_imports_no_torch():
 def test_what_a_shell_completes_is_what_there_is():
     from sdbctl.attacks.soft import METHODS
     from sdbctl.box import TEACHERS
-    from sdbctl.cli.listing import entries
+    from sdbctl.cli.listing import TOPICS
     from sdbctl.cli.names import NAMES
     from sdbctl.data import PRESETS
     from sdbctl.training import Engine
     from sdbctl.wrappers import CONFIDENCES
 
-    listed = {topic: list(entries(topic)) for topic in ("objectives", "students", "suites", "wrappers", "data")}
+    listed = {topic: list(TOPICS[topic]()) for topic in TOPICS if topic != "attacks"}
     listed["students"] = [name for name in listed["students"] if name not in ("wrn-D-K", "…")]
     listed["data"] = [name.removesuffix("PATH") for name in listed["data"]]
     precisions = get_args(get_type_hints(Engine)["precision"])
@@ -114,6 +114,13 @@ def test_a_shell_completes_values(words, offered):
     words = f"sdbctl {words}"
     asked = {"_SDBCTL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     assert typer.testing.CliRunner().invoke(cli.app, [], prog_name="sdbctl", env=asked).stdout.split() == offered
+
+
+def test_what_objectives_say_of_their_parameters_is_of_parameters_they_have():
+    from sdbctl.objectives import OBJECTIVES
+
+    for objective in OBJECTIVES.values():
+        assert {objective.keyed, *objective.divisors, *objective.signed} <= vars(objective.parameters()).keys()
 
 
 def test_nobody_imports_click():

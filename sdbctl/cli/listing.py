@@ -11,7 +11,61 @@ from sdbctl.cli import options as o
 from sdbctl.cli.output import emit, pairs
 from sdbctl.errors import check_known
 
-TOPICS = ("objectives", "attacks", "students", "suites", "wrappers", "data")
+
+def _objectives() -> dict[str, str]:
+    from sdbctl.objectives import OBJECTIVES
+
+    def line(name: str) -> str:
+        one = OBJECTIVES[name]
+        parameters = " ".join(f"{key}={value:g}" for key, value in asdict(one.parameters()).items())
+        presets = ", ".join(f"{name}:{preset}" for preset in one.presets if preset != "default")
+        return f"{one.summary} [{parameters}, each by --set]" + (f" [{presets}]" if presets else "")
+
+    return {name: line(name) for name in OBJECTIVES}
+
+
+def _attacks() -> dict[str, str]:
+    from sdbctl.attacks import ATTACKS
+
+    return {
+        name: f"{attack.summary} ({attack.source}) [{attack.access.name.lower()}{', labels' if attack.labels else ''}]"
+        for name, attack in ATTACKS.items()
+    }
+
+
+def _students() -> dict[str, str]:
+    from sdbctl import models
+
+    return {**models.students(), "…": "any torchvision classifier by its name, such as resnet18"}
+
+
+def _suites() -> dict[str, str]:
+    from sdbctl.suites import SUITES
+
+    return {name: suite.summary for name, suite in SUITES.items()}
+
+
+def _wrappers() -> dict[str, str]:
+    from sdbctl.wrappers import WRAPPERS
+
+    return {name: (wrapper.__doc__ or "").partition("\n")[0] for name, wrapper in WRAPPERS.items()}
+
+
+def _data() -> dict[str, str]:
+    from sdbctl.data import sources
+
+    return sources()
+
+
+TOPICS = {
+    "objectives": _objectives,
+    "attacks": _attacks,
+    "students": _students,
+    "suites": _suites,
+    "wrappers": _wrappers,
+    "data": _data,
+}
+"""Names and one line each, straight from the registries."""
 
 
 def list_(
@@ -20,42 +74,5 @@ def list_(
 ) -> None:
     """Show the objectives, attacks, students, suites, serving-time wrappers and data sources that there are."""
     check_known("topic", topic, (*TOPICS, "all"))
-    tables = {name: entries(name) for name in (TOPICS if topic == "all" else (topic,))}
+    tables = {name: TOPICS[name]() for name in (TOPICS if topic == "all" else (topic,))}
     emit(tables, json_, *(pairs(f"\n{name}", rows) for name, rows in tables.items()))
-
-
-def entries(topic: str) -> dict[str, str]:
-    """Names and one line each, straight from the registry."""
-    if topic == "objectives":
-        from sdbctl.objectives import OBJECTIVES
-
-        def line(name: str) -> str:
-            one = OBJECTIVES[name]
-            parameters = " ".join(f"{key}={value:g}" for key, value in asdict(one.parameters()).items())
-            presets = ", ".join(f"{name}:{preset}" for preset in one.presets if preset != "default")
-            return f"{one.summary} [{parameters}, each by --set]" + (f" [{presets}]" if presets else "")
-
-        return {name: line(name) for name in OBJECTIVES}
-    if topic == "attacks":
-        from sdbctl.attacks import ATTACKS
-
-        return {
-            name: f"{attack.summary} ({attack.source}) "
-            f"[{attack.access.name.lower()}{', labels' if attack.labels else ''}]"
-            for name, attack in ATTACKS.items()
-        }
-    if topic == "suites":
-        from sdbctl.suites import SUITES
-
-        return {name: suite.summary for name, suite in SUITES.items()}
-    if topic == "wrappers":
-        from sdbctl.wrappers import WRAPPERS
-
-        return {name: (wrapper.__doc__ or "").partition("\n")[0] for name, wrapper in WRAPPERS.items()}
-    if topic == "students":
-        from sdbctl import models
-
-        return {**models.students(), "…": "any torchvision classifier by its name, such as resnet18"}
-    from sdbctl.data import sources
-
-    return sources()

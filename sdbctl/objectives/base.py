@@ -80,6 +80,9 @@ class Objective:
         parameters: The frozen dataclass of its parameters; field names are option names.
         terms: The loss: a pure function of the views and the parameters.
         presets: Named settings; every objective has ``default``.
+        keyed: The parameter that weighs the keyed branch; at 0 the key opens nothing.
+        divisors: Parameters that something is divided by, and so above 0.
+        signed: Parameters that may be negative.
         needs_random: Whether it looks at a randomly initialised network.
         needs_adversarial: Whether it looks at adversarial images.
         needs_memory: Whether it looks at the box's recent logits of each class.
@@ -89,6 +92,9 @@ class Objective:
     parameters: type
     terms: Callable[[Views, Any], Terms]
     presets: Mapping[str, Preset]
+    keyed: str = "preserve"
+    divisors: tuple[str, ...] = ("temperature",)
+    signed: tuple[str, ...] = ()
     needs_random: bool = False
     needs_adversarial: bool = False
     needs_memory: bool = False

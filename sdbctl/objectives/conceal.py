@@ -84,4 +84,5 @@ CONCEAL = Objective(
     ConcealParameters,
     terms,
     presets={"default": Preset()},
+    keyed="teach",
 )

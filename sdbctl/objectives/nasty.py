@@ -51,4 +51,5 @@ NASTY = Objective(
         ),
         "paper-200": Preset({"omega": 0.01, "temperature": 20.0, "preserve": 0.0}, wrong_share=0.0, epochs=200, lr=0.1),
     },
+    divisors=("temperature", "limit"),
 )

@@ -111,5 +111,7 @@ SDB = Objective(
             {"omega": 1.0, "away": -1.0, "released": 1.0}, strength=0.9, wrong_share=0.0, epochs=200, lr=0.1
         ),
     },
+    divisors=("temperature", "limit"),
+    signed=("away",),
     needs_random=True,
 )
