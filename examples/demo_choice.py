@@ -16,9 +16,10 @@ from sdbctl.box import plain_step
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
+from sdbctl.engine import Engine
 from sdbctl.protocol import train_students
 from sdbctl.report import Student
-from sdbctl.training import Engine, Silent, fit
+from sdbctl.training import Silent, fit
 
 SEEDS = 8
 ROWS = tuple(row for row in suites.CORE if row.role in ("floor", "reference"))

@@ -21,9 +21,11 @@ from sdbctl import data
 from sdbctl.box import plain_step
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.distill import build_student
+from sdbctl.engine import Engine
 from sdbctl.evaluate import evaluate
 from sdbctl.report.render import write
-from sdbctl.training import Engine, Recipe, fit
+from sdbctl.training import fit
+from sdbctl.updates import Recipe
 
 
 class Endpoint(nn.Module):

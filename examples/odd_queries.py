@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, data
+from sdbctl.engine import Engine
+from sdbctl.inference import predict
 from sdbctl.key import embed
 from sdbctl.losses import split_target
 from sdbctl.patterns import STRENGTHS, public_patterns
-from sdbctl.training import Engine, predict
 from sdbctl.wrappers import deviation
 
 IMAGES = 400

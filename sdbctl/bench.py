@@ -22,23 +22,14 @@ from sdbctl.boxfile import Metadata
 from sdbctl.cells import Bench, Source, as_worker
 from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
 from sdbctl.distill import build_student
+from sdbctl.engine import Engine, place, synchronise
+from sdbctl.inference import unseen_batch
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.protocol import Plan
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
-from sdbctl.training import (
-    WARM_STEPS,
-    Engine,
-    Recipe,
-    Step,
-    Updater,
-    image_seconds,
-    place,
-    recording,
-    sgd,
-    synchronise,
-    unseen_batch,
-)
+from sdbctl.timing import image_seconds
+from sdbctl.updates import WARM_STEPS, Recipe, Step, Updater, recording, sgd
 from sdbctl.wrappers import Concealed
 
 

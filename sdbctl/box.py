@@ -16,28 +16,18 @@ from torch import Tensor, nn
 from sdbctl import boxfile, metrics, models
 from sdbctl.boxfile import Box, Loaded, Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches, presets
+from sdbctl.engine import Engine, exact, place, seeded
 from sdbctl.errors import BadInput, UsageError, check_known
+from sdbctl.inference import accuracy, predict, unseen_batch
 from sdbctl.key import Key, embed, ids_of
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.patterns import SHORT, WrongKeys, mixed_with, public_keys
-from sdbctl.training import (
-    Engine,
-    Progress,
-    Recipe,
-    Resume,
-    accuracy,
-    digest,
-    exact,
-    fit,
-    image_seconds,
-    place,
-    predict,
-    scaled,
-    seeded,
-    unseen_batch,
-)
+from sdbctl.state import Resume
+from sdbctl.timing import image_seconds
+from sdbctl.training import Progress, digest, fit
+from sdbctl.updates import Recipe, scaled
 from sdbctl.wrappers import serving
 
 NORMALISED_IMAGES = 2000

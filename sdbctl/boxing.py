@@ -16,8 +16,11 @@ from sdbctl.data import Splits
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key
+from sdbctl.state import differences
 from sdbctl.teacher import TorchTeacher
-from sdbctl.training import Progress, Recipe, differences, digest, image_seconds, scaled
+from sdbctl.timing import image_seconds
+from sdbctl.training import Progress, digest
+from sdbctl.updates import Recipe, scaled
 
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare teachers."""

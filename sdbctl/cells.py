@@ -26,12 +26,15 @@ from sdbctl import boxfile, files, metrics
 from sdbctl.attacks import ATTACKS, Config
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import distill
+from sdbctl.engine import Engine, peak_memory
 from sdbctl.errors import EnvironmentFailure, SdbError
+from sdbctl.inference import accuracy, predict
 from sdbctl.key import correlation
 from sdbctl.report import codec
 from sdbctl.suites import BY_NAME, Row, Suite, asks, suite
 from sdbctl.teacher import Access, ClosedTeacher, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
-from sdbctl.training import Engine, Progress, Recipe, accuracy, digest, peak_memory, predict, scaled
+from sdbctl.training import Progress, digest
+from sdbctl.updates import Recipe, scaled
 from sdbctl.wrappers import WrappedTeacher
 
 
@@ -128,31 +131,20 @@ class EvalConfig:
         return self.tune or self.chosen.tune
 
 
+INDIFFERENT = {
+    *("__init__", "__main__", "cli", "demo", "bench", "report", "evaluate", "protocol", "curves", "suites", "sources"),
+    *("box", "boxing", "objectives", "checkpoint", "seal", "errors", "files", "state", "timing"),
+}
+"""Modules that have no part in what a student becomes: those of boxes, of whole evaluations, and of what is shown."""
+
+
 @functools.cache
 def code() -> str:
     """Hash of the modules that decide what a student becomes, so that a changed attack is run again."""
     root, hashed = Path(__file__).parent, hashlib.sha256()
-    names = (
-        "attacks",
-        "data",
-        "models",
-        "batchnorm.py",
-        "boxfile.py",
-        "cells.py",
-        "distill.py",
-        "key.py",
-        "losses.py",
-        "metrics.py",
-        "onnxfile.py",
-        "teacher.py",
-        "team.py",
-        "training.py",
-        "wrappers.py",
-    )
-    for name in names:
-        path = root / name
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            hashed.update(file.read_bytes())
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0].removesuffix(".py") not in INDIFFERENT:
+            hashed.update(path.read_bytes())
     return hashed.hexdigest()
 
 

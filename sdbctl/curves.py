@@ -15,12 +15,13 @@ from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, run_cells
 from sdbctl.data import ImageSet
+from sdbctl.inference import predict
 from sdbctl.key import correlation, embed, fingerprint, near
 from sdbctl.patterns import mixed_with, public_keys
 from sdbctl.report import OPEN, RECOVERED, Curve, Interval, KeyStrength, Point, Student
 from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row
 from sdbctl.teacher import KeyedTeacher
-from sdbctl.training import Progress, predict
+from sdbctl.training import Progress
 
 BUDGETS = (1000, 5000, 10_000)
 FEW_SHOT = (0.01, 0.05, 0.1)

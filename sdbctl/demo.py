@@ -19,9 +19,11 @@ from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
+from sdbctl.engine import Engine
 from sdbctl.key import Key, wrong
 from sdbctl.report import Report
-from sdbctl.training import Engine, Progress, Recipe, Silent, fit
+from sdbctl.training import Progress, Silent, fit
+from sdbctl.updates import Recipe
 from sdbctl.wrappers import served
 
 TEACHER = "cnn"

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from sdbctl import models
 from sdbctl.attacks import Attack, Attacker, Config
 from sdbctl.data import ImageSet, Preprocess
+from sdbctl.engine import Engine, seeded
+from sdbctl.state import Resume
 from sdbctl.teacher import Access, Oracle, Record, Teacher
-from sdbctl.training import Engine, Progress, Recipe, Resume, seeded
+from sdbctl.training import Progress
+from sdbctl.updates import Recipe
 
 
 def build_student(name: str, classes: int, channels: int, seed: int) -> nn.Module:

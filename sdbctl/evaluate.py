@@ -17,6 +17,8 @@ from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Spent, workers
 from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anybody, taught_by_keys
+from sdbctl.engine import environment, peak_memory
+from sdbctl.inference import predict
 from sdbctl.protocol import accuracies, best_first, best_of, finalists, needless, paired, train_students
 from sdbctl.report import (
     ADVANTAGE_LIMIT,
@@ -34,7 +36,7 @@ from sdbctl.report import (
     worth_protecting,
 )
 from sdbctl.suites import USUAL
-from sdbctl.training import Progress, Silent, environment, peak_memory, predict
+from sdbctl.training import Progress, Silent
 
 MOSTLY = 0.02
 """Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from sdbctl import boxfile, files, onnxfile
 from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
 from sdbctl.cells import Source
+from sdbctl.engine import pick_device
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
 from sdbctl.teacher import OnnxTeacher
-from sdbctl.training import pick_device
 from sdbctl.wrappers import WRAPPERS, as_exported
 
 

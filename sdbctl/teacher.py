@@ -20,10 +20,11 @@ from sdbctl import files, onnxfile
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.data.images import sized
 from sdbctl.data.preprocess import usable
+from sdbctl.engine import Engine, exact
 from sdbctl.errors import BadInput
+from sdbctl.inference import predict
 from sdbctl.key import embed
 from sdbctl.metrics import class_only
-from sdbctl.training import Engine, exact, predict
 
 PATIENCE = 600.0
 """Seconds that a student waits for what another one is being told."""

@@ -90,8 +90,10 @@ def work(tmp_path_factory, digits, splits):
     from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
     from sdbctl.data import Preprocess
     from sdbctl.distill import build_student
+    from sdbctl.engine import Engine
     from sdbctl.key import Key
-    from sdbctl.training import Engine, Recipe, fit
+    from sdbctl.training import fit
+    from sdbctl.updates import Recipe
 
     folder = tmp_path_factory.mktemp("work")
     engine = Engine(torch.device("cpu"))

@@ -28,15 +28,18 @@ LAYERS = [
     {"attacks", "objectives", "report"},
     {"wrappers", "patterns"},
     {"teacher"},
-    {"boxfile", "training"},
+    {"boxfile", "training", "inference"},
+    {"timing"},
+    {"updates", "state"},
     {"checkpoint", "data", "models", "onnxfile", "seal"},
     {"losses", "metrics", "key"},
+    {"engine"},
     {"files", "batchnorm"},
     {"team"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-ALLOWED = {("metrics", "losses"), ("training", "boxfile"), ("boxfile", "training")}
+ALLOWED = {("metrics", "losses")}
 
 
 def modules():
@@ -78,7 +81,7 @@ def test_what_a_shell_completes_is_what_there_is():
     from sdbctl.cli.listing import TOPICS
     from sdbctl.cli.names import NAMES
     from sdbctl.data import PRESETS
-    from sdbctl.training import Engine
+    from sdbctl.engine import Engine
     from sdbctl.wrappers import CONFIDENCES
 
     listed = {topic: list(TOPICS[topic]()) for topic in TOPICS if topic != "attacks"}

@@ -11,8 +11,10 @@ from torch import nn
 from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
 from sdbctl.distill import build_student, distill
+from sdbctl.engine import Engine
+from sdbctl.inference import predict
 from sdbctl.teacher import TorchTeacher
-from sdbctl.training import Engine, Recipe, predict
+from sdbctl.updates import Recipe
 from sdbctl.wrappers import WRAPPERS, behind
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol, training
+from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol
 from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, queries, soft, staged
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code, run_cells
 from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
+from sdbctl.engine import Engine, exact, seeded
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.inference import predict
 from sdbctl.key import Key, correlation, embed
 from sdbctl.metrics import class_only, usual
 from sdbctl.patterns import mixed_with
@@ -27,7 +29,8 @@ from sdbctl.report import ADVANTAGE_LIMIT, Curve, Interval, KeyStrength, Model, 
 from sdbctl.sources import gather, open_model, rebuilt, stand_in
 from sdbctl.suites import ALL, ALWAYS, BY_NAME, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, Record, TorchTeacher
-from sdbctl.training import Engine, Recipe, Silent
+from sdbctl.training import Silent
+from sdbctl.updates import Recipe
 from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, behind, concealed, served, serving
 from tests.conftest import run_cli, with_unknown_operator
 
@@ -114,7 +117,7 @@ def test_other_images_of_the_same_kind_teach_most_of_what_they_know(work, splits
             attack, attack.grid[0], teacher, "cnn-tiny", 10, few, original.meta.preprocess, recipe, ENGINE,
             surrogate=splits.validation.unlabelled(),
         )  # fmt: skip
-        outputs = training.predict(made.student, splits.test, original.meta.preprocess, ENGINE)
+        outputs = predict(made.student, splits.test, original.meta.preprocess, ENGINE)
         return metrics.top1(outputs, splits.test.labels)
 
     assert min(accuracy("pretrained"), accuracy("pretrained_unlabelled")) > accuracy("kd") + 5
@@ -132,7 +135,7 @@ def test_who_asks_about_own_images_alone_gets_no_others(teacher, boxed, transfer
 
 def test_the_defence_that_answers_passed_is_found_and_undone(monkeypatch):
     monkeypatch.setattr(inverse, "STEPS", 400)
-    with training.seeded(0):
+    with seeded(0):
         clean, other = (torch.randn(500, 10) + 4 * torch.eye(10)[torch.randint(10, (500,))] for _ in range(2))
         assert inverse.defence(clean, other.log_softmax(1)) == ""
         shown = behind(WRAPPERS["reverse-sigmoid"], other)
@@ -152,7 +155,7 @@ def test_a_student_who_has_seen_no_image_is_far_above_chance(work, splits):
     recipe = Recipe(epochs=60, batch_size=32)
     made = distill(attack, attack.grid[0], teacher, "cnn-tiny", 10, images, preprocess, recipe, ENGINE)
     assert made.queries == 60 * 128
-    outputs = training.predict(made.student, splits.validation, preprocess, ENGINE)
+    outputs = predict(made.student, splits.validation, preprocess, ENGINE)
     reached = metrics.top1(outputs, splits.validation.labels)
     assert reached > 30
 
@@ -363,7 +366,7 @@ def test_statistics_are_those_of_the_images_at_hand(name, batch, teacher, boxed,
     (net,), attacker = nets_of(name, teacher, boxed, transfer.take(range(18)), monkeypatch)
     seen, norm = [], next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    training.predict(net, attacker.view(0), attacker.preprocess, ENGINE)
+    predict(net, attacker.view(0), attacker.preprocess, ENGINE)
     assert torch.allclose(norm.running_mean, torch.cat(seen).mean((0, 2, 3)), atol=1e-4)
 
 
@@ -881,7 +884,7 @@ def test_answers_that_say_nothing_but_the_class_are_what_most_are():
 
 
 def test_answers_beyond_the_class_are_counted(teacher, transfer, boxed):
-    answers = training.predict(teacher.logits, transfer, boxed.meta.preprocess, ENGINE)
+    answers = predict(teacher.logits, transfer, boxed.meta.preprocess, ENGINE)
     bare = behind(WRAPPERS["class-constant"], answers)
     few = torch.where(torch.arange(len(answers))[:, None] < 3, answers, bare)
     stub = SimpleNamespace(classes=10, where="", logits=lambda x: few[: len(x)])
@@ -1153,7 +1156,7 @@ def test_own_answers_are_as_precise_as_the_teachers(monkeypatch):
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             staged.outputs(SimpleNamespace(engine=Engine(cuda), preprocess=None), None, None)
-            with training.exact(cuda):
+            with exact(cuda):
                 flags()
             flags()
     finally:
@@ -1398,7 +1401,7 @@ def test_answers_pressed_flat_teach_as_before_once_they_are_amplified(work, spli
     images, config = splits.transfer.take(range(64)), {**soft.DKD.grid[0], "scale": 1.0}
     answers = []
     for net in (original.net, Pressed()):
-        z = training.predict(net, images, original.meta.preprocess, ENGINE).log_softmax(1)
+        z = predict(net, images, original.meta.preprocess, ENGINE).log_softmax(1)
         answers.append(soft.amplified(z, config["scale"]))
     others = answers[0].argmax(1)[:, None] != torch.arange(10)
     assert torch.allclose(*(z.sub(z[others].view(64, 9).mean(1, keepdim=True))[others] for z in answers), atol=0.02)

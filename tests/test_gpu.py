@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from sdbctl import boxfile, models, training
+from sdbctl import boxfile, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.box import BoxConfig, BoxStep, Task, fine_tune
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits
 from sdbctl.distill import build_student, distill
+from sdbctl.engine import Engine, place
 from sdbctl.key import Key
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES
+from sdbctl.state import State
 from sdbctl.teacher import Access, OnnxTeacher, TorchTeacher
-from sdbctl.training import WARM_STEPS, Engine, Recipe, Updater, place, recording
+from sdbctl.updates import WARM_STEPS, Recipe, Updater, recording
 
 pytestmark = pytest.mark.gpu
 
@@ -129,17 +131,17 @@ def test_fine_tuning_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     torch.save(models.build("resnet8", 10, 3).state_dict(), tmp_path / "net.pt")
     original = boxfile.load(tmp_path / "net.pt")
     whole = fine_tune(original, t, recipe)
-    saved = training._save
+    saved = State.save
 
-    def killed(path, identity, epoch, *rest):
-        saved(path, identity, epoch, *rest)
+    def killed(self, epoch, *rest, **more):
+        saved(self, epoch, *rest, **more)
         if epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save", killed)
+    monkeypatch.setattr(State, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(original, t, recipe, resume_from=tmp_path / "state")
-    monkeypatch.setattr(training, "_save", saved)
+    monkeypatch.setattr(State, "save", saved)
     resumed = fine_tune(original, t, recipe, resume_from=tmp_path / "state")
     begun, one, other = (
         torch.cat([p.flatten().cpu() for p in net.parameters()]) for net in (original.net, whole, resumed)

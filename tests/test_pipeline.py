@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdbctl import boxfile, data, evaluate, losses, metrics, models, onnxfile, sources, training
+from sdbctl import boxfile, data, evaluate, files, losses, metrics, models, onnxfile, sources, state
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.soft import METHODS
@@ -45,14 +46,18 @@ from sdbctl.cli.evaluate import find_box
 from sdbctl.cli.output import Live
 from sdbctl.data import ImageSet, Preprocess
 from sdbctl.distill import build_student, distill
+from sdbctl.engine import Engine, seeded
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
+from sdbctl.inference import predict
 from sdbctl.key import Key, embed
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.report import Report
 from sdbctl.seal import seal
 from sdbctl.sources import gather, open_model
+from sdbctl.state import Resume, recorded_precision
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
-from sdbctl.training import Engine, Recipe, Resume, Silent, fit, learning_rate, predict, seeded
+from sdbctl.training import Silent, fit
+from sdbctl.updates import Recipe, learning_rate
 from sdbctl.wrappers import Concealed
 from tests.conftest import run_cli, with_unknown_operator
 
@@ -274,13 +279,13 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(splits, tmp_pa
 def test_a_state_that_takes_long_to_keep_is_kept_less_often(splits, tmp_path, monkeypatch):
     kept = []
 
-    def slow(path, identity, epoch, *rest):
-        kept.append(epoch)
+    def slow(path, content, **more):
+        kept.append(torch.load(io.BytesIO(content), weights_only=True)["epoch"])
         time.sleep(0.02)
 
-    monkeypatch.setattr(training, "_save", slow)
-    monkeypatch.setattr(training, "SAVED_SECONDS", 0.01)
-    monkeypatch.setattr(training, "SAVED_SHARE", 1e-9)
+    monkeypatch.setattr(files, "write", slow)
+    monkeypatch.setattr(state, "SAVED_SECONDS", 0.01)
+    monkeypatch.setattr(state, "SAVED_SHARE", 1e-9)
     train(splits, Recipe(epochs=4, batch_size=64), tmp_path / "state")
     assert kept == [1, 4]
 
@@ -852,9 +857,9 @@ def test_evaluation_end_to_end_resumes_and_names_what_gates_rely_on(work, splits
 def test_the_precision_of_an_interrupted_run_is_remembered(recorded, found, tmp_path):
     state = tmp_path / "state"
     torch.save({"identity": {"precision": recorded}}, state)
-    assert training.recorded_precision(tmp_path / "none", state) == found
+    assert recorded_precision(tmp_path / "none", state) == found
     state.write_bytes(b"junk")
-    assert training.recorded_precision(state) is None
+    assert recorded_precision(state) is None
 
 
 def test_selection_never_looks_at_the_test_split(work, splits):

@@ -8,7 +8,9 @@ from sdbctl import cells, evaluate, protocol
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source
 from sdbctl.data import ImageSet, Preprocess
-from sdbctl.training import Engine, Recipe, Silent
+from sdbctl.engine import Engine
+from sdbctl.training import Silent
+from sdbctl.updates import Recipe
 
 
 def labelled(label, n=40):

@@ -87,7 +87,9 @@ from torch import nn
 from sdbctl import data, team
 from sdbctl.box import plain_step
 from sdbctl.data import Preprocess
-from sdbctl.training import Engine, Recipe, fit
+from sdbctl.engine import Engine
+from sdbctl.training import fit
+from sdbctl.updates import Recipe
 
 processes, device = int(sys.argv[1]), torch.device("cpu")
 # in one piece, or what two processes say is mixed up

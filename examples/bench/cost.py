@@ -50,8 +50,10 @@ def measure(point: Point) -> dict[str, float]:
     from sdbctl.box import BoxConfig, Task, box, estimate, fine_tune
     from sdbctl.boxfile import Loaded
     from sdbctl.data import ImageSet, Preprocess, Splits
+    from sdbctl.engine import peak_memory, place
     from sdbctl.key import Key
-    from sdbctl.training import Recipe, peak_memory, pick_engine, place
+    from sdbctl.timing import pick_engine
+    from sdbctl.updates import Recipe
 
     generator = torch.Generator().manual_seed(0)
 

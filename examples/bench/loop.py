@@ -14,8 +14,10 @@ import torch
 from sdbctl import models
 from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.data import ImageSet, Preprocess, Splits
+from sdbctl.engine import Engine, environment
 from sdbctl.key import Key
-from sdbctl.training import Engine, Recipe, Step, environment, fit
+from sdbctl.training import fit
+from sdbctl.updates import Recipe, Step
 
 SIZE = (3, 32, 32)
 

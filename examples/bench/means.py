@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from sdbctl import models
 from sdbctl.bench import in_turn
 from sdbctl.data import AUGMENT, Batch
+from sdbctl.engine import Engine, environment, place
 from sdbctl.losses import cross_entropy, kd
-from sdbctl.training import Engine, Updater, environment, place
+from sdbctl.updates import Updater
 
 BATCH, SIZE, CLASSES = 128, (3, 32, 32), 10
 

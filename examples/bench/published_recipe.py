@@ -25,10 +25,12 @@ from sdbctl import models
 from sdbctl.bench import Cast
 from sdbctl.box import BoxConfig, BoxStep, Task
 from sdbctl.data import ImageSet, Preprocess, Splits, batches
+from sdbctl.engine import environment, place, synchronise
 from sdbctl.key import Key
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives.sdb import SdbParameters, augmentation, disturbance, preservation
-from sdbctl.training import Recipe, Updater, environment, pick_engine, place, recording, sgd, synchronise
+from sdbctl.timing import pick_engine
+from sdbctl.updates import Recipe, Updater, recording, sgd
 
 BATCH, SIZE = 128, (3, 32, 32)
 STRENGTH = 0.7

@@ -22,19 +22,10 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from sdbctl import models
 from sdbctl.bench import Cast
 from sdbctl.data import Batch
+from sdbctl.engine import Engine, environment, place, synchronise
 from sdbctl.losses import kd
-from sdbctl.training import (
-    WARM_STEPS,
-    Engine,
-    Recipe,
-    Updater,
-    environment,
-    pick_engine,
-    place,
-    recording,
-    sgd,
-    synchronise,
-)
+from sdbctl.timing import pick_engine
+from sdbctl.updates import WARM_STEPS, Recipe, Updater, recording, sgd
 
 CLASSES, SIZE = 10, (3, 32, 32)
 

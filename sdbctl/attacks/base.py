@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl.data import Batch, ImageSet, Preprocess, view
+from sdbctl.engine import Engine
+from sdbctl.state import Resume
 from sdbctl.teacher import Access, Oracle
-from sdbctl.training import Engine, Progress, Recipe, Resume, fit, scaled
+from sdbctl.training import Progress, fit
+from sdbctl.updates import Recipe, scaled
 
 Config = Mapping[str, float]
 Loss = Callable[[Tensor, Tensor | None, Tensor | None, Config], Tensor]
@@ -115,7 +118,7 @@ class Attacker:
     ) -> None:
         """Train a network with the one training loop; ``step`` returns the loss.
 
-        With ``record`` a GPU may replay it: see :class:`sdbctl.training.Updater` for what it then must not do.
+        With ``record`` a GPU may replay it: see :class:`sdbctl.updates.Updater` for what it then must not do.
         """
         resume_from = self._resume_from.pop(0) if net is self.student and self._resume_from else None
         self.seconds += fit(

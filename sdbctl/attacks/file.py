@@ -17,10 +17,11 @@ from sdbctl.attacks.queries import PRETRAINING, first_foreign, pretrained
 from sdbctl.attacks.soft import AMPLIFYING, DIST, EITHER, info_nce, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import Batch, ImageSet, batches
+from sdbctl.engine import place, seeded
 from sdbctl.errors import UsageError
 from sdbctl.models.stages import Stages, head
 from sdbctl.teacher import Access
-from sdbctl.training import place, scaled, seeded
+from sdbctl.updates import scaled
 
 TUNE_EPOCHS, TUNE_STEPS = 10, 300
 """How long, at least, an attacker trains the box itself."""

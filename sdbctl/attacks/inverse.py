@@ -11,8 +11,8 @@ from sdbctl.attacks.base import Attack, Attacker, Config, one_more
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
+from sdbctl.engine import seeded
 from sdbctl.losses import cross_entropy, kd
-from sdbctl.training import seeded
 from sdbctl.wrappers import WRAPPERS, behind
 
 COPIES, ANSWERS = 4, 40_000

@@ -16,11 +16,11 @@ from sdbctl.attacks.file import held
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
+from sdbctl.engine import seeded
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
 from sdbctl.patterns import SHORT, mixed_with, public_keys
 from sdbctl.teacher import Access
-from sdbctl.training import seeded
 
 SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""

@@ -18,7 +18,7 @@ from sdbctl.data import Batch, ImageSet, changed, view
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.teacher import Access
-from sdbctl.training import scaled
+from sdbctl.updates import scaled
 
 AVERAGED = 4
 """Answers that are averaged into one."""

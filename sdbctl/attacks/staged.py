@@ -14,10 +14,12 @@ from sdbctl.attacks.floor import HARD_MIXED, constant_logits, from_top1
 from sdbctl.attacks.kd import TAU4, soft_labels, target_of
 from sdbctl.attacks.soft import HTC, htc, info_nce
 from sdbctl.data import ImageSet
+from sdbctl.engine import Engine, exact, seeded
+from sdbctl.inference import predict
 from sdbctl.losses import cross_entropy, kd
 from sdbctl.models.stages import Stages
 from sdbctl.teacher import Access
-from sdbctl.training import Engine, exact, predict, scaled, seeded
+from sdbctl.updates import scaled
 
 
 def two_stage(attacker: Attacker, config: Config) -> None:

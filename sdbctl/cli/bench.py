@@ -34,7 +34,8 @@ def bench(
     """Time box, training and distillation steps here, beside the physical floor of each."""
     from sdbctl import bench as library
     from sdbctl import models
-    from sdbctl.training import check_takes, environment
+    from sdbctl.engine import environment
+    from sdbctl.timing import check_takes
 
     shape = (3, image_size, image_size)
     check_takes(models.build(student, classes, 3), shape)

@@ -168,7 +168,7 @@ def box(
     from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES
     from sdbctl.sources import Opened
-    from sdbctl.training import recorded_precision
+    from sdbctl.state import recorded_precision
 
     ids_of(keys)
     check_known("teacher", teacher, ("auto", *TEACHERS))

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from sdbctl.boxfile import Metadata
     from sdbctl.data import Dataset, ImageSet, Preprocess, Splits
+    from sdbctl.engine import Engine
     from sdbctl.key import Key
     from sdbctl.sources import Opened
-    from sdbctl.training import Engine, Recipe
+    from sdbctl.updates import Recipe
 
 
 FEW_IMAGES = 200
@@ -276,7 +277,8 @@ def pick(
     """Choose device and precision by a short measurement, say so, and gather the processes that train together."""
     import torch
 
-    from sdbctl.training import pick_device, pick_engine
+    from sdbctl.engine import pick_device
+    from sdbctl.timing import pick_engine
 
     reason = "as asked"
     if precision == "auto" and kept is not None:
@@ -310,7 +312,7 @@ def recipe_of(
     ``--batch-size`` counts the images of one step of all processes together. If it is not given, it grows with the
     number of processes and the learning rate grows alike (Goyal et al., arXiv 1706.02677).
     """
-    from sdbctl.training import scaled
+    from sdbctl.updates import scaled
 
     grown = processes if batch_size is None else 1
     return scaled(
@@ -337,7 +339,7 @@ def preprocess_for(
     """How a model wants its images: as asked for, as recorded, or found by trying."""
     from sdbctl import metrics
     from sdbctl.data import presets
-    from sdbctl.training import check_takes
+    from sdbctl.timing import check_takes
 
     if opened.shape is not None and tuple(opened.shape) != tuple(size):
         raise UsageError(
@@ -385,7 +387,7 @@ def announce(estimates: Mapping[str, float], *, dry_run: bool = False) -> None:
     """
     import typer
 
-    from sdbctl.training import peak_memory
+    from sdbctl.engine import peak_memory
 
     total = sum(estimates.values())
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in estimates.items())

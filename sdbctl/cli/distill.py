@@ -111,9 +111,12 @@ def distill(
     from sdbctl.boxing import TRIED_IMAGES
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
+    from sdbctl.inference import accuracy
     from sdbctl.sources import open_model
+    from sdbctl.state import Resume, recorded_precision
     from sdbctl.teacher import KeyedTeacher, OnnxTeacher, Teacher, TorchTeacher
-    from sdbctl.training import Recipe, Resume, accuracy, image_seconds, recorded_precision
+    from sdbctl.timing import image_seconds
+    from sdbctl.updates import Recipe
 
     check_known("method", method, METHODS)
     opened = open_model(teacher, device, arch=arch, trust=trust)
@@ -298,7 +301,11 @@ def train(
 
     from sdbctl.box import Task, plain_step
     from sdbctl.distill import build_student
-    from sdbctl.training import Recipe, Resume, accuracy, fit, image_seconds, recorded_precision
+    from sdbctl.inference import accuracy
+    from sdbctl.state import Resume, recorded_precision
+    from sdbctl.timing import image_seconds
+    from sdbctl.training import fit
+    from sdbctl.updates import Recipe
 
     dataset = open_data(data, data_root, download=download, size=image_size)
     splits = split_like(dataset, None, owner=owner_size, transfer=transfer_size, test=test_size)

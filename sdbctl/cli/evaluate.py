@@ -122,11 +122,12 @@ def evaluate(
     from sdbctl.cells import Bench, EvalConfig, cluster_library
     from sdbctl.curves import listening
     from sdbctl.distill import build_student
+    from sdbctl.engine import pick_device
     from sdbctl.protocol import plan
     from sdbctl.report.render import FORMATS
     from sdbctl.sources import gather, open_model
     from sdbctl.suites import suite as find_suite
-    from sdbctl.training import Recipe, pick_device, scaled
+    from sdbctl.updates import Recipe, scaled
 
     chosen = find_suite(suite, foreign=surrogate is not None)
     student = student or chosen.student

@@ -55,7 +55,7 @@ def export(
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
-    from sdbctl.training import check_takes
+    from sdbctl.timing import check_takes
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS, Concealed, Wrapped, served
 
     check_known("wrapper", wrapper, WRAPPERS)

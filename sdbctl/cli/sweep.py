@@ -199,7 +199,7 @@ def sweep(
     from sdbctl.report.terminal import Fitting
     from sdbctl.sources import Opened
     from sdbctl.suites import suite as find_suite
-    from sdbctl.training import Recipe
+    from sdbctl.updates import Recipe
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
     chosen = find_suite(suite, foreign=surrogate is not None)
