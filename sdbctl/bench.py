@@ -19,7 +19,7 @@ from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.boxfile import Metadata
-from sdbctl.cells import Bench, Source, as_worker
+from sdbctl.cells import Bench, Source
 from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine, place, synchronise
@@ -30,6 +30,7 @@ from sdbctl.protocol import Plan
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
 from sdbctl.timing import image_seconds
 from sdbctl.updates import WARM_STEPS, Recipe, Step, Updater, recording, sgd
+from sdbctl.workers import as_worker
 from sdbctl.wrappers import Concealed
 
 

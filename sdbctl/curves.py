@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, run_cells
+from sdbctl.cells import Bench, Cell
 from sdbctl.data import ImageSet
 from sdbctl.inference import predict
 from sdbctl.key import correlation, embed, fingerprint, near
@@ -22,6 +22,7 @@ from sdbctl.report import OPEN, RECOVERED, Curve, Interval, KeyStrength, Point, 
 from sdbctl.suites import BY_NAME, NEAR_PERCENT, Row
 from sdbctl.teacher import KeyedTeacher
 from sdbctl.training import Progress
+from sdbctl.workers import run_cells
 
 BUDGETS = (1000, 5000, 10_000)
 FEW_SHOT = (0.01, 0.05, 0.1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdbctl import boxfile, metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Spent, workers
+from sdbctl.cells import Bench, Spent
 from sdbctl.curves import budget_curve, key_curves, key_strength, opened_by_anybody, taught_by_keys
 from sdbctl.engine import environment, peak_memory
 from sdbctl.inference import predict
@@ -37,6 +37,7 @@ from sdbctl.report import (
 )
 from sdbctl.suites import USUAL
 from sdbctl.training import Progress, Silent
+from sdbctl.workers import workers
 
 MOSTLY = 0.02
 """Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdbctl import metrics
 from sdbctl.attacks import ATTACKS
-from sdbctl.cells import Bench, Cell, Outcome, run_cells
+from sdbctl.cells import Bench, Cell, Outcome
 from sdbctl.curves import budgets
 from sdbctl.report import Interval, Student
 from sdbctl.suites import (
@@ -36,6 +36,7 @@ from sdbctl.suites import (
     threatens,
 )
 from sdbctl.training import Progress
+from sdbctl.workers import run_cells
 
 SELECTION_SEED = 10_000
 """Seed of the students that only choose settings; the reported ones have seeds 0, 1, 2, …"""

@@ -22,6 +22,7 @@ LAYERS = [
     {"evaluate", "box"},
     {"protocol"},
     {"curves", "sources"},
+    {"workers"},
     {"cells"},
     {"suites"},
     {"distill"},

@@ -15,7 +15,7 @@ import torch
 
 from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol
 from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, queries, soft, staged
-from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, as_worker, code, run_cells
+from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, code
 from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.engine import Engine, exact, seeded
@@ -31,6 +31,7 @@ from sdbctl.suites import ALL, ALWAYS, BY_NAME, NEAR, SUITES, TWINS
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, Record, TorchTeacher
 from sdbctl.training import Silent
 from sdbctl.updates import Recipe
+from sdbctl.workers import as_worker, run_cells
 from sdbctl.wrappers import WRAPPERS, Wrapped, WrappedTeacher, behind, concealed, served, serving
 from tests.conftest import run_cli, with_unknown_operator
 

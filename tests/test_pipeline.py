@@ -40,7 +40,7 @@ from sdbctl.box import (
 )
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, worth_sealing
-from sdbctl.cells import Bench, Cell, EvalConfig, Source, run_cells
+from sdbctl.cells import Bench, Cell, EvalConfig, Source
 from sdbctl.cli.common import split_like
 from sdbctl.cli.evaluate import find_box
 from sdbctl.cli.output import Live
@@ -58,6 +58,7 @@ from sdbctl.state import Resume, recorded_precision
 from sdbctl.teacher import Access, KeyedTeacher, OnnxTeacher, Oracle, TorchTeacher
 from sdbctl.training import Silent, fit
 from sdbctl.updates import Recipe, learning_rate
+from sdbctl.workers import run_cells
 from sdbctl.wrappers import Concealed
 from tests.conftest import run_cli, with_unknown_operator
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import cells, evaluate, protocol
+from sdbctl import evaluate, protocol, workers
 from sdbctl.attacks import ATTACKS
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source
 from sdbctl.data import ImageSet, Preprocess
@@ -63,11 +63,11 @@ def test_a_student_is_reported_on_test_images(bench):
 @pytest.mark.parametrize("value", ["null", '"x"', "true", "NaN", "1e999", "[1.0]", "60.0}", ""])
 def test_a_student_whose_file_is_damaged_is_trained_again(bench, value, tmp_path):
     cell = Cell("cross_entropy", "", {}, 0, True)
-    cells._keep(bench, cell, Outcome(60.0, 61.0, 0.1, 0), tmp_path)
-    assert cells._stored(bench, cell, tmp_path) == Outcome(60.0, 61.0, 0.1, 0)
+    workers._keep(bench, cell, Outcome(60.0, 61.0, 0.1, 0), tmp_path)
+    assert workers._stored(bench, cell, tmp_path) == Outcome(60.0, 61.0, 0.1, 0)
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text().replace("60.0", value))
-    assert cells._stored(bench, cell, tmp_path) is None
+    assert workers._stored(bench, cell, tmp_path) is None
 
 
 def test_a_box_that_is_worse_costs_something():

@@ -119,7 +119,7 @@ def evaluate(
 
     from sdbctl import evaluate, files
     from sdbctl.bench import evaluation_seconds
-    from sdbctl.cells import Bench, EvalConfig, cluster_library
+    from sdbctl.cells import Bench, EvalConfig
     from sdbctl.curves import listening
     from sdbctl.distill import build_student
     from sdbctl.engine import pick_device
@@ -128,6 +128,7 @@ def evaluate(
     from sdbctl.sources import gather, open_model
     from sdbctl.suites import suite as find_suite
     from sdbctl.updates import Recipe, scaled
+    from sdbctl.workers import cluster_library
 
     chosen = find_suite(suite, foreign=surrogate is not None)
     student = student or chosen.student
