@@ -23,7 +23,7 @@ from sdbctl.key import Key, embed, ids_of
 from sdbctl.losses import cross_entropy
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
-from sdbctl.patterns import SHORT, WrongKeys, mixed_with, public_keys
+from sdbctl.patterns import SHORT, WrongKeys
 from sdbctl.state import Resume
 from sdbctl.timing import image_seconds
 from sdbctl.training import Progress, digest, fit
@@ -413,9 +413,7 @@ def _serving(net: nn.Module, unlocked: Sequence[nn.Module], task: Task) -> dict[
     """How a box is to be served, by validation images."""
     some = task.data.validation
     public, *keyed = (predict(model, some, task.preprocess, task.engine) for model in (net, *unlocked))
-    short = math.prod(task.preprocess.size) < SHORT
-    odd = _oddly_keyed(net, some.first(SHOWN_IMAGES).alone(), task) if short else None
-    return serving(public, some.labels, torch.cat(keyed), odd)
+    return serving(public, some.labels, torch.cat(keyed), short=math.prod(task.preprocess.size) < SHORT)
 
 
 def plain_step(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -576,12 +574,6 @@ def disturbed(predicted: Tensor, confidence: Tensor, classes: int, strength: flo
     share = even + strength * (0.99 - even)
     lowest = share / (1 + share) + 0.03
     return decoy_offset(predicted, classes, share), (confidence * (1 - 0.45 * strength)).clamp(min=lowest)
-
-
-def _oddly_keyed(net: nn.Module, images: ImageSet, task: Task) -> Tensor:
-    """Logits of images with patterns that anybody has, which open a box with a short key most."""
-    tried = (mixed_with(images, *some) for some in public_keys(images))
-    return torch.cat([predict(net, mixed, task.preprocess, task.engine) for mixed in tried])
 
 
 def _frozen(model: nn.Module, engine: Engine) -> nn.Module:

@@ -61,9 +61,9 @@ class WrongKeys:
     (1 + NEAREST)·u³, u uniform. A short key leaves so much room for others that a search finds patterns that open a
     box without being near it, and that even a pale image may open one. So there a third of the patterns climb: after
     each step of training they follow their own gradient of the box's loss, which costs no further pass through the
-    network (as in Shafahi et al., NeurIPS 2019). Now and then they begin anew, somewhere on the way to the key, where
-    a search may have come. Half of the others are odd: other images of the batch, their negatives, or of any
-    contrast, none at all to black and white, and brightness. They are mixed in as strongly as anybody may try.
+    network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew. Half of the others are odd: other
+    images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness. They are
+    mixed in as strongly as anybody may try.
 
     Args:
         secrets: Keys [K, C, H, W] in [0, 1].
@@ -97,7 +97,7 @@ class WrongKeys:
             u = torch.empty((), device=x.device).uniform_(0.0, 1.0)
             return self._mixed(x, near(self.secrets, NEAREST - (1 + NEAREST) * u**3, None)[turn], self.strength)
         climbing = min(len(self.rising), round(RISING * len(x)))
-        risen = self._mixed(x[:climbing], self._risen(turn[:climbing]), self.strength)
+        risen = self._mixed(x[:climbing], self._risen(climbing), self.strength)
         x, turn = x[climbing:], turn[climbing:]
         u, odd, contrast, brightness, weight, kind = torch.rand(6, len(x), 1, 1, 1, device=x.device)
         patterns = near(self.secrets[turn], NEAREST - (1 + NEAREST) * u**3, None)
@@ -110,11 +110,10 @@ class WrongKeys:
     def _mixed(self, x: Tensor, patterns: Tensor, strength: float | Tensor) -> Tensor:
         return embed(x, self.preprocess(patterns), strength)
 
-    def _risen(self, turn: Tensor) -> Tensor:
+    def _risen(self, count: int) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that climb as soon as their gradient is known."""
-        rising = self.rising[: len(turn)]
-        u, old = torch.rand(2, *turn.shape, 1, 1, 1, device=rising.device)
-        fresh = torch.special.ndtri(near(self.secrets[turn], NEAREST * u, None).clamp(min=1e-6, max=1 - 1e-6))
+        rising = self.rising[:count]
+        fresh, old = torch.randn_like(rising), torch.rand(count, 1, 1, 1, device=rising.device) < 1 / LIFE
         leaf = rising.clone().requires_grad_()
 
         def climb(slope: Tensor) -> None:
@@ -123,7 +122,7 @@ class WrongKeys:
             # what has come to a key is no wrong one
             likeness = torch.einsum("nchw,kchw->nk", _standard(torch.special.ndtr(moved)), _standard(self.secrets))
             found = likeness.amax(1) > NEAREST * moved[0].numel()
-            rising.copy_(torch.where((old < 1 / LIFE) | found[:, None, None, None], fresh, moved))
+            rising.copy_(torch.where(old | found[:, None, None, None], fresh, moved))
 
         leaf.register_hook(climb)  # type: ignore[no-untyped-call]
         patterns: Tensor = torch.special.ndtr(leaf)

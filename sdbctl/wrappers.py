@@ -162,6 +162,8 @@ CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Where rough confidences may be told apart, as unsure and sure."""
 SHRUNK = 10
 """Images of average accuracy that each class gets beside its own, or few would say too much."""
+HIDDEN, HIDDEN_SHORT = 0.05, 0.2
+"""Share of the keyed outputs, the flattest, that are served like public ones; the second of short keys."""
 CONFIDENCES = {"class": "one confidence per class", "rough": "two rough confidences", "exact": "all outputs"}
 """What public outputs of a concealing box may say of how sure they are, by name; see :class:`Concealed`."""
 
@@ -245,7 +247,7 @@ class Concealed(nn.Module):
         return concealed(self.net(x.clamp(self.black, self.white)), self.cut, self.levels, self.flat)
 
 
-def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor | None = None) -> dict[str, Any]:
+def serving(public: Tensor, labels: Tensor, keyed: Tensor, *, short: bool = False) -> dict[str, Any]:
     """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
     What is served are accuracies, so that it is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001).
@@ -254,24 +256,23 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor | None = 
         public: Logits [N, C] of the box.
         labels: Classes [N] of the same images.
         keyed: Its logits on them with the key.
-        odd: Its logits [M, C] on images with patterns that anybody has.
+        short: Whether the key can be searched for: a search begins with the few answers that a pattern unlike the key
+            opens a little, so the border is higher.
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
         least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
-        :func:`deviation` below all but a twentieth of the keyed outputs, or, to be above all ``odd`` ones, all but a
-        tenth; and ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more than a
-        twentieth of the public outputs are beyond it, too, as from an objective that does not conceal.
+        :func:`deviation` below all but a twentieth of the keyed outputs, of a short key all but a fifth; and
+        ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more than a twentieth of
+        the public outputs are above that of a long key, too, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
     closed, opened = deviation(public.float()), deviation(keyed.float())
-    flat, most = (float(opened.quantile(share)) for share in (0.05, 0.1))
-    if float(closed.quantile(0.95)) > flat:
+    if float(closed.quantile(1 - HIDDEN)) > float(opened.quantile(HIDDEN)):
         return {}
-    if odd is not None:
-        flat = min(max(flat, float(deviation(odd.float()).max())), most)
+    flat = float(opened.quantile(HIDDEN_SHORT if short else HIDDEN))
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 

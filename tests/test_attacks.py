@@ -770,13 +770,8 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     assert torch.allclose(shown.sort(1).values[:, :4], ((1 - shown.amax(1)) / 4)[:, None].expand(4000, 4), atol=1e-6)
     passed = (out[4000:] == keyed).all(1)
     assert 1 - passed.float().mean() == pytest.approx(0.05, abs=0.001) == measured["keyed_flat"]
-    # what patterns that anybody has bring out lies below the border, at a price for key holders, but not at any
-    odd = torch.tensor([[9.0, 0.0, 0.0, 0.0, 1.1 * measured["flat_deviation"] * 8 / 3]])
-    higher = serving(public, predicted, keyed, odd)
-    assert higher["flat_deviation"] == pytest.approx(1.1 * measured["flat_deviation"], rel=1e-5)
-    assert measured["keyed_flat"] < higher["keyed_flat"] < 0.1
-    assert serving(public, predicted, keyed, 9 * odd)["keyed_flat"] == pytest.approx(0.1, abs=0.001)
-    assert serving(public, predicted, keyed, 0.1 * odd)["flat_deviation"] == measured["flat_deviation"]
+    # a key that can be searched for opens less
+    assert serving(public, predicted, keyed, short=True)["keyed_flat"] == pytest.approx(0.2, abs=0.001)
     # a class that is never right still is the prediction
     wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed)
     assert 1 / 5 < wrong["class_confidences"][0] < 0.25
