@@ -279,7 +279,7 @@ class Loaded:
     Attributes:
         net: The network in evaluation mode, taking normalised images.
         keys: Its state_dict keys → the file's.
-        others: Tensors of the file that the network has not: auxiliary heads, which only training uses.
+        others: Tensors of the file that the network does not have: auxiliary heads, which only training uses.
         meta: The file's metadata; None for a foreign checkpoint, which does not say how to normalise.
         architecture: Its name.
         classes: Number of classes.

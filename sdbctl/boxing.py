@@ -24,12 +24,20 @@ from sdbctl.updates import Recipe, scaled
 
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
 """Training of the small students that compare teachers."""
-TRIED_STUDENT, TRIED_IMAGES, TRIED_SEEDS, WORTH = "resnet8", 2000, 2, 1.0
-"""Their architecture, images and number, and by how many points the original must teach better than the reference, an
-assistant than both, to be taken."""
-ASSISTED_IMAGES, ASSISTED_EPOCHS, ASSISTANT_SEED = (150_000, 300_000), 40, 20_000
-"""Images that an assistant for students of few images, and one for those of more, see, in how many epochs at most, and
-a seed that no student has."""
+TRIED_STUDENT = "resnet8"
+"""Their architecture."""
+TRIED_IMAGES = 2000
+"""Validation images that they learn from, at most."""
+TRIED_SEEDS = 2
+"""Students of each teacher."""
+WORTH = 1.0
+"""Points by which the original must teach better than the reference, or an assistant than both, to be taken."""
+ASSISTED_IMAGES = (150_000, 300_000)
+"""Images that the assistant for students of few images sees, and the one for those of more."""
+ASSISTED_EPOCHS = 40
+"""Passes over the owner's images in which it sees them, at most."""
+ASSISTANT_SEED = 20_000
+"""Its seed, which no student has."""
 
 
 def assisted_epochs(images: int) -> list[int]:

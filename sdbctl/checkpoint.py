@@ -243,7 +243,7 @@ def _archive(content: bytes, path: Path) -> list[zipfile.ZipInfo]:
 def _stand_in(name: str) -> type[_Inert] | None:
     """What is made instead of the objects of a class that a pickle names; None of one that it must not name.
 
-    Only packages that are imported here anyway are looked into, never one that the file names.
+    Nothing but modules of torch.nn and torchvision is imported to look for it, whatever the file names.
     """
     if _BESIDE.fullmatch(name):
         return _Inert

@@ -47,7 +47,7 @@ NO_LEAK = Interval(0.0, 0.0, 0.0, n=0)
 THREATS = ((True, False), (False,))
 """Attackers who may have labels, and those who have none."""
 KEPT = 8
-"""Of so many candidates of a group that is screened, one goes on, but always one more than there are places."""
+"""Reduction factor of successive halving: one of so many candidates goes on, but one more than there are places."""
 
 
 def options(bench: Bench) -> dict[str, list[Option]]:

@@ -152,7 +152,7 @@ TWINS = {row.name: ATTACKS[row.attack].twin for row in ALL if row.role == "attac
 FINALISTS = 2
 """Attacks of a threat that are held against the control."""
 PLACES: Mapping[Role, int] = {"floor": 2, "attack": FINALISTS}
-"""Rows of a group that get all seeds, where not one: whom a single screening names is the best by chance."""
+"""Rows of a group that are trained with all seeds, where not one: one screening picks its winner partly by luck."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ WARM_STEPS = 3
 
 
 class Updater:
-    """Optimiser steps. A GPU records one and replays it: to launch its many small kernels takes longer than they do.
+    """Optimiser steps. On a GPU one is captured as a CUDA graph and replayed, which spares launching its many kernels.
 
     Args:
         model: The network whose parameters are updated.

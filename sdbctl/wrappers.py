@@ -159,7 +159,7 @@ class Wrapped(nn.Module):
 
 
 CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Where rough confidences may be told apart, as unsure and sure."""
+"""Candidate thresholds between an unsure and a sure confidence."""
 SHRUNK = 10
 """Images of average accuracy that each class gets beside its own, or few would say too much."""
 HIDDEN, HIDDEN_SHORT = 0.05, 0.2

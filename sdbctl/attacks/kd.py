@@ -32,7 +32,7 @@ def soft_labels(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Conf
 
 
 def _grid(*pairs: tuple[float, float]) -> tuple[Config, ...]:
-    return tuple({"temperature": temperature, "alpha": alpha} for temperature, alpha in pairs)
+    return tuple({"temperature": float(temperature), "alpha": float(alpha)} for temperature, alpha in pairs)
 
 
 FIRST = ((4, 0.9), (8, 1), (20, 1), (1, 0.9), (4, 0.5), (20, 0.5))

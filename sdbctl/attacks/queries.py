@@ -172,8 +172,10 @@ def _some_foreign(attacker: Attacker, epoch: int) -> ImageSet:
     return attacker.augmented(foreign.take((epoch * size + torch.arange(size)) % len(foreign)), epoch)
 
 
-PRETRAINED, PASSES = 150_000, 40
-"""Images of another data set that a student sees before those of its transfer set, and how often the same at most."""
+PRETRAINED = 150_000
+"""Images of another data set that a student sees before those of its transfer set, at most."""
+PASSES = 40
+"""Passes over that data set, at most."""
 TUNED = 0.25
 """Of the learning rate, for what was trained before."""
 
