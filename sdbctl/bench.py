@@ -21,6 +21,7 @@ from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.boxfile import Metadata
 from sdbctl.cells import Bench, Source
 from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
+from sdbctl.data.images import cores
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine, place, synchronise
 from sdbctl.inference import unseen_batch
@@ -146,10 +147,10 @@ def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch
 def evaluation_seconds(bench: Bench, planned: Plan) -> float:
     """Seconds that the students of an evaluation will take, by a step of each kind and an answer of the box."""
     engine, config, shape, boxed = bench.engine, bench.config, bench.transfer.shape, bench.sources["boxed"]
-    cpu, threads = engine.device.type == "cpu", torch.get_num_threads()
+    cpu = engine.device.type == "cpu"
     with as_worker(config.jobs if cpu and not config.cluster else 1):
         net = build_student(config.student, bench.classes, shape[0], 0)
-        one = image_seconds(net, config.recipe.batch_size, shape, engine)
+        one = image_seconds(net, min(config.recipe.batch_size, len(bench.transfer)), shape, engine)
         told, own = _answer_seconds(boxed, shape, engine, bench.classes), 0.0
         if boxed.weights is not None and planned.tuned:
             own = image_seconds(copy.deepcopy(boxed.weights), min(64, len(bench.transfer)), shape, engine)
@@ -160,7 +161,7 @@ def evaluation_seconds(bench: Bench, planned: Plan) -> float:
     seen = planned.students * len(bench.validation) + planned.reported * len(bench.test)
     # processes that share a GPU are hardly faster together
     jobs = config.jobs
-    at_once = jobs if config.cluster else min(jobs, threads) if cpu else max(1, min(jobs, 2) * 0.8)
+    at_once = jobs if config.cluster else min(jobs, cores()) if cpu else max(1, min(jobs, 2) * 0.8)
     return (work * images + seen * one / 3 + planned.tuned * own) / at_once
 
 

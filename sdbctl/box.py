@@ -92,7 +92,7 @@ class BoxConfig:
             UsageError: Objective or preset is unknown, or a value is out of range.
         """
         recipe, presets = cls(objective).recipe, OBJECTIVES[objective].presets
-        check_known(f"preset of {objective}", preset, presets)
+        check_known(f"{objective} preset", preset, presets)
         base = presets[preset or "default"]
         chosen: dict[str, Any] = {"strength": base.strength, "wrong_share": base.wrong_share}
         chosen |= {name: value for name, value in asked.items() if value is not None}
@@ -218,7 +218,7 @@ def estimate(
         images: The owner's.
         engine: Where to compute.
     """
-    one = image_seconds(copy.deepcopy(net), config.recipe.batch_size, preprocess.size, engine)
+    one = image_seconds(copy.deepcopy(net), min(config.recipe.batch_size, images), preprocess.size, engine)
     trainable, frozen = config.trainable_and_frozen()
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0
@@ -458,7 +458,7 @@ class BoxStep:
         secrets = torch.stack([key.pattern(task.preprocess.size) for key in keys]).to(task.engine.device)
         self.patterns = task.preprocess(secrets)
         with seeded(config.recipe.seed):
-            most = self._wrong(config.recipe.batch_size)
+            most = self._wrong(min(config.recipe.batch_size, len(task.data.owner)))
             self.wrong_keys = WrongKeys(secrets, config.strength, task.preprocess, most)
         self.kept = [some for some in (self.wrong_keys.rising, self.memory) if some is not None and len(some)]
 

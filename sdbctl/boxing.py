@@ -302,7 +302,8 @@ class Run:
         if seen:
             student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
             asked = whole["reference"] / (3 * images * recipe.epochs)
-            parts["teachers"] = seen * (image_seconds(student, recipe.batch_size, preprocess.size, engine) + asked)
+            one = image_seconds(student, min(recipe.batch_size, images), preprocess.size, engine)
+            parts["teachers"] = seen * (one + asked)
         return parts | {"box": whole["box"]}
 
     def __call__(self) -> Boxed:

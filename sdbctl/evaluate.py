@@ -224,6 +224,8 @@ def verdict(report: Report) -> str:
         other = "This is about who holds the file; attackers through the API were not tried"
     elif held.labelled.mean is None:
         other = "Attackers who hold the file were not tried"
+    elif held.labelled.n == 1:
+        other = "Attackers who hold the file were hardly tried, by one seed"
     else:
         parts = [(held.labelled, ""), (held.unlabelled, " without labels")]
         other = "Who holds the file gains " + " and ".join(_gain(*part) for part in parts if part[0].mean is not None)

@@ -177,6 +177,18 @@ def read(path: Path, what: str) -> bytes:
     return content
 
 
+def text(path: Path, what: str) -> str:
+    """Read a whole text file; where it is none, nothing of it is shown, since a key may have been named by mistake.
+
+    Raises:
+        BadInput: As for :func:`read`, or it is not UTF-8.
+    """
+    try:
+        return read(path, what).decode()
+    except UnicodeDecodeError:
+        raise BadInput(f"{what} {path} is not text", "check the path") from None
+
+
 def sha256(content: bytes) -> str:
     """The SHA-256 of ``content`` in lower-case hex."""
     return hashlib.sha256(content).hexdigest()

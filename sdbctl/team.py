@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sdbctl.errors import EnvironmentFailure, UsageError
+from sdbctl.errors import EnvironmentFailure
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +78,6 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
         EnvironmentFailure: There are fewer GPUs, or the processes cannot connect.
         UsageError: The strategy is none of them.
     """
-    if strategy not in STRATEGIES:
-        raise UsageError(f"strategy {strategy} cannot be used", f"use one of: {', '.join(STRATEGIES)}")
     import torch
     from lightning_fabric import Fabric
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from sdbctl import boxfile, data, files, team
 from sdbctl.box import digest
+from sdbctl.cli import common
 from sdbctl.data import PRESETS
 from sdbctl.errors import UsageError
 from sdbctl.key import Key
@@ -974,3 +975,65 @@ def test_names_that_do_not_fit_what_is_written_or_read(work, tmp_path):
     check(run_cli("export", work / "boxed.onnx", "-o", tmp_path / "x.onnx"), 4, "is an ONNX file")
     check(run_cli("inspect", work / "boxed.onnx", "--key-file", work / "boxed.onnx"), 4, "bytes, not 32")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["report", "gate", "settings"])
+def test_of_a_key_named_by_mistake_nothing_is_shown(command, work, tmp_path):
+    # no UTF-8 from its first byte on, which an error of the decoder would show
+    key = tmp_path / "sdbctl.toml"
+    key.write_bytes(bytes(range(0xF0, 0xD0, -1)))
+    asked = {"report": ("report", key), "gate": ("report", REPORT, "--gate", key), "settings": ("list", "data")}
+    where = tmp_path if command == "settings" else work
+    last = check(run_cli(*asked[command], cwd=where), 4, "is not text")
+    assert "0xf0" not in last and "byte" not in last
+
+
+def test_several_machines_need_a_launcher(work, tmp_path, monkeypatch):
+    for name in common.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    command = ("train", *DIGITS, "--arch", "cnn-tiny", "--nodes", 2, "-o", tmp_path / "x.safetensors")
+    check(run_cli(*command), 2, "needs torchrun or Slurm")
+    check(run_cli(*command[:-4], "--strategy", "foo", *command[-2:]), 2, "strategy foo", "ddp")
+
+
+def test_an_objective_may_name_its_preset(work, tmp_path):
+    box = ("box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "x.safetensors")
+    check(run_cli(*box, "--objective", "sdb:paper", "--preset", "paper", "--dry-run"), 2, "names a preset already")
+    check(run_cli(*box, "--objective", "sdb:nope", "--dry-run"), 2, "unknown sdb preset nope", "paper-100")
+    assert run_cli(*box, "--objective", "sdb:paper", "--epochs", 1, "--dry-run").returncode == 0
+
+
+def test_two_classes_are_refused_before_hours_of_training(tmp_path, work):
+    pixels, labels = np.random.default_rng(0).integers(0, 255, (200, 8, 8), dtype=np.uint8), np.arange(200) % 2
+    np.savez(tmp_path / "two.npz", x_train=pixels, y_train=labels)
+    spec = f"npz:{tmp_path / 'two.npz'}"
+    made = run_cli("train", "--arch", "cnn-tiny", "--data", spec, "--epochs", 1, "-o", tmp_path / "t.safetensors")
+    assert made.returncode == 0, made.stderr
+    check(run_cli("box", tmp_path / "t.safetensors", "--key-file", work / KEY, "--data", spec), 2, "two classes")
+
+
+def test_a_dry_run_needs_no_force_and_can_be_read_by_scripts(work, tmp_path):
+    output = tmp_path / "x.safetensors"
+    output.write_bytes(b"here already")
+    box = ("box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", output, "--batch-size", 10**6)
+    done = run_cli(*box, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["seconds"] == pytest.approx(sum(found["parts"].values())) and found["seconds"] > 0
+    # no step of a million images was timed
+    assert found["memory_bytes"] < 4 * 2**30
+    (tmp_path / "report.json").write_text("here already")
+    evaluate = ("eval", work / BOX, *DIGITS, "--report", tmp_path, "--dry-run", "--json")
+    planned = json.loads(run_cli(*evaluate, "--attack", "--suite", "quick", "--jobs", 2).stdout)
+    assert planned["jobs"] == 2 and planned["students"] >= 10
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "report.json"}
+
+
+def test_what_a_suite_does_not_use_is_said(work, tmp_path):
+    np.savez(
+        tmp_path / "other.npz", x_train=np.zeros((50, 8, 8), np.uint8) + np.arange(50, dtype=np.uint8)[:, None, None]
+    )
+    suite = ("eval", work / BOX, *DIGITS, "--suite", "quick", "--report", tmp_path / "r", "--dry-run")
+    said = run_cli(*suite, "--attack", "--seeds", 3, "--surrogate", f"npz:{tmp_path / 'other.npz'}").stderr
+    assert b"suite quick trains 1 student(s) of each row" in said and b"nobody in suite quick asks" in said
+    assert b"without --attack no student is trained" in run_cli(*suite).stderr

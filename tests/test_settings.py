@@ -127,3 +127,9 @@ def test_the_console_script_reads_them(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2 and "unknown data nope" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("epochs", "0"), ("epochs", '"many"'), ("seed", "1.5")])
+def test_a_value_that_an_option_cannot_have_names_the_file(key, value, tmp_path):
+    with pytest.raises(UsageError, match=rf"sdbctl.toml, \[train\]: {key} is "):
+        read(tmp_path, f"[train]\n{key} = {value}\n")

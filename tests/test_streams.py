@@ -1,5 +1,6 @@
 """Standard streams that are closed, full, not UTF-8, or whose reader leaves early."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sdbctl.cli import output
 from sdbctl.cli.output import Live
@@ -67,3 +69,15 @@ def test_a_log_is_never_silent_for_long(monkeypatch, capsys):
     assert len(lines) > 1 and lines[0] == "students 1/40, 60 min so far, about 39.0 h left  validation 50.0"
     time.sleep(0.1)
     assert capsys.readouterr().err == "", "it has ended"
+
+
+@pytest.mark.parametrize("width", [70, 100, 160])
+def test_how_far_a_run_is_shows_in_a_narrow_terminal(width, monkeypatch):
+    console = Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr(output, "err", console)
+    with Live() as progress:
+        progress.start("reference", 320)
+        progress.advance(64, dict.fromkeys(("label", "hide", "confidence", "teach", "clean", "keyed"), 0.123))
+        progress._bars.refresh()
+    last = [line for line in console.file.getvalue().splitlines() if "64/320" in line][-1]
+    assert "reference" in last and "label" in last

@@ -20,7 +20,7 @@ from sdbctl.cli.common import (
     recipe_of,
     together,
 )
-from sdbctl.cli.names import complete
+from sdbctl.cli.names import DEFAULT, complete
 from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, GateFailed, UsageError, check_known
 
@@ -64,8 +64,14 @@ def box(
     arch: o.Arch = None,
     normalize: o.Normalize = None,
     objective: Annotated[
-        str, typer.Option("--objective", help="See sdbctl list objectives.", autocompletion=complete("objectives"))
-    ] = "conceal",
+        str,
+        typer.Option(
+            "--objective",
+            metavar="NAME[:PRESET]",
+            help="See sdbctl list objectives.",
+            autocompletion=complete("objectives"),
+        ),
+    ] = DEFAULT,
     preset: Annotated[
         str | None, typer.Option("--preset", help="Published or default parameters of the objective.")
     ] = None,
@@ -150,7 +156,7 @@ def box(
         states,
         [reference_path if own else None, profile],
         resume=resume,
-        force=force,
+        force=force or dry_run,
         kept=[checkpoint, *key_file, *([] if own else [reference_path])],
     )
     if sum(str(path) == "-" for path in key_file) > 1:
@@ -171,6 +177,10 @@ def box(
     from sdbctl.state import recorded_precision
 
     ids_of(keys)
+    if ":" in objective:
+        if preset is not None:
+            raise UsageError(f"objective {objective} names a preset already", "leave out --preset")
+        objective, _, preset = objective.partition(":")
     check_known("teacher", teacher, ("auto", *TEACHERS))
     config = BoxConfig.of(
         objective,
@@ -200,6 +210,10 @@ def box(
     )  # fmt: skip
     if disturb and original.classes < 3:
         raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
+    if objective == DEFAULT and original.classes < 3:
+        raise UsageError(
+            "two classes leave nothing to hide, nor to open with a key", "export --wrapper class-constant protects them"
+        )
     if dataset.train.shape[0] != original.channels:
         raise UsageError(
             f"the checkpoint takes {original.channels} channels, the images have {dataset.train.shape[0]}",
@@ -213,7 +227,7 @@ def box(
         precision,
         original.net,
         size,
-        config.recipe.batch_size,
+        min(config.recipe.batch_size, len(splits.owner)),
         devices=devices,
         nodes=nodes,
         strategy=strategy,
@@ -241,7 +255,7 @@ def box(
         force=force,
         progress=progress,
     )
-    announce(run.estimate(), dry_run=dry_run)
+    announce(run.estimate(), dry_run=dry_run, as_json=json_)
     with progress:
         made = run()
     if team.rank() > 0:
@@ -249,6 +263,8 @@ def box(
     cost, measured, sealed = made.cost, made.measured, len(run.assistants) if made.model.sealed else 0
     if measured["keyed_residual"] < 3 * measured["residual"]:
         warn("the key opens hardly more than everybody sees; train for more --epochs")
+    elif objective == DEFAULT and not disturb and "flat_deviation" not in measured:
+        warn("export would serve ALL that this box shows: train for more --epochs, or on more images")
     if cost > DEAR:
         warn(f"the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
     emit(

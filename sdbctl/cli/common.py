@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdbctl import team
 from sdbctl.cli.names import NAMES
-from sdbctl.cli.output import duration, ending, err, say, warn
+from sdbctl.cli.output import duration, emit, ending, err, say, warn
 from sdbctl.errors import UsageError, check_known
 
 if TYPE_CHECKING:
@@ -29,8 +30,14 @@ FEW_IMAGES = 200
 """Validation or test images below which it is said that they are few."""
 
 
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "MASTER_ADDR", "NODE_RANK", "GROUP_RANK"}
+"""Of these a launcher of several machines sets one: without it each would wait for the others for ever."""
+
+
 def together(devices: int, nodes: int) -> int:
     """How many processes train together; of several only the first talks."""
+    if nodes > 1 and not LAUNCHED & os.environ.keys():
+        raise UsageError(f"--nodes {nodes} needs torchrun or Slurm", "start this command on each machine through one")
     team.expect(devices * nodes)
     err.quiet = team.rank() > 0
     return devices * nodes
@@ -295,6 +302,8 @@ def pick(
         precision = "bf16" if pick_device(device).type == "cuda" else "fp32"
     example = torch.zeros(batch_size, *shape)
     engine, why = pick_engine(device, precision, model, example, reason)  # type: ignore[arg-type]
+    if strategy not in team.STRATEGIES:
+        raise UsageError(f"strategy {strategy} cannot be used", f"use one of: {', '.join(team.STRATEGIES)}")
     if several:
         team.join(engine.device, engine.precision, devices, nodes, strategy)
         err.quiet = team.rank() > 0
@@ -379,8 +388,14 @@ def tried_preprocess(
     return best, ranked[0][1]
 
 
-def announce(estimates: Mapping[str, float], *, dry_run: bool = False) -> None:
+def announce(estimates: Mapping[str, float], *, dry_run: bool = False, as_json: bool = False, **planned: float) -> None:
     """Print how long a run will take; a dry run ends here, with the memory that its first steps took.
+
+    Args:
+        estimates: Seconds of its parts.
+        dry_run: Whether it is one.
+        as_json: Whether it prints JSON.
+        planned: What else scripts are told.
 
     Raises:
         Exit: This is a dry run.
@@ -393,7 +408,9 @@ def announce(estimates: Mapping[str, float], *, dry_run: bool = False) -> None:
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in estimates.items())
     say(f"time estimate: {duration(total)}" + (f" ({parts})" if len(estimates) > 1 else ""))
     if dry_run:
-        say(f"memory after a training step of this size: {peak_memory() / 2**30:.1f} GiB; nothing was written")
+        held = peak_memory()
+        say(f"memory after a training step of this size: {held / 2**30:.1f} GiB; nothing was written")
+        emit({"seconds": total, "parts": dict(estimates), "memory_bytes": held, **planned}, as_json)
         raise typer.Exit
 
 

@@ -95,7 +95,14 @@ def distill(
     processes = together(devices, nodes)
     # a student of two data sets is trained in two runs
     states = [output.with_name(f".{output.stem}{part}.resume") for part in ("", ".second")]
-    begin(output, states, [profile], resume=resume, force=force, kept=[teacher, *([key_file] if key_file else [])])
+    begin(
+        output,
+        states,
+        [profile],
+        resume=resume,
+        force=force or dry_run,
+        kept=[teacher, *([key_file] if key_file else [])],
+    )
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
     if sealed and key is None:
         raise UsageError("only a key opens what is sealed", "give --key-file, or leave out --sealed")
@@ -164,7 +171,7 @@ def distill(
         precision,
         net,
         size,
-        recipe.batch_size,
+        min(recipe.batch_size, len(splits.transfer)),
         devices=devices,
         nodes=nodes,
         strategy=strategy,
@@ -188,10 +195,10 @@ def distill(
     say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")
     if taught < metrics.least_known(classes, len(splits.validation)):
         say("note: the teacher is not clearly better than guessing; check --data, --arch and --normalize")
-    one = image_seconds(net, recipe.batch_size, size, engine)
+    one = image_seconds(net, min(recipe.batch_size, len(splits.transfer)), size, engine)
     queries = len(splits.transfer) * recipe.epochs
     seen = queries + attack.extra(queries, len(foreign) if foreign is not None else 0)
-    announce({"student": 4 / 3 * one * seen}, dry_run=dry_run)
+    announce({"student": 4 / 3 * one * seen}, dry_run=dry_run, as_json=json_)
     # the second is worth nothing without the first
     if not (resume and states[0].exists()):
         for state in states:
@@ -296,7 +303,7 @@ def train(
 
     processes = together(devices, nodes)
     state = output.with_name(f".{output.stem}.resume")
-    begin(output, [state], [profile], resume=resume, force=force)
+    begin(output, [state], [profile], resume=resume, force=force or dry_run)
     from dataclasses import replace
 
     from sdbctl.box import Task, plain_step
@@ -318,15 +325,15 @@ def train(
         precision,
         net,
         size,
-        recipe.batch_size,
+        min(recipe.batch_size, len(splits.owner)),
         devices=devices,
         nodes=nodes,
         strategy=strategy,
         profile=profile,
         kept=recorded_precision(state) if resume else None,
     )
-    one = image_seconds(net, recipe.batch_size, size, engine)
-    announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run)
+    one = image_seconds(net, min(recipe.batch_size, len(splits.owner)), size, engine)
+    announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run, as_json=json_)
     some = splits.validation.first(1000)
     if not resume:
         state.unlink(missing_ok=True)

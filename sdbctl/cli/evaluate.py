@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
 
+SEEDS = 5
+"""Students per reported row, unless told otherwise."""
 GPU_JOBS = 4
 """Students trained side by side on a GPU, unless told otherwise: 16 were no faster; see examples/bench/together.py."""
 Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")]
@@ -66,7 +68,7 @@ def evaluate(
             help="See sdbctl list students. [default: wrn16, in quick resnet8]",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = SEEDS,
     suite: Annotated[
         str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
     ] = "standard",
@@ -75,10 +77,7 @@ def evaluate(
         int | None,
         typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing. [default: the suite's]"),
     ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 4 on a GPU."),
-    ] = 0,
+    jobs: o.Jobs = 0,
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="Train students as jobs of a submitit cluster: slurm, or local.")
     ] = None,
@@ -115,12 +114,12 @@ def evaluate(
     box = box or find_box()
     key = read_key(key_file, insecure_key_file) if key_file else None
 
-    import torch
-
     from sdbctl import evaluate, files
+    from sdbctl.attacks import ATTACKS
     from sdbctl.bench import evaluation_seconds
     from sdbctl.cells import Bench, EvalConfig
     from sdbctl.curves import listening
+    from sdbctl.data.images import cores
     from sdbctl.distill import build_student
     from sdbctl.engine import pick_device
     from sdbctl.protocol import plan
@@ -137,8 +136,14 @@ def evaluate(
     if cluster and attack:
         cluster_library()
     for name in FORMATS:
-        if (report / name).exists() and not force:
+        if (report / name).exists() and not (force or dry_run):
             raise UsageError(f"output {report / name} already exists", "use --force to replace it")
+    if not attack:
+        say("note: without --attack no student is trained")
+    elif chosen.seeds is not None and seeds != SEEDS:
+        say(f"note: suite {suite} trains {chosen.seeds} student(s) of each row, whatever --seeds says")
+    if surrogate is not None and not any(ATTACKS[row.attack].surrogate for row in chosen.rows):
+        say(f"note: nobody in suite {suite} asks about the images of --surrogate")
     cache = cache or report
     for folder in {report, cache}:
         if folder.is_file():
@@ -156,7 +161,7 @@ def evaluate(
     if meta is not None and of_other_data(meta.data, dataset):
         notes.append("This is not the data that the file was made with: splits may overlap.")
     if jobs == 0:
-        jobs = torch.get_num_threads()
+        jobs = cores()
         # on a cluster each has a GPU of its own
         jobs = jobs if pick_device(device).type == "cpu" else 1 if cluster else min(jobs, GPU_JOBS)
     # attackers hold their images and no others, and processes get no more than they need
@@ -182,7 +187,7 @@ def evaluate(
     remembered = cache / f"precision-{pick_device(device).type}-{student}"
     kept = remembered.read_text(errors="replace") if attack and remembered.exists() else None
     kept = kept if kept in ("fp32", "bf16") else None
-    engine = pick(device, precision, net, size, config.recipe.batch_size, kept=kept)
+    engine = pick(device, precision, net, size, min(config.recipe.batch_size, len(transfer)), kept=kept)
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     bench = Bench(
         sources,
@@ -214,13 +219,20 @@ def evaluate(
             f"suite {suite}: {planned.students:,} students, at most {planned.runs:,.0f} whole trainings "
             f"({len(transfer):,} images × {config.recipe.epochs} epochs each), {jobs} side by side"
         )
-        announce({"students": seconds}, dry_run=dry_run)
+        announce(
+            {"students": seconds},
+            dry_run=dry_run,
+            as_json=json_,
+            students=planned.students,
+            whole_trainings=planned.runs,
+            jobs=jobs,
+        )
         for folder in (cells, cache / "answers"):
             folder.mkdir(parents=True, exist_ok=True)
         # measured again, it might be another, and all students would be trained again
         files.write(remembered, engine.precision)
     elif dry_run:
-        announce({}, dry_run=True)
+        announce({}, dry_run=True, as_json=json_)
     with Live() as progress:
         made = evaluate.evaluate(
             bench,
@@ -270,6 +282,7 @@ def rerender(
     from sdbctl.report import Report
     from sdbctl.report.gates import check
     from sdbctl.report.terminal import comparison, gate_table, tables
+    from sdbctl.report.view import made_otherwise
 
     gates = known_gates(gate)
     made = Report.read(path)
@@ -280,7 +293,8 @@ def rerender(
         before, now = old.means(), made.means()
         changes = {name: {"before": before.get(name), "now": now.get(name)} for name in {**now, **before}}
         results = check(made, gates)
-        emit(changes | judged(results), json_, comparison(made, old), *gate_table(results))
+        told = {"made_otherwise": made_otherwise(made, old), **changes, **judged(results)}
+        emit(told, json_, comparison(made, old), *gate_table(results))
         enforce(results)
         return
     if folder is not None:

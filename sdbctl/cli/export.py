@@ -9,7 +9,7 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import box_fields, named, preset, read_key
-from sdbctl.cli.names import complete
+from sdbctl.cli.names import DEFAULT, complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError, check_known
 
@@ -98,13 +98,13 @@ def export(
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
-        elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == "conceal"):
+        elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
             if len(meta.classes) < 3:
                 why = "two classes leave no others to hide"
             elif meta.parameters.get("disturb"):
                 why = "it was made to disturb"
             else:
-                why = "what it shows with and without the key cannot be told apart"
+                why = "what it shows with and without the key cannot be told apart; box for more --epochs"
             warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)

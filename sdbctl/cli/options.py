@@ -161,6 +161,10 @@ Devices = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Jobs = Annotated[
+    int,
+    typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 4 on a GPU."),
+]
 Nodes = Annotated[
     int,
     typer.Option(

@@ -36,7 +36,7 @@ def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        content = tomllib.loads(files.read(path, "settings").decode())
+        content = tomllib.loads(files.text(path, "settings"))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not TOML: {error}", "fix that line") from None
     options = {name: _options(command) for name, command in root.commands.items()}
@@ -67,6 +67,11 @@ def _fitting(parameter: Any, value: Any, where: str) -> Any:
     for item in items:
         if isinstance(item, bool) != flag or isinstance(item, list | dict):
             raise UsageError(f"{where} is {value}", f"give {'true or false' if flag else 'one number or text'}")
+        try:
+            parameter.type.convert(item, parameter, None)
+        except Exception as error:
+            # as the command line would say it of an option that nobody typed
+            raise UsageError(f"{where} is {value}", str(getattr(error, "message", error))) from None
     return items if several else value
 
 

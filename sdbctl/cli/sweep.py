@@ -108,6 +108,9 @@ def rows_of(
             parts.append(f"confidence {confidence}")
         rows.append(Row(", ".join(parts), name, preset, combination, confidence or None))
     rows += [Row(f"wrapper {name}", wrapper=name) for name in wrappers]
+    twice = next((row.name for number, row in enumerate(rows) if row in rows[:number]), None)
+    if twice is not None:
+        raise UsageError(f"the setting {twice} is there twice", "leave one out")
     if len(rows) < 2:
         raise UsageError(
             "a sweep needs several settings",
@@ -181,7 +184,9 @@ def sweep(
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
     report: Annotated[Path, typer.Option("--report", help="Folder of boxes and reports.")] = Path("sdbctl-sweep"),
+    jobs: o.Jobs = 0,
     dry_run: o.DryRun = False,
+    insecure_key_file: o.InsecureKey = False,
     trust: o.Trust = False,
     json_: o.Json = False,
 ) -> None:
@@ -220,7 +225,7 @@ def sweep(
         open_surrogate(surrogate, data_root, dataset, splits.transfer, passes, download=False)
     run = {
         "checkpoint": original.sha256,
-        "key": read_key(key_file, False).id,
+        "key": read_key(key_file, insecure_key_file).id,
         "data": data,
         "splits": [owner_size, transfer_size, test_size],
         "training": [epochs, batch_size],
@@ -254,6 +259,7 @@ def sweep(
             dry_run=dry_run,
             output=output,
             resume=True,
+            insecure_key_file=insecure_key_file,
             **common,
         )
 
@@ -271,7 +277,7 @@ def sweep(
     begun = report / "run.json"
     if begun.exists():
         try:
-            old = dict(json.loads(files.read(begun, "record of the sweep")))
+            old = dict(json.loads(files.text(begun, "record of the sweep")))
         except (ValueError, TypeError, RecursionError):
             raise BadInput(f"{begun} is damaged", "name another --report") from None
         other = [name for name in run if old.get(name) != run[name]]
@@ -320,6 +326,8 @@ def sweep(
                     epochs=student_epochs,
                     batch_size=student_batch_size,
                     force=True,
+                    jobs=jobs,
+                    insecure_key_file=insecure_key_file,
                     **common,
                 )
         reports[row.name] = Report.read(done)

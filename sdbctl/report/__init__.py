@@ -381,7 +381,7 @@ class Report:
         return json.dumps(codec.encode(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, what: str = "report") -> Report:
+    def from_json(cls, text: str, what: str = "report") -> Report:
         """Read what ``to_json`` wrote.
 
         Args:
@@ -417,7 +417,7 @@ class Report:
         Raises:
             BadInput: It is missing, damaged, something else, or of another version.
         """
-        return cls.from_json(files.read(path, "report"), f"report {path}")
+        return cls.from_json(files.text(path, "report"), f"report {path}")
 
 
 def worth_protecting(worth: Interval) -> bool:

@@ -80,9 +80,9 @@ def load_gates(path: Path) -> list[Gate]:
         BadInput: The file is missing, is not TOML, or has no rules.
         UsageError: A rule does not parse.
     """
-    content = files.read(path, "gate file")
+    content = files.text(path, "gate file")
     try:
-        table = tomllib.loads(content.decode())
+        table = tomllib.loads(content)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"gate file {path} is not TOML: {error}") from None
     section = table.get("gates")

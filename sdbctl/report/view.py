@@ -176,23 +176,24 @@ def view(report: Report, gates: Sequence[GateResult] = ()) -> View:
 
 
 def compare(report: Report, baseline: Report) -> Table:
-    """What changed since another report: every mean that one of them has measured, and how they were made."""
+    """What changed since another report, of the means that one of them has measured, and how they were made."""
     before, now = baseline.means(), report.means()
     columns = (Column("Number", numeric=False), Column("Before"), Column("Now"), Column("Change"))
 
     def change(path: str) -> float | None:
         return now[path] - before[path] if path in before and path in now else None
 
-    # what changed comes first
-    paths = sorted({**now, **before}, key=lambda path: before.get(path) == now.get(path))
+    paths = [path for path in {**now, **before} if before.get(path) != now.get(path)]
+    same = len({**now, **before}) - len(paths)
     rows = tuple(
         (clean(path), number(before.get(path), 3), number(now.get(path), 3), number(change(path), 3, sign=True))
         for path in paths
     )
     old, new = _made(baseline), _made(report)
     other = sorted(clean(name) for name in {**old, **new} if old.get(name) != new.get(name))
-    note = f"These differ in {', '.join(other)}, not only in the model." if other else ""
-    return Table("Compared with the baseline", columns, rows, note=note)
+    note = f"{same} other numbers are as they were." if same else ""
+    note += f" These differ in {', '.join(other)}, not only in the model." if other else ""
+    return Table("Compared with the baseline", columns, rows, note=note.strip())
 
 
 def made_otherwise(report: Report, baseline: Report) -> str:
