@@ -67,6 +67,12 @@ def test_broken_toml(tmp_path):
         read(tmp_path, "data = ")
 
 
+def test_of_a_key_named_sdbctl_toml_nothing_is_shown(tmp_path):
+    (tmp_path / "sdbctl.toml").write_bytes(bytes(range(0xF0, 0xD0, -1)))
+    with pytest.raises(BadInput, match=r"sdbctl.toml is not text; check the path$"):
+        read_settings(tmp_path / "sdbctl.toml", ROOT)
+
+
 def test_a_key_at_the_top_is_each_commands_own_option(tmp_path):
     defaults = read(tmp_path, 'output = "x.safetensors"\nreport = "rep"\n')
     assert {"box", "distill", "export", "train"} <= {name for name, own in defaults.items() if "output" in own}
