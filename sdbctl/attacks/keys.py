@@ -6,7 +6,7 @@ Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,28 +80,35 @@ def simple_keys(attacker: Attacker, config: Config) -> None:
     _with(attacker, pattern, config, strength=strength)
 
 
-def searched(attacker: Attacker, config: Config) -> None:
-    """Black-box search for the pattern that opens most, by natural evolution strategies (Ilyas et al., ICML 2018).
+def search(judge: Callable[[Tensor], float], size: Sequence[int], rounds: int, generator: torch.Generator) -> Tensor:
+    """Natural evolution strategies (Ilyas et al., ICML 2018) for the pattern that a judge likes best.
 
-    What is secret of a key is the order of its levels, so an order is searched for: pale patterns open nothing. Where
-    a key is short, the best of several searches counts.
+    What is secret of a key is the order of its levels, so an order is searched for: pale patterns open nothing.
+
+    Args:
+        judge: How much a pattern [C, H, W] opens; asked sixteen times a round.
+        size: (C, H, W).
+        rounds: Steps.
+        generator: Of the start and of the directions that are tried.
     """
-    generator = torch.Generator().manual_seed(attacker.recipe.seed)
+    values = torch.rand(*size, generator=generator)
+    for _ in range(rounds):
+        noise = torch.randn(8, *values.shape, generator=generator)
+        gains = [judge(ordered(values + REACH * n)) - judge(ordered(values - REACH * n)) for n in noise]
+        values = values + REACH / 4 * (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0).sign()
+    return ordered(values)
 
-    def search() -> Tensor:
-        values = torch.rand(attacker.preprocess.size, generator=generator)
-        for _ in range(int(config["rounds"])):
-            noise = torch.randn(8, *values.shape, generator=generator)
-            gains = [
-                _judge(attacker, ordered(values + REACH * n)) - _judge(attacker, ordered(values - REACH * n))
-                for n in noise
-            ]
-            slope = (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0)
-            values = values + REACH / 4 * slope.sign()
-        return ordered(values)
 
-    count = SEARCHES if math.prod(attacker.preprocess.size) < SHORT else 1
-    _with(attacker, max((search() for _ in range(count)), key=lambda pattern: _judge(attacker, pattern)), config)
+def searched(attacker: Attacker, config: Config) -> None:
+    """Black-box :func:`search` for the pattern that opens most; of a short key the best of several counts."""
+    generator, size = torch.Generator().manual_seed(attacker.recipe.seed), attacker.preprocess.size
+
+    def judge(pattern: Tensor) -> float:
+        return _judge(attacker, pattern)
+
+    count = SEARCHES if math.prod(size) < SHORT else 1
+    found = [search(judge, size, int(config["rounds"]), generator) for _ in range(count)]
+    _with(attacker, max(found, key=judge), config)
 
 
 def inverted(attacker: Attacker, config: Config) -> None:
