@@ -60,7 +60,7 @@ def identify(state: Mapping[str, Tensor]) -> Identified:
     first = ", ".join(list(shapes)[:3])
     raise BadInput(
         f"unknown architecture: {len(shapes)} tensors, the first are {first}",
-        "name it with --arch (sdbctl list students), or export it to ONNX, which distill and eval take",
+        "name it with --arch (sdbctl list students); others cannot be boxed, but distill and eval take them as ONNX",
     )
 
 
