@@ -81,3 +81,18 @@ def test_how_far_a_run_is_shows_in_a_narrow_terminal(width, monkeypatch):
         progress._bars.refresh()
     last = [line for line in console.file.getvalue().splitlines() if "64/320" in line][-1]
     assert "reference" in last and "label" in last
+
+
+def test_the_time_left_is_told_from_the_steps_that_it_was_measured_by(monkeypatch, capsys):
+    # ten steps in the first second, then one every tenth of a second
+    now = [100.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(output, "err", Console(file=io.StringIO(), width=200))
+    progress = Live()
+    progress.start("box", 100)
+    for step in range(1, 101):
+        now[0] += 0.09 if step <= 10 else 0.1
+        progress.advance(1, {})
+    lines = output.err.file.getvalue().splitlines()
+    assert "20/100, 2 s so far, about 8 s left" in lines[1]
+    assert lines[-1].startswith("box 100/100, 10 s so far") and "left" not in lines[-1]

@@ -117,8 +117,8 @@ class Live:
         self._name, self._total, self._done, self._told = "", 0, 0, 0
         self._metrics: dict[str, float] = {}
         self._over = threading.Event()
-        # when a run began, what was done in its first second, and when something was said last
-        self._begun, self._known, self._said = 0.0, 0, time.monotonic()
+        # when a run began, what was done in its first second, till when, and when something was said last
+        self._begun, self._known, self._since, self._said = 0.0, 0, 0.0, time.monotonic()
 
     def __enter__(self) -> Live:
         self._bars.start()
@@ -139,7 +139,10 @@ class Live:
         self._said = time.monotonic()
         # what an earlier run left is done at once, and tells nothing of the pace
         done, passed = self._done - self._known, self._said - self._begun
-        rest = f", about {duration(passed / done * (self._total - self._done))} left" if done > 0 else ""
+        pace = (self._said - self._since) / done if done > 0 else 0.0
+        rest = (
+            f", about {duration(pace * (self._total - self._done))} left" if pace and self._done < self._total else ""
+        )
         shown = "  ".join(f"{name} {_short(value)}" for name, value in [*self._metrics.items()])
         say(f"{self._name} {self._done}/{self._total}, {duration(passed)} so far{rest}  {shown}".rstrip())
 
@@ -147,6 +150,7 @@ class Live:
         """See :class:`sdbctl.training.Progress`."""
         self._name, self._total, self._done, self._told, self._metrics = name, steps, 0, 0, {}
         self._begun, self._known = time.monotonic(), 0
+        self._since = self._begun
         self._task = self._bars.add_task(name, total=steps, shown="")
 
     def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
@@ -157,7 +161,7 @@ class Live:
         self._bars.update(self._task, advance=steps, shown=shown)
         tenth = 10 * self._done // max(1, self._total)
         if time.monotonic() - self._begun < 1:
-            self._known = self._done
+            self._known, self._since = self._done, time.monotonic()
         if not err.is_terminal and tenth > self._told:
             self._told = tenth
             self._tell()
