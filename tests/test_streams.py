@@ -63,7 +63,8 @@ def test_a_log_is_never_silent_for_long(monkeypatch, capsys):
         progress.start("students", 40)
         progress.advance(1, {"validation": 50.0})
         # long ago
-        progress._begun, progress._known = progress._begun - 3600, 0
+        progress._begun = progress._since = progress._begun - 3600
+        progress._known = 0
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 1 and lines[0] == "students 1/40, 60 min so far, about 39.0 h left  validation 50.0"

@@ -139,10 +139,8 @@ class Live:
         self._said = time.monotonic()
         # what an earlier run left is done at once, and tells nothing of the pace
         done, passed = self._done - self._known, self._said - self._begun
-        pace = (self._said - self._since) / done if done > 0 else 0.0
-        rest = (
-            f", about {duration(pace * (self._total - self._done))} left" if pace and self._done < self._total else ""
-        )
+        left = (self._said - self._since) / done * (self._total - self._done) if done > 0 else 0.0
+        rest = f", about {duration(left)} left" if left else ""
         shown = "  ".join(f"{name} {_short(value)}" for name, value in [*self._metrics.items()])
         say(f"{self._name} {self._done}/{self._total}, {duration(passed)} so far{rest}  {shown}".rstrip())
 
