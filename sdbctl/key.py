@@ -39,7 +39,9 @@ class Key:
         if len(secret) != KEY_BYTES:
             # of a longer file no more is read
             size = f"{'at least ' if len(secret) > KEY_BYTES else ''}{len(secret)}"
-            raise BadInput(f"the key has {size} bytes, not {KEY_BYTES}", "make one with: sdbctl keygen k.bin")
+            raise BadInput(
+                f"the key has {size} bytes, not {KEY_BYTES}", "use your copy of it; sdbctl keygen makes another key"
+            )
         if len(set(secret)) == 1:
             raise BadInput("the key is constant bytes, which is no secret", "make one with: sdbctl keygen k.bin")
         self._secret = bytes(secret)

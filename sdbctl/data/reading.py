@@ -117,7 +117,8 @@ def _expanded(text: str) -> Path:
 def _folder(request: Request) -> Found:
     root = _expanded(request.argument)
     if not root.is_dir():
-        raise BadInput(f"folder {root} does not exist", "give folder:PATH with one folder per class")
+        what = "is no folder" if root.exists() else "does not exist"
+        raise BadInput(f"folder {root} {what}", "give folder:PATH with one folder per class")
     inner = root / "train"
     top = inner if inner.is_dir() and _subfolders(inner) else root  # a class may be called train
     other = next((root / name for name in ("test", "val", "valid") if (root / name).is_dir()), None)
@@ -215,7 +216,8 @@ def _feature_names(schema: Any, label: str) -> tuple[str, ...]:
 def _npz(request: Request) -> Found:
     path = _expanded(request.argument)
     if not path.is_file():
-        raise BadInput(f"npz file {path} does not exist", "check the path")
+        what = "is no file" if path.exists() else "does not exist"
+        raise BadInput(f"npz file {path} {what}", "check the path")
     arrays, held, size = dict[str, Array](), "", 0
     try:
         with zipfile.ZipFile(path) as archive:
