@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +74,38 @@ def test_two_processes_train_like_one(tmp_path):
     accuracies = [boxfile.load(tmp_path / f"{n}.safetensors").meta.measured["top1"] for n in (1, 2)]
     assert min(accuracies) > 80
     assert {path.name for path in tmp_path.iterdir()} == {"1.safetensors", "2.safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_starts_processes_on_one_machine_or_two(machines, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    each = 2 // machines
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc-per-node={each}",
+                "--master-addr=127.0.0.1", f"--master-port={port}"]  # fmt: skip
+    train = ["-m", "sdbctl", "train", "--arch", "cnn", "--data", "digits", "--epochs", "3", "--batch-size", "64",
+             "--precision", "fp32", "--device", "cpu", "--devices", str(each), "--nodes", str(machines),
+             "-o", "x.safetensors"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            [*torchrun, f"--node-rank={rank}", *train],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        for rank in range(machines)
+    ]
+    told = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0] * machines, told
+    assert sum(out.count("wrote") for out, _ in told) == 1
+    assert "2 processes of 32 images each" in told[0][1]
+    assert boxfile.load(tmp_path / "x.safetensors").meta.measured["top1"] > 80
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors"}
 
 
 TRAINS = """
