@@ -568,6 +568,18 @@ def test_streaming_gives_the_same_batches(tmp_path, monkeypatch, cores):
         assert all(torch.equal(one, two) for other in others for one, two in zip(batch, other, strict=True))
 
 
+def test_a_folder_is_streamed_as_it_is_held(tmp_path):
+    for number, image in enumerate(pixels(30)):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image))
+    memory, stream = load(f"folder:{tmp_path}"), load(f"folder:{tmp_path}", memory_limit=100)
+    assert memory.train.in_memory and not stream.train.in_memory and memory.fingerprint == stream.fingerprint
+    held, read = (make(some.train, generator=seeded(3), augment="crop-flip", shuffle=True) for some in (memory, stream))
+    for one, two in zip(held, read, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
 def test_parquet_files_are_copied_once_for_access_in_any_order(tmp_path):
     images = [None if i == 7 else encoded(x) for i, x in enumerate(pixels(40))]
     write_parquet(tmp_path / "train.parquet", images, [0, 1] * 20)

@@ -97,7 +97,7 @@ def test_torchrun_starts_processes_on_one_machine_or_two(machines, tmp_path):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
         for rank in range(machines)
     ]
     told = [run.communicate(timeout=300) for run in runs]
