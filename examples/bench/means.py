@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What each means of making a box step fast gives by itself, measured in turn in one run.
 
-    python examples/bench/means.py [--arch resnet20] [--rounds 9] [--device cpu]
+    python examples/bench/means.py [--arch resnet20] [--rounds 9] [--device cpu] [--profile]
 
 Every row is one change to the row that it names; ratios are medians over rounds of the two rows' times in the same
 round, so that a busy moment hits both. Data are random images, since only time is measured.
@@ -81,15 +81,34 @@ def augmenter(device: torch.device, whole: bool) -> Callable[[], object]:
     return lambda: torch.stack([change(picture) for picture in pictures]).to(device)
 
 
+def by_operation(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that each of the ten dearest operations takes itself in a step, the mean of five after two."""
+    for _ in range(2):
+        run()
+    with torch.profiler.profile() as trace:
+        for _ in range(5):
+            run()
+    spent = {event.key: event.self_cpu_time_total + event.self_device_time_total for event in trace.key_averages()}
+    dearest = sorted(spent, key=lambda name: -spent[name])[:10]
+    return {name: round(spent[name] / 5e3, 1) for name in dearest}
+
+
 def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="print what the steps before and after consist of")
     options = parser.parse_args()
     device = torch.device(options.device)
     plain = {"bf16": True, "last": True}
+    if options.profile:
+        found = {"fp32": by_operation(trainer(options.arch, device))}
+        found["bf16, channels last"] = by_operation(trainer(options.arch, device, **plain))
+        own = environment(Engine(device, "bf16"))
+        print(json.dumps({"arch": options.arch, "batch": BATCH, **own, "ms": found}, indent=2))
+        return
     rows: dict[str, tuple[Callable[[], object], str]] = {
         "fp32": (trainer(options.arch, device), ""),
         "channels last": (trainer(options.arch, device, last=True), "fp32"),
@@ -110,14 +129,14 @@ def main() -> None:
     times = in_turn({name: run for name, (run, _) in rows.items()}, options.rounds, device)
     first = {name: round(all_[0], 1) for name, all_ in times.items()}
     seconds = {name: all_[-options.rounds :] for name, all_ in times.items()}
-    found = {}
+    table = {}
     for name, (_, base) in rows.items():
-        found[name] = {"ms": round(1e3 * statistics.median(seconds[name]), 1), "first_s": first[name]}
+        table[name] = {"ms": round(1e3 * statistics.median(seconds[name]), 1), "first_s": first[name]}
         if base:
             ratios = [b / a for a, b in zip(seconds[name], seconds[base], strict=True)]
-            found[name] |= {"faster": round(statistics.median(ratios), 2), "than": base}
+            table[name] |= {"faster": round(statistics.median(ratios), 2), "than": base}
     engine = Engine(device, "bf16")
-    print(json.dumps({"arch": options.arch, "batch": BATCH, **environment(engine), "rows": found}, indent=2))
+    print(json.dumps({"arch": options.arch, "batch": BATCH, **environment(engine), "rows": table}, indent=2))
 
 
 if __name__ == "__main__":
