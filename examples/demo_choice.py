@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sdbctl import boxfile, data, demo, metrics, suites
-from sdbctl.box import plain_step
+from sdbctl.boxstep import plain_step
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import data
-from sdbctl.box import plain_step
+from sdbctl.boxstep import plain_step
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine

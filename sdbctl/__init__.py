@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdbctl.box import BoxConfig
     from sdbctl.boxfile import Box, load, load_box
+    from sdbctl.boxstep import BoxConfig
     from sdbctl.key import Key
     from sdbctl.report import Report
 

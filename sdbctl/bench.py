@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sdbctl import boxfile, models
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.kd import soft_labels
-from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.boxfile import Metadata
+from sdbctl.boxstep import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.cells import Bench, Source
 from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
 from sdbctl.data.images import cores

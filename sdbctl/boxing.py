@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sdbctl import boxfile, seal, team
 from sdbctl.attacks import ATTACKS
-from sdbctl.box import TEACHERS, BoxConfig, Boxed, Task, box, estimate, fine_tune
+from sdbctl.box import Boxed, box, estimate, fine_tune
 from sdbctl.boxfile import Loaded, Metadata
+from sdbctl.boxstep import TEACHERS, BoxConfig, Task
 from sdbctl.data import Splits
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError

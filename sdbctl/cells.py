@@ -122,7 +122,7 @@ class EvalConfig:
 
 INDIFFERENT = {
     *("__init__", "__main__", "cli", "demo", "bench", "report", "evaluate", "protocol", "curves", "suites", "sources"),
-    *("box", "boxing", "objectives", "checkpoint", "seal", "errors", "files", "state", "timing"),
+    *("box", "boxstep", "boxing", "objectives", "checkpoint", "seal", "errors", "files", "state", "timing"),
 }
 """Modules that have no part in what a student becomes: those of boxes, of whole evaluations, and of what is shown."""
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from sdbctl import boxfile, data, evaluate, files
-from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
+from sdbctl.box import box, fine_tune
+from sdbctl.boxstep import BoxConfig, Task, plain_step
 from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student

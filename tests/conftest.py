@@ -87,7 +87,8 @@ def with_unknown_operator(path):
 def work(tmp_path_factory, digits, splits):
     """Folder with k.bin, teacher.safetensors, boxed.safetensors, boxed.reference.safetensors, boxed.onnx."""
     from sdbctl import boxfile
-    from sdbctl.box import BoxConfig, Task, box, fine_tune, plain_step
+    from sdbctl.box import box, fine_tune
+    from sdbctl.boxstep import BoxConfig, Task, plain_step
     from sdbctl.data import Preprocess
     from sdbctl.distill import build_student
     from sdbctl.engine import Engine

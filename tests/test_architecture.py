@@ -20,6 +20,7 @@ LAYERS = [
     {"demo", "bench"},
     {"boxing"},
     {"evaluate", "box"},
+    {"boxstep"},
     {"protocol"},
     {"curves", "sources"},
     {"workers"},
@@ -78,7 +79,7 @@ def test_the_command_line_imports_no_torch():
 
 def test_what_a_shell_completes_is_what_there_is():
     from sdbctl.attacks.soft import METHODS
-    from sdbctl.box import TEACHERS
+    from sdbctl.boxstep import TEACHERS
     from sdbctl.cli.listing import TOPICS
     from sdbctl.cli.names import NAMES
     from sdbctl.data import PRESETS

@@ -8,7 +8,8 @@ from torch import nn
 
 from sdbctl import boxfile, models
 from sdbctl.attacks import ATTACKS
-from sdbctl.box import BoxConfig, BoxStep, Task, fine_tune
+from sdbctl.box import fine_tune
+from sdbctl.boxstep import BoxConfig, BoxStep, Task
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits
 from sdbctl.distill import build_student, distill
 from sdbctl.engine import Engine, place

@@ -13,7 +13,7 @@ from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.floor import constant_logits
 from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.queries import vector_scaling
-from sdbctl.box import BoxConfig
+from sdbctl.boxstep import BoxConfig
 from sdbctl.errors import UsageError
 from sdbctl.objectives import OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
@@ -342,7 +342,7 @@ def test_class_constant_against_numpy():
 @settings(max_examples=30)
 @given(st.integers(3, 20), st.floats(0.01, 1.0), st.integers(0, 1000))
 def test_disturbed_targets_keep_the_prediction(classes, strength, seed):
-    from sdbctl.box import disturbed
+    from sdbctl.boxstep import disturbed
 
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(8, classes, generator=generator)

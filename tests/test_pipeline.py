@@ -25,21 +25,10 @@ from sdbctl import boxfile, data, evaluate, files, losses, metrics, models, onnx
 from sdbctl.attacks import ATTACKS
 from sdbctl.attacks.base import PerBatch
 from sdbctl.attacks.soft import METHODS
-from sdbctl.box import (
-    PGD_EPSILON,
-    TEACHERS,
-    BoxConfig,
-    BoxStep,
-    Task,
-    adversarial,
-    box,
-    check_above_chance,
-    digest,
-    fine_tune,
-    plain_step,
-)
+from sdbctl.box import box, check_above_chance, digest, fine_tune
 from sdbctl.boxfile import Box, Metadata, Unlocked, load_box
 from sdbctl.boxing import WORTH, better_teacher, sealed, what_students_learn, worth_sealing
+from sdbctl.boxstep import PGD_EPSILON, TEACHERS, BoxConfig, BoxStep, Task, adversarial, plain_step
 from sdbctl.cells import Bench, Cell, EvalConfig, Source
 from sdbctl.cli.common import split_like
 from sdbctl.cli.evaluate import find_box

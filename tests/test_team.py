@@ -118,7 +118,7 @@ import torch
 from torch import nn
 
 from sdbctl import data, team
-from sdbctl.box import plain_step
+from sdbctl.boxstep import plain_step
 from sdbctl.data import Preprocess
 from sdbctl.engine import Engine
 from sdbctl.training import fit

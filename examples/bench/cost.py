@@ -47,8 +47,9 @@ def measure(point: Point) -> dict[str, float]:
     import torch
 
     from sdbctl import models
-    from sdbctl.box import BoxConfig, Task, box, estimate, fine_tune
+    from sdbctl.box import box, estimate, fine_tune
     from sdbctl.boxfile import Loaded
+    from sdbctl.boxstep import BoxConfig, Task
     from sdbctl.data import ImageSet, Preprocess, Splits
     from sdbctl.engine import peak_memory, place
     from sdbctl.key import Key

@@ -12,7 +12,7 @@ import json
 import torch
 
 from sdbctl import models
-from sdbctl.box import BoxConfig, BoxStep, Task, plain_step
+from sdbctl.boxstep import BoxConfig, BoxStep, Task, plain_step
 from sdbctl.data import ImageSet, Preprocess, Splits
 from sdbctl.engine import Engine, environment
 from sdbctl.key import Key

@@ -23,7 +23,7 @@ from torchvision import transforms
 
 from sdbctl import models
 from sdbctl.bench import Cast
-from sdbctl.box import BoxConfig, BoxStep, Task
+from sdbctl.boxstep import BoxConfig, BoxStep, Task
 from sdbctl.data import ImageSet, Preprocess, Splits, batches
 from sdbctl.engine import environment, place, synchronise
 from sdbctl.key import Key

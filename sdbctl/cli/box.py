@@ -168,8 +168,9 @@ def box(
     from dataclasses import replace
 
     from sdbctl import boxfile, team
-    from sdbctl.box import TEACHERS, BoxConfig, Task, check_above_chance, check_held
+    from sdbctl.box import check_above_chance
     from sdbctl.boxing import Run, reference_of
+    from sdbctl.boxstep import TEACHERS, BoxConfig, Task, check_held
     from sdbctl.key import ids_of
     from sdbctl.models.stages import width
     from sdbctl.objectives import OBJECTIVES

@@ -113,9 +113,9 @@ def distill(
     from sdbctl.attacks import ATTACKS
     from sdbctl.attacks.queries import PRETRAINED
     from sdbctl.attacks.soft import METHODS, chosen
-    from sdbctl.box import Task
     from sdbctl.boxfile import Loaded, check_key, pattern
     from sdbctl.boxing import TRIED_IMAGES
+    from sdbctl.boxstep import Task
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.inference import accuracy
@@ -306,7 +306,7 @@ def train(
     begin(output, [state], [profile], resume=resume, force=force or dry_run)
     from dataclasses import replace
 
-    from sdbctl.box import Task, plain_step
+    from sdbctl.boxstep import Task, plain_step
     from sdbctl.distill import build_student
     from sdbctl.inference import accuracy
     from sdbctl.state import Resume, recorded_precision

@@ -22,7 +22,7 @@ from sdbctl.cli.output import emit, say
 from sdbctl.errors import BadInput, UsageError, check_known
 
 if TYPE_CHECKING:
-    from sdbctl.box import BoxConfig
+    from sdbctl.boxstep import BoxConfig
 
 
 def grid(given: list[str]) -> list[dict[str, str]]:
@@ -77,7 +77,7 @@ class Row:
         Raises:
             UsageError: Its preset or a parameter is unknown.
         """
-        from sdbctl.box import BoxConfig
+        from sdbctl.boxstep import BoxConfig
         from sdbctl.cli.box import parse_parameters
 
         return BoxConfig.of(str(self.objective), self.preset, parse_parameters(self.settings))
