@@ -19,7 +19,7 @@ __all__ = ["Box", "BoxConfig", "Key", "Report", "load", "load_box"]
 
 _HOMES = {
     "Box": "boxfile",
-    "BoxConfig": "box",
+    "BoxConfig": "boxstep",
     "Key": "key",
     "Report": "report",
     "load": "boxfile",
