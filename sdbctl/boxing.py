@@ -20,7 +20,7 @@ from sdbctl.key import Key
 from sdbctl.state import differences
 from sdbctl.teacher import TorchTeacher
 from sdbctl.timing import image_seconds
-from sdbctl.training import Progress, digest
+from sdbctl.training import Named, Progress, Silent, digest
 from sdbctl.updates import Recipe, scaled
 
 TRIED = Recipe(epochs=20, batch_size=64, lr=0.1)
@@ -65,7 +65,7 @@ def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress 
         task.preprocess,
         scaled(Recipe(), epochs=epochs, seed=ASSISTANT_SEED),
         task.engine,
-        progress=progress,
+        progress=Named(progress or Silent(), "assistant"),
     ).student
 
 
@@ -109,7 +109,7 @@ def what_students_learn(
                 task.preprocess,
                 scaled(TRIED, seed=seed, batch_size=max(TRIED.batch_size, 2 * team.size())),
                 task.engine,
-                progress=progress,
+                progress=Named(progress or Silent(), f"student {seed + 1} of the {name}"),
             ).student
             for seed in range(TRIED_SEEDS)
         ]

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +50,31 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Ignore."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """Progress that calls every run what it is for.
+
+    Attributes:
+        progress: Where it goes.
+        name: What runs are called.
+    """
+
+    progress: Progress
+    name: str
+
+    def start(self, name: str, steps: int) -> None:
+        """See :class:`Progress`."""
+        self.progress.start(self.name, steps)
+
+    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+        """See :class:`Progress`."""
+        self.progress.advance(steps, metrics)
+
+    def note(self, text: str) -> None:
+        """See :class:`Progress`."""
+        self.progress.note(text)
 
 
 def steps_per_epoch(n: int, batch_size: int, processes: int = 1) -> int:

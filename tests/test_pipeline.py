@@ -541,6 +541,7 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
                "--owner-size", 100, "--epochs", 1, "--teacher", "reference", "--seal")  # fmt: skip
     done = run_cli(*command, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["sealed"]
+    assert b"assistant " in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {out.name, "x.reference.safetensors"}
     sealing, (helper,) = load_box(out), load_box(out).unseal(key)
     # whoever loads the weights as those of the original finds no others
