@@ -250,7 +250,8 @@ def box(
         measured = _measured(original.net, reference, net, unlocked, task)
         if not config.disturb:
             measured |= _serving(net, unlocked, task)
-    made.meta = replace(meta, measured={**measured, "seconds": round(seconds, 1)})
+    measured["seconds"] = round(seconds, 1)
+    made.meta = replace(meta, measured=measured)
     # an auxiliary head that stays as it was would show what the features still know
     unused = {name: torch.zeros_like(tensor) for name, tensor in original.others.items()}
     return Boxed(made, original.file_state(net) | unused, measured)

@@ -115,6 +115,20 @@ class BoxConfig:
                 raise UsageError(f"{name} of {self.objective} is {value:g}", f"use a number {least} to {LARGEST:,}")
         return objective.parameters(**self.parameters)
 
+    def check_classes(self, classes: int) -> None:
+        """Refuse what too few classes make pointless, before hours of training.
+
+        Raises:
+            UsageError: They are too few.
+        """
+        if self.disturb and classes < 3:
+            raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
+        if classes < OBJECTIVES[self.objective].classes:
+            raise UsageError(
+                f"of {classes} classes {self.objective} has none to hide, nor to open with a key",
+                "export --wrapper class-constant protects as well",
+            )
+
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
         objective = OBJECTIVES[self.objective]

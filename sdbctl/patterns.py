@@ -20,7 +20,7 @@ NEAREST = 0.95
 RISING = 1 / 3
 """Share of the images with a wrong key, where keys are short, whose pattern climbs against the box."""
 RISE = 0.2
-"""Length of a step of such a pattern, as a root mean square of normal variables."""
+"""Root mean square of a step of such a pattern, in units of its normal variables."""
 LIFE = 60
 """Mean number of steps after which it begins anew."""
 ODD = 0.5
@@ -62,14 +62,14 @@ class WrongKeys:
     box without being near it, and that even a pale image may open one. So there a third of the patterns climb: after
     each step of training they follow their own gradient of the box's loss, which costs no further pass through the
     network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew. Half of the others are odd: other
-    images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness. They are
-    mixed in as strongly as anybody may try.
+    images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness, mixed in
+    with any λ from 0.3 to 1.
 
     Args:
         secrets: Keys [K, C, H, W] in [0, 1].
         strength: λ of the box.
         preprocess: Its normalisation.
-        images: The most images of a step.
+        images: Most images with a wrong key in one step.
 
     Attributes:
         short: Whether the keys can be searched for.
@@ -97,7 +97,7 @@ class WrongKeys:
             u = torch.empty((), device=x.device).uniform_(0.0, 1.0)
             return self._mixed(x, near(self.secrets, NEAREST - (1 + NEAREST) * u**3, None)[turn], self.strength)
         climbing = min(len(self.rising), round(RISING * len(x)))
-        risen = self._mixed(x[:climbing], self._risen(climbing), self.strength)
+        risen = self._mixed(x[:climbing], self._risen(climbing), self.strength) if climbing else x[:0]
         x, turn = x[climbing:], turn[climbing:]
         u, odd, contrast, brightness, weight, kind = torch.rand(6, len(x), 1, 1, 1, device=x.device)
         patterns = near(self.secrets[turn], NEAREST - (1 + NEAREST) * u**3, None)
@@ -121,7 +121,7 @@ class WrongKeys:
             moved = _standard(rising + RISE * slope / size)
             # what has come to a key is no wrong one
             likeness = torch.einsum("nchw,kchw->nk", _standard(torch.special.ndtr(moved)), _standard(self.secrets))
-            found = likeness.amax(1) > NEAREST * moved[0].numel()
+            found = likeness.amax(1) > NEAREST * math.prod(self.preprocess.size)
             rising.copy_(torch.where(old | found[:, None, None, None], fresh, moved))
 
         leaf.register_hook(climb)  # type: ignore[no-untyped-call]

@@ -160,7 +160,7 @@ class OnnxTeacher:
 
 
 class ClosedTeacher:
-    """A teacher that is opened by the first query: of most, all answers are on record."""
+    """A teacher that is opened only when a query is not on record."""
 
     def __init__(self, classes: int, open_it: Callable[[], Teacher]) -> None:
         self.classes, self._open = classes, functools.cache(open_it)

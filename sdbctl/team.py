@@ -76,7 +76,6 @@ def join(device: torch.device, precision: str, devices: int, nodes: int, strateg
 
     Raises:
         EnvironmentFailure: There are fewer GPUs, or the processes cannot connect.
-        UsageError: The strategy is none of them.
     """
     import torch
     from lightning_fabric import Fabric

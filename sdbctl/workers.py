@@ -76,23 +76,28 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
     elif jobs <= 1:
         # the last of many has the threads of the others, whose number decides how sums are rounded
         with as_worker(bench.config.jobs):
-            _finish_all(((cell, partial(bench.run, cell)) for cell in todo), finish)
+            _finish_all(((cell, partial(bench.run, cell)) for cell in todo), finish, progress.note)
     else:
         with workers(bench) as pool:
             running = {pool.submit(_work, cell): cell for cell in todo}
-            _finish_all(((running[future], future.result) for future in as_completed(running)), finish)
+            _finish_all(((running[future], future.result) for future in as_completed(running)), finish, progress.note)
     return done
 
 
-def _finish_all(trained: Iterable[tuple[Cell, Callable[[], Outcome]]], finish: Callable[[Cell, Outcome], None]) -> None:
+def _finish_all(
+    trained: Iterable[tuple[Cell, Callable[[], Outcome]]],
+    finish: Callable[[Cell, Outcome], None],
+    note: Callable[[str], None],
+) -> None:
     """Collect outcomes. A student that fails does not cost the others, whose outcomes are kept; then it is an error."""
     failed: Exception | None = None
     for cell, outcome in trained:
         try:
             result = outcome()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, EnvironmentFailure):
             raise
         except Exception as error:
+            note(f"{cell.row} failed, the others go on: {error}")
             if isinstance(error, SdbError):
                 error.message = f"{cell.row}: {error.message}"
             failed = failed or error
@@ -112,7 +117,7 @@ def threads_of(jobs: int) -> int:
 
 @contextmanager
 def as_worker(jobs: int) -> Iterator[None]:
-    """Compute with as many threads as one of some processes has, to measure how long it takes."""
+    """Compute with as many threads as each of some processes side by side has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads_of(jobs))
     try:
@@ -222,9 +227,8 @@ def _on_cluster(bench: Bench, todo: Sequence[Cell], folder: Path, finish: Callab
 def work_through(shared: Path, cells: Sequence[Cell], folder: Path) -> None:
     """What one cluster job does: train its students, each into a file."""
     bench: Bench = pickle.loads(shared.read_bytes())
-    for cell in cells:
-        if _stored(bench, cell, folder) is None:
-            _keep(bench, cell, bench.run(cell), folder)
+    left = ((cell, partial(bench.run, cell)) for cell in cells if _stored(bench, cell, folder) is None)
+    _finish_all(left, lambda cell, outcome: _keep(bench, cell, outcome, folder), print)
 
 
 def _keep(bench: Bench, cell: Cell, outcome: Outcome, folder: Path) -> None:

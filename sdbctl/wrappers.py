@@ -162,8 +162,10 @@ CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Candidate thresholds between an unsure and a sure confidence."""
 SHRUNK = 10
 """Images of average accuracy that each class gets beside its own, or few would say too much."""
-HIDDEN, HIDDEN_SHORT = 0.05, 0.2
-"""Share of the keyed outputs, the flattest, that are served like public ones; the second of short keys."""
+HIDDEN = 0.05
+"""Share of the keyed outputs, the flattest, that are served like public ones."""
+HIDDEN_SHORT = 0.2
+"""The same share where the key is short."""
 CONFIDENCES = {"class": "one confidence per class", "rough": "two rough confidences", "exact": "all outputs"}
 """What public outputs of a concealing box may say of how sure they are, by name; see :class:`Concealed`."""
 

@@ -362,7 +362,7 @@ def test_noise_on_weights_is_as_strong_as_said(teacher, boxed, transfer, monkeyp
 
 @pytest.mark.parametrize(("name", "batch"), [("reestimated", 256), ("pruned", 256), ("reestimated", 8)])
 def test_statistics_are_those_of_the_images_at_hand(name, batch, teacher, boxed, transfer, monkeypatch):
-    # of 18 images, three batches of six and none of two, or of one, which has no statistics
+    # of 18 images, three parts of six: one of two would count as much as eight, and one image has no statistics
     monkeypatch.setattr(file, "BATCHED", batch)
     (net,), attacker = nets_of(name, teacher, boxed, transfer.take(range(18)), monkeypatch)
     seen, norm = [], next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))

@@ -75,3 +75,10 @@ def test_a_smaller_batch_moves_fewer_patterns():
     on_black(9).sum().backward()
     moved = (made.rising != before).flatten(1).any(1)
     assert moved.tolist() == [True] * 3 + [False] * 7
+
+
+def test_one_image_with_a_wrong_key_has_none_that_climbs():
+    made, on_black, _ = wrong_keys(SHORT, 30)
+    before = made.rising.clone()
+    assert not on_black(1).requires_grad
+    assert torch.equal(made.rising, before)

@@ -137,5 +137,25 @@ def test_the_console_script_reads_them(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(("key", "value"), [("epochs", "0"), ("epochs", '"many"'), ("seed", "1.5")])
 def test_a_value_that_an_option_cannot_have_names_the_file(key, value, tmp_path):
-    with pytest.raises(UsageError, match=rf"sdbctl.toml, \[train\]: {key} is "):
+    with pytest.raises(UsageError, match=rf"sdbctl.toml, \[train\]: {key} is .*(greater than|valid integer|is not)"):
         read(tmp_path, f"[train]\n{key} = {value}\n")
+
+
+def test_values_that_options_can_have_are_taken(tmp_path):
+    text = """
+[box]
+epochs = 30
+max-cost = 1
+lr = 0.05
+seal = false
+data-root = "images"
+key-file = ["a.bin", "b.bin"]
+[train]
+lr = 1
+arch = "resnet8"
+"""
+    found = read(tmp_path, text)
+    assert found["box"] == {
+        "epochs": 30, "max_cost": 1, "lr": 0.05, "seal": False, "data_root": "images", "key_file": ["a.bin", "b.bin"],
+    }  # fmt: skip
+    assert found["train"] == {"lr": 1, "arch": "resnet8"}

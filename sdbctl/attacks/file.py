@@ -148,12 +148,14 @@ def _reestimate(attacker: Attacker, net: nn.Module) -> None:
             module.reset_running_stats()
             module.momentum = None
     net.train()
+    seen = attacker.view(0)
     # alike in size: each counts the same, and a single image has no statistics
-    count = len(attacker.images)
-    size = math.ceil(count / math.ceil(count / BATCHED))
+    parts = torch.arange(len(seen)).tensor_split(math.ceil(len(seen) / BATCHED))
     with torch.no_grad(), attacker.engine.autocast():
-        for batch in batches(attacker.view(0), attacker.preprocess, batch_size=size, device=attacker.engine.device):
-            net(batch.x)
+        for part in parts:
+            some = seen.take(part)
+            for batch in batches(some, attacker.preprocess, batch_size=len(some), device=attacker.engine.device):
+                net(batch.x)
     net.eval()
 
 

@@ -39,7 +39,7 @@ def bench(
 
     shape = (3, image_size, image_size)
     check_takes(models.build(student, classes, 3), shape)
-    engine = pick(device, precision, models.build(arch, classes, 3), shape, batch_size)
+    engine = pick(device, precision, models.build(arch, classes, 3), shape, batch_size, images=batch_size)
     timings = library.measure(arch, student, shape, classes, batch_size, engine, rounds)
     table = Table(title=f"{arch}, student {student}, {image_size}x{image_size}, batch {batch_size}, {engine.precision}")
     for name in ("step", "images/s", "ratio", "to"):

@@ -209,12 +209,7 @@ def box(
         opened, data, data_root, download=download, size=image_size,
         owner=owner_size, transfer=transfer_size, test=test_size,
     )  # fmt: skip
-    if disturb and original.classes < 3:
-        raise UsageError("--disturb moves probability to a third class", "leave it out for two classes")
-    if objective == DEFAULT and original.classes < 3:
-        raise UsageError(
-            "two classes leave nothing to hide, nor to open with a key", "export --wrapper class-constant protects them"
-        )
+    config.check_classes(original.classes)
     if dataset.train.shape[0] != original.channels:
         raise UsageError(
             f"the checkpoint takes {original.channels} channels, the images have {dataset.train.shape[0]}",
@@ -228,7 +223,8 @@ def box(
         precision,
         original.net,
         size,
-        min(config.recipe.batch_size, len(splits.owner)),
+        config.recipe.batch_size,
+        images=len(splits.owner),
         devices=devices,
         nodes=nodes,
         strategy=strategy,

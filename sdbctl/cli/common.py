@@ -275,13 +275,20 @@ def pick(
     shape: tuple[int, int, int],
     batch_size: int,
     *,
+    images: int,
     devices: int = 1,
     nodes: int = 1,
     strategy: str = "auto",
     profile: Path | None = None,
     kept: str | None = None,
 ) -> Engine:
-    """Choose device and precision by a short measurement, say so, and gather the processes that train together."""
+    """Choose device and precision by a short measurement, say so, and gather the processes that train together.
+
+    No more images are measured than there are: a batch that holds all of them has no others.
+
+    Raises:
+        UsageError: Precision or strategy is unknown, or the batch is too small for the processes.
+    """
     import torch
 
     from sdbctl.engine import pick_device
@@ -300,10 +307,10 @@ def pick(
     if several and precision == "auto":
         # processes that start together would spoil each other's timings, and must all choose the same
         precision = "bf16" if pick_device(device).type == "cuda" else "fp32"
-    example = torch.zeros(batch_size, *shape)
-    engine, why = pick_engine(device, precision, model, example, reason)  # type: ignore[arg-type]
     if strategy not in team.STRATEGIES:
         raise UsageError(f"strategy {strategy} cannot be used", f"use one of: {', '.join(team.STRATEGIES)}")
+    example = torch.zeros(max(2, min(batch_size, images)), *shape)
+    engine, why = pick_engine(device, precision, model, example, reason)  # type: ignore[arg-type]
     if several:
         team.join(engine.device, engine.precision, devices, nodes, strategy)
         err.quiet = team.rank() > 0

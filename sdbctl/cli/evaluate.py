@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from sdbctl.report import Report
     from sdbctl.report.gates import Gate, GateResult
 
-SEEDS = 5
-"""Students per reported row, unless told otherwise."""
 GPU_JOBS = 4
 """Students trained side by side on a GPU, unless told otherwise: 16 were no faster; see examples/bench/together.py."""
 Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML rules; a broken one exits with 3.")]
@@ -68,7 +66,7 @@ def evaluate(
             help="See sdbctl list students. [default: wrn16, in quick resnet8]",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = SEEDS,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = o.SEEDS,
     suite: Annotated[
         str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
     ] = "standard",
@@ -140,7 +138,7 @@ def evaluate(
             raise UsageError(f"output {report / name} already exists", "use --force to replace it")
     if not attack:
         say("note: without --attack no student is trained")
-    elif chosen.seeds is not None and seeds != SEEDS:
+    elif chosen.seeds is not None and seeds != o.SEEDS:
         say(f"note: suite {suite} trains {chosen.seeds} student(s) of each row, whatever --seeds says")
     if surrogate is not None and not any(ATTACKS[row.attack].surrogate for row in chosen.rows):
         say(f"note: nobody in suite {suite} asks about the images of --surrogate")
@@ -187,7 +185,7 @@ def evaluate(
     remembered = cache / f"precision-{pick_device(device).type}-{student}"
     kept = remembered.read_text(errors="replace") if attack and remembered.exists() else None
     kept = kept if kept in ("fp32", "bf16") else None
-    engine = pick(device, precision, net, size, min(config.recipe.batch_size, len(transfer)), kept=kept)
+    engine = pick(device, precision, net, size, config.recipe.batch_size, images=len(transfer), kept=kept)
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     bench = Bench(
         sources,

@@ -161,6 +161,8 @@ Devices = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+SEEDS = 5
+"""Students per reported row, unless told otherwise."""
 Jobs = Annotated[
     int,
     typer.Option("--jobs", min=0, help="Students side by side; 0 means one per CPU core, at most 4 on a GPU."),

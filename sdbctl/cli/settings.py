@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from sdbctl import files
 from sdbctl.errors import BadInput, UsageError
 
@@ -49,30 +51,34 @@ def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
         option = _lookup(key, everywhere, f"{path}", [*everywhere, *options])
         for name, known in options.items():
             if option in known:
-                defaults[name][known[option].name] = _fitting(known[option], value, f"{path}: {key}")
+                own = known[option]
+                defaults[name][own.name] = _fitting(root.commands[name], own, value, f"{path}: {key}")
     for command, table in tables.items():
         if command not in options:
             raise UsageError(f"{path}: unknown command [{command}]", _nearest(command, options))
         for key, value in table.items():
             where = f"{path}, [{command}]"
             parameter = _lookup(key, options[command], where, options[command])
-            defaults[command][parameter.name] = _fitting(parameter, value, f"{where}: {key}")
+            defaults[command][parameter.name] = _fitting(root.commands[command], parameter, value, f"{where}: {key}")
     return defaults
 
 
-def _fitting(parameter: Any, value: Any, where: str) -> Any:
+def _fitting(command: Any, parameter: Any, value: Any, where: str) -> Any:
     """A value of an option; a list of values if it may be repeated."""
     several, flag = getattr(parameter, "multiple", False), getattr(parameter, "is_flag", False)
     items = value if several and isinstance(value, list) else [value]
     for item in items:
         if isinstance(item, bool) != flag or isinstance(item, list | dict):
             raise UsageError(f"{where} is {value}", f"give {'true or false' if flag else 'one number or text'}")
-        try:
-            parameter.type.convert(item, parameter, None)
-        except Exception as error:
-            # as the command line would say it of an option that nobody typed
-            raise UsageError(f"{where} is {value}", str(getattr(error, "message", error))) from None
-    return items if several else value
+    found = items if several else value
+    try:
+        parameter.process_value(typer.Context(command), found)
+    except Exception as error:
+        # what the command line says of an option, which nobody typed here
+        if not hasattr(error, "message"):
+            raise
+        raise UsageError(f"{where} is {value}", str(error.message)) from None
+    return found
 
 
 def _options(command: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import data_of, finite, open_surrogate, read_key
-from sdbctl.cli.names import complete
+from sdbctl.cli.names import DEFAULT, complete
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import BadInput, UsageError, check_known
 
@@ -97,12 +97,12 @@ def rows_of(
         UsageError: There is nothing to compare, or it is written wrongly.
     """
     combinations = grid(settings)
-    chosen = [(name, preset or None) for name, _, preset in (item.partition(":") for item in objectives or ["conceal"])]
+    chosen = [(name, preset or None) for name, _, preset in (item.partition(":") for item in objectives or [DEFAULT])]
     rows = []
     for (name, preset), combination, confidence in itertools.product(chosen, combinations, confidences or [""]):
         parts = [f"{key}={value}" for key, value in combination.items()]
         # what is not said is the default objective, so that another one's boxes are never taken for its own
-        if len(chosen) > 1 or not parts or (name, preset) != ("conceal", None):
+        if len(chosen) > 1 or not parts or (name, preset) != (DEFAULT, None):
             parts.insert(0, name + (f":{preset}" if preset else ""))
         if confidence:
             parts.append(f"confidence {confidence}")
@@ -174,7 +174,7 @@ def sweep(
     student_batch_size: Annotated[
         int | None, typer.Option("--student-batch-size", min=2, max=o.MOST_IMAGES, help="Images per step of a student.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = 5,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = o.SEEDS,
     suite: Annotated[
         str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
     ] = "core",
@@ -216,6 +216,9 @@ def sweep(
         if row.objective is not None:
             row.config()
     original = boxfile.load(checkpoint, trust=trust)
+    for row in rows:
+        if row.objective is not None:
+            row.config().check_classes(original.classes)
     if surrogate is not None:
         # what is wrong with it, too
         dataset, splits = data_of(
@@ -257,6 +260,7 @@ def sweep(
             epochs=epochs,
             batch_size=batch_size,
             dry_run=dry_run,
+            json_=dry_run and json_,
             output=output,
             resume=True,
             insecure_key_file=insecure_key_file,
@@ -270,6 +274,8 @@ def sweep(
             say("the reference is made once; each box, before its students are trained, takes about this:")
             with tempfile.TemporaryDirectory() as nowhere:
                 make_box(first, Path(nowhere) / "box.safetensors", dry_run=True)
+        else:
+            emit({"settings": [row.name for row in rows]}, json_)
         return
     if report.exists() and not report.is_dir():
         raise UsageError(f"--report {report} is a file", "name a folder")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdbctl.data.images import ImageSet, Memory, Shape, Stream, cores, sized
+from sdbctl.data.images import READERS, ImageSet, Memory, Shape, Stream, cores, sized
 from sdbctl.data.preprocess import Preprocess
 from sdbctl.errors import SdbError, UsageError, check_known
 
@@ -203,7 +203,7 @@ def _fetch(images: ImageSet, chunks: list[Tensor], device: torch.device) -> Iter
         return
     from torch.utils.data import DataLoader
 
-    workers = min(cores(), len(chunks)) if cores() > 1 else 0
+    workers = min(READERS, cores(), len(chunks)) if cores() > 1 else 0
     # all at once: a GPU would have to be waited for at each chunk
     order = torch.cat([torch.empty(0, dtype=torch.long, device=device), *chunks]).cpu()
     wanted = [some.tolist() for some in torch.split(images.positions[order], [len(chunk) for chunk in chunks])]

@@ -21,6 +21,8 @@ from sdbctl.errors import BadInput, UsageError
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of uint8 pixels up to which a set is decoded once and kept in memory."""
+READERS = 8
+"""Threads or processes that decode images, at most."""
 THREADED = 128
 """Height and width from which images are decoded by several threads."""
 Shape = tuple[int, int, int]
@@ -169,7 +171,7 @@ class ImageSet:
                 pixels[index] = self[index]
 
         # decoding a small image hardly leaves the interpreter, where threads only wait for each other
-        with ThreadPoolExecutor(1 if min(self.shape[1:]) < THREADED else cores()) as pool:
+        with ThreadPoolExecutor(1 if min(self.shape[1:]) < THREADED else min(READERS, cores())) as pool:
             for _ in pool.map(fill, range(0, len(self), 256)):
                 pass
         return ImageSet.of(pixels, self.labels, self.name)
@@ -266,5 +268,5 @@ def sized(shape: Sequence[int]) -> str:
 
 
 def cores() -> int:
-    """Processors that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -81,6 +81,7 @@ class Objective:
         terms: The loss: a pure function of the views and the parameters.
         presets: Named settings; every objective has ``default``.
         keyed: The parameter that weighs the keyed branch; at 0 the key opens nothing.
+        classes: With fewer it hides nothing.
         divisors: Parameters that something is divided by, and so above 0.
         signed: Parameters that may be negative.
         needs_random: Whether it looks at a randomly initialised network.
@@ -93,6 +94,7 @@ class Objective:
     terms: Callable[[Views, Any], Terms]
     presets: Mapping[str, Preset]
     keyed: str = "preserve"
+    classes: int = 2
     divisors: tuple[str, ...] = ("temperature",)
     signed: tuple[str, ...] = ()
     needs_random: bool = False

@@ -85,4 +85,5 @@ CONCEAL = Objective(
     terms,
     presets={"default": Preset()},
     keyed="teach",
+    classes=3,
 )
