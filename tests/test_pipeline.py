@@ -1196,7 +1196,8 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
     command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits",
                "--owner-size", 100, "--epochs", 1, "--precision", "fp32", "--resume", "-o")  # fmt: skip
     assert run_cli(*command, tmp_path / "whole.safetensors").returncode == 0
-    assert begun == ["reference", *["resnet8"] * 8, "box"]
+    students = [f"student {n} of the {name}" for name in ("reference", "original", "assistant") for n in (1, 2)]
+    assert begun == ["reference", "assistant", *students, "assistant", "box"]
     # in the first assistant, the comparison, the second assistant and the box
     for last in (2, 2, 7, 2, 0):
         if not last:
