@@ -4,7 +4,7 @@
 
 Each search is the suite's (``searched_key``): 100 rounds of natural evolution strategies over the order of the levels,
 judged by the answers to 64 transfer images, 102,400 queries. Printed are the correlation with the key, which a search
-cannot know, and the share of 200 test images whose answer says more than the predicted class.
+cannot know, the share of 200 test images whose answer says more than the predicted class, and that of right classes.
 """
 
 import sys
@@ -42,18 +42,22 @@ def main(box: str, key_file: str, spec: str, searches: str = "20") -> None:
 
     own, tested = splits.transfer.first(SEARCH_IMAGES).alone(), splits.test.first(TESTED).alone()
 
-    def says(pattern: Tensor) -> float:
-        return float((deviation(answers(tested, pattern)) > meta.measured["flat_deviation"]).float().mean())
+    def says(pattern: Tensor) -> tuple[float, float]:
+        z = answers(tested, pattern)
+        beyond = deviation(z) > meta.measured["flat_deviation"]
+        return float(beyond.float().mean()), float((z.argmax(1) == tested.labels).float().mean())
 
     def judge(pattern: Tensor) -> float:
         return float(opened(answers(own, pattern), own.labels))
 
-    print(f"with the key: {says(secret):.1%} of the answers say more than the class")
+    print("with the key: {:.1%} of the answers say more than the class, {:.1%} are right".format(*says(secret)))
     count = 0
     for seed in range(int(searches)):
         found = search(judge, meta.preprocess.size, ROUNDS, torch.Generator().manual_seed(seed))
-        count += (share := says(found)) > OPEN
-        print(f"search {seed:2}: correlation {correlation(found, secret):+.2f}, {share:.1%}", flush=True)
+        share, right = says(found)
+        count += share > OPEN
+        near = correlation(found, secret)
+        print(f"search {seed:2}: correlation {near:+.2f}, {share:.1%}, {right:.1%} right", flush=True)
     print(f"{count} of {searches} searches open more than {OPEN:.0%}")
 
 

@@ -1008,7 +1008,11 @@ def test_two_classes_are_refused_before_hours_of_training(tmp_path, work):
     spec = f"npz:{tmp_path / 'two.npz'}"
     made = run_cli("train", "--arch", "cnn-tiny", "--data", spec, "--epochs", 1, "-o", tmp_path / "t.safetensors")
     assert made.returncode == 0, made.stderr
-    check(run_cli("box", tmp_path / "t.safetensors", "--key-file", work / KEY, "--data", spec), 2, "of 2 classes conceal has none to hide")
+    check(
+        run_cli("box", tmp_path / "t.safetensors", "--key-file", work / KEY, "--data", spec),
+        2,
+        "of 2 classes conceal has none to hide",
+    )
 
 
 def test_a_dry_run_needs_no_force_and_can_be_read_by_scripts(work, tmp_path):

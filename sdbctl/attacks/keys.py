@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
-from sdbctl.attacks.soft import EITHER, soft_loss
+from sdbctl.attacks.soft import EITHER, soft_loss, with_best
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
@@ -49,11 +49,14 @@ def _with(
     ask: Callable[[ImageSet], Tensor] | None = None,
     strength: float | None = None,
 ) -> None:
-    attacker.guess = pattern
-    attacker.learn(
-        lambda z, answer, y: soft_loss(z, answer, y, config),
-        targets=lambda images: (ask or attacker.ask)(mixed_with(images, pattern, strength or attacker.strength)),
-    )
+    """Distil what images with a pattern bring out, and the class from the images themselves: patterns spoil it."""
+    attacker.guess, answers = pattern, ask or attacker.ask
+
+    def targets(images: ImageSet) -> Tensor:
+        opened = answers(mixed_with(images, pattern, strength or attacker.strength))
+        return with_best(opened, answers(images).argmax(1))
+
+    attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=targets)
 
 
 def _judge(attacker: Attacker, pattern: Tensor, strength: float | None = None) -> float:
