@@ -18,7 +18,7 @@ SHORT = 1000
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
 RISING = 1 / 3
-"""Share of the images with a wrong key, where keys are short, whose pattern climbs against the box."""
+"""Share of the images with a wrong key whose pattern climbs against the box."""
 RISE = 0.2
 """Root mean square of a step of such a pattern, in units of its normal variables."""
 LIFE = 60
@@ -58,12 +58,12 @@ class WrongKeys:
     """Mixes wrong keys into the images that a box is to conceal.
 
     Most are nearly right, which is hardest to tell from the key: their correlation with it is r = NEAREST −
-    (1 + NEAREST)·u³, u uniform. A short key leaves so much room for others that a search finds patterns that open a
-    box without being near it, and that even a pale image may open one. So there a third of the patterns climb: after
-    each step of training they follow their own gradient of the box's loss, which costs no further pass through the
-    network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew. Half of the others are odd: other
-    images of the batch, their negatives, or of any contrast, none at all to black and white, and brightness, mixed in
-    with any λ from 0.3 to 1.
+    (1 + NEAREST)·u³, u uniform. A search finds others that open a box without being near the key, so a third of the
+    patterns climb: after each step of training they follow their own gradient of the box's loss, which costs no further
+    pass through the network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew. A short key leaves so
+    much room that even a pale image may open a box. So there half of the others are odd: other images of the batch,
+    their negatives, or of any contrast, none at all to black and white, and brightness, mixed in with any λ from 0.3
+    to 1.
 
     Args:
         secrets: Keys [K, C, H, W] in [0, 1].
@@ -72,14 +72,14 @@ class WrongKeys:
         images: Most images with a wrong key in one step.
 
     Attributes:
-        short: Whether the keys can be searched for.
-        rising: Normal variables [R, C, H, W] of the patterns that climb, changed by each step; R is 0 for long keys.
+        short: Whether the keys themselves can be searched for.
+        rising: Normal variables [R, C, H, W] of the patterns that climb, changed by each step.
     """
 
     def __init__(self, secrets: Tensor, strength: float, preprocess: Preprocess, images: int) -> None:
         self.secrets, self.strength, self.preprocess = secrets, strength, preprocess
         self.short = math.prod(preprocess.size) < SHORT
-        count = round(RISING * images) if self.short else 0
+        count = round(RISING * images)
         self.rising = torch.randn(count, *preprocess.size, device=secrets.device)
 
     def __call__(self, x: Tensor, turn: Tensor) -> Tensor:
@@ -92,13 +92,14 @@ class WrongKeys:
         Returns:
             Normalised images [B, C, H, W]. Their gradient moves the patterns that climb.
         """
-        if not self.short:
-            # one pattern a key and step are as many as are needed
-            u = torch.empty((), device=x.device).uniform_(0.0, 1.0)
-            return self._mixed(x, near(self.secrets, NEAREST - (1 + NEAREST) * u**3, None)[turn], self.strength)
         climbing = min(len(self.rising), round(RISING * len(x)))
         risen = self._mixed(x[:climbing], self._risen(climbing), self.strength) if climbing else x[:0]
         x, turn = x[climbing:], turn[climbing:]
+        if not self.short:
+            # of the others one pattern a key and step are as many as are needed
+            u = torch.empty((), device=x.device).uniform_(0.0, 1.0)
+            patterns = near(self.secrets, NEAREST - (1 + NEAREST) * u**3, None)[turn]
+            return torch.cat([risen, self._mixed(x, patterns, self.strength)])
         u, odd, contrast, brightness, weight, kind = torch.rand(6, len(x), 1, 1, 1, device=x.device)
         patterns = near(self.secrets[turn], NEAREST - (1 + NEAREST) * u**3, None)
         image = self.preprocess.undo(x).roll(1, 0)
