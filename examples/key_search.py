@@ -1,6 +1,6 @@
 """How often a search by answers alone finds a pattern that opens a box, and how near the key it is.
 
-    python examples/key_search.py BOX.onnx KEY_FILE DATA [SEARCHES]
+    python examples/key_search.py BOX.onnx KEY_FILE DATA [SEARCHES [ROUNDS]]
 
 Each search is the suite's (``searched_key``): 100 rounds of natural evolution strategies over the order of the levels,
 judged by the answers to 64 transfer images, 102,400 queries. Printed are the correlation with the key, which a search
@@ -20,13 +20,12 @@ from sdbctl.key import Key, correlation, embed
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import deviation
 
-ROUNDS = 100
 TESTED = 200
 OPEN = 0.05
 """Share of answers from which a box is open."""
 
 
-def main(box: str, key_file: str, spec: str, searches: str = "20") -> None:
+def main(box: str, key_file: str, spec: str, searches: str = "20", rounds: str = "100") -> None:
     """Print a line for each search."""
     meta, teacher = boxfile.read_metadata(Path(box)), OnnxTeacher(Path(box), torch.device("cpu"))
     assert meta is not None
@@ -53,7 +52,7 @@ def main(box: str, key_file: str, spec: str, searches: str = "20") -> None:
     print("with the key: {:.1%} of the answers say more than the class, {:.1%} are right".format(*says(secret)))
     count = 0
     for seed in range(int(searches)):
-        found = search(judge, meta.preprocess.size, ROUNDS, torch.Generator().manual_seed(seed))
+        found = search(judge, meta.preprocess.size, int(rounds), torch.Generator().manual_seed(seed))
         share, right = says(found)
         count += share > OPEN
         near = correlation(found, secret)
