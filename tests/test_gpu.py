@@ -86,8 +86,11 @@ def test_a_recorded_step_draws_wrong_keys_anew():
     t, config = task(), BoxConfig("conceal", wrong_share=1.0)
     net = models.build("resnet8", 10, 3).to(GPU)
     step = BoxStep(net, net, None, [Key.generate()], t, config)
+    before = step.wrong_keys.rising.clone()
     seen, _, update = updated(step, net, batch_of(t.data.owner, t.preprocess), record=True, rate=0.0)
     assert update.recorded
+    # patterns that climb do so in the graph
+    assert (step.wrong_keys.rising != before).flatten(1).any(1).all()
     assert len({terms["hide"] for terms in seen[WARM_STEPS:]}) == STEPS - WARM_STEPS
 
 
