@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol
-from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, queries, soft, staged
+from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, code
 from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
@@ -528,6 +528,20 @@ def test_keyed_images_are_those_of_a_key_holder(transfer):
     pattern = torch.rand(1, 8, 8)
     expected = 0.6 * transfer.pixels + 0.4 * 255 * pattern
     assert (mixed_with(transfer, pattern, 0.6).pixels.float() - expected).abs().max() <= 0.5
+
+
+def test_the_class_of_one_answer_and_the_rest_of_another():
+    plain, opened = (torch.randn(50, 6, generator=torch.Generator().manual_seed(n)).log_softmax(1) for n in (1, 2))
+    made, p, q = (z.exp().numpy() for z in (keys.of_class(plain, opened), plain, opened))
+    top = p.argmax(1)
+    rows = np.arange(50)
+    assert np.allclose(made.sum(1), 1, atol=1e-5) and np.allclose(made[rows, top], p[rows, top], atol=1e-6)
+    rest = np.where(np.arange(6) == top[:, None], 0, q)
+    expected = rest / rest.sum(1, keepdims=True) * (1 - p[rows, top])[:, None]
+    assert np.allclose(np.where(np.arange(6) == top[:, None], 0, made), expected, atol=1e-6)
+    # one that is certain leaves numbers
+    sure = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    assert keys.of_class(sure, torch.zeros(1, 3).log_softmax(1)).isfinite().all()
 
 
 def test_an_attack_on_the_key_is_judged_by_its_guess(work, boxed, pattern, teacher, transfer):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
-from sdbctl.attacks.soft import EITHER, soft_loss, with_best
+from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
@@ -54,9 +54,25 @@ def _with(
 
     def targets(images: ImageSet) -> Tensor:
         opened = answers(mixed_with(images, pattern, strength or attacker.strength))
-        return with_best(opened, answers(images).argmax(1))
+        return of_class(answers(images), opened)
 
     attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=targets)
+
+
+def of_class(plain: Tensor, opened: Tensor) -> Tensor:
+    """The predicted class and its confidence from one answer, what else there is from another.
+
+    Args:
+        plain: Log-probabilities [N, C] of the class.
+        opened: Log-probabilities [N, C] of how the others share the rest.
+
+    Returns:
+        Log-probabilities [N, C].
+    """
+    top = plain.argmax(1, keepdim=True)
+    sure = plain.gather(1, top).exp().clamp(max=1 - 1e-5)
+    others = opened.scatter(1, top, -torch.inf).log_softmax(1) + torch.log1p(-sure)
+    return others.scatter(1, top, sure.log())
 
 
 def _judge(attacker: Attacker, pattern: Tensor, strength: float | None = None) -> float:

@@ -114,14 +114,9 @@ def clipped(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) 
 def repaired(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
     """:func:`kd` from outputs whose maximum is moved to the label where it is elsewhere."""
     assert answer is not None and y is not None
-    return soft_labels(z, with_best(answer, y), y, config)
-
-
-def with_best(answer: Tensor, wanted: Tensor) -> Tensor:
-    """Answers [N, C] whose maximum is exchanged with what they say of the wanted classes [N]."""
     best = answer.argmax(1, keepdim=True)
-    highest, own = answer.gather(1, best), answer.gather(1, wanted[:, None])
-    return answer.scatter(1, best, own).scatter(1, wanted[:, None], highest)
+    highest, own = answer.gather(1, best), answer.gather(1, y[:, None])
+    return soft_labels(z, answer.scatter(1, best, own).scatter(1, y[:, None], highest), y, config)
 
 
 def htc(z: Tensor, answer: Tensor | None, y: Tensor | None, config: Config) -> Tensor:
