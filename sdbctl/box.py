@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from sdbctl.errors import BadInput, UsageError
 from sdbctl.inference import accuracy, predict
 from sdbctl.key import Key, ids_of
 from sdbctl.objectives import OBJECTIVES
-from sdbctl.patterns import SHORT
+from sdbctl.patterns import is_short
 from sdbctl.state import Resume
 from sdbctl.timing import image_seconds
 from sdbctl.training import Progress, digest, fit
@@ -278,4 +277,4 @@ def _serving(net: nn.Module, unlocked: Sequence[nn.Module], task: Task) -> dict[
     """How a box is to be served, by validation images."""
     some = task.data.validation
     public, *keyed = (predict(model, some, task.preprocess, task.engine) for model in (net, *unlocked))
-    return serving(public, some.labels, torch.cat(keyed), short=math.prod(task.preprocess.size) < SHORT)
+    return serving(public, some.labels, torch.cat(keyed), short=is_short(task.preprocess.size))

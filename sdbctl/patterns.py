@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -25,6 +26,11 @@ LIFE = 60
 """Mean number of steps after which it begins anew."""
 ODD = 0.5
 """Share of the other images with a wrong key, where keys are short, that have something else mixed in."""
+
+
+def is_short(size: Sequence[int]) -> bool:
+    """Whether keys of this shape (C, H, W) can be searched for."""
+    return math.prod(size) < SHORT
 
 
 def mixed_with(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
@@ -78,7 +84,7 @@ class WrongKeys:
 
     def __init__(self, secrets: Tensor, strength: float, preprocess: Preprocess, images: int) -> None:
         self.secrets, self.strength, self.preprocess = secrets, strength, preprocess
-        self.short = math.prod(preprocess.size) < SHORT
+        self.short = is_short(preprocess.size)
         count = round(RISING * images)
         self.rising = torch.randn(count, *preprocess.size, device=secrets.device)
 

@@ -5,7 +5,6 @@ Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +18,7 @@ from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
-from sdbctl.patterns import SHORT, mixed_with, public_keys
+from sdbctl.patterns import is_short, mixed_with, public_keys
 from sdbctl.teacher import Access
 
 SEARCH_IMAGES = 64
@@ -53,8 +52,8 @@ def _with(
     attacker.guess, answers = pattern, ask or attacker.ask
 
     def targets(images: ImageSet) -> Tensor:
-        opened = answers(mixed_with(images, pattern, strength or attacker.strength))
-        return of_class(answers(images), opened)
+        told = answers(mixed_with(images, pattern, strength or attacker.strength))
+        return of_class(answers(images), told)
 
     attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=targets)
 
@@ -125,7 +124,7 @@ def searched(attacker: Attacker, config: Config) -> None:
     def judge(pattern: Tensor) -> float:
         return _judge(attacker, pattern)
 
-    count = SEARCHES if math.prod(size) < SHORT else 1
+    count = SEARCHES if is_short(size) else 1
     found = [search(judge, size, int(config["rounds"]), generator) for _ in range(count)]
     _with(attacker, max(found, key=judge), config)
 

@@ -213,12 +213,10 @@ def sweep(
     for row in rows:
         check_known("confidence", row.confidence, CONFIDENCES)
         check_known("wrapper", row.wrapper, WRAPPERS)
-        if row.objective is not None:
-            row.config()
+    configs = [row.config() for row in rows if row.objective is not None]
     original = boxfile.load(checkpoint, trust=trust)
-    for row in rows:
-        if row.objective is not None:
-            row.config().check_classes(original.classes)
+    for config in configs:
+        config.check_classes(original.classes)
     if surrogate is not None:
         # what is wrong with it, too
         dataset, splits = data_of(
