@@ -150,10 +150,10 @@ def evaluation_seconds(bench: Bench, planned: Plan) -> float:
     cpu = engine.device.type == "cpu"
     with as_worker(config.jobs if cpu and not config.cluster else 1):
         net = build_student(config.student, bench.classes, shape[0], 0)
-        one = image_seconds(net, min(config.recipe.batch_size, len(bench.transfer)), shape, engine)
+        one = image_seconds(net, config.recipe.batch_size, len(bench.transfer), shape, engine)
         told, own = _answer_seconds(boxed, shape, engine, bench.classes), 0.0
         if boxed.weights is not None and planned.tuned:
-            own = image_seconds(copy.deepcopy(boxed.weights), min(64, len(bench.transfer)), shape, engine)
+            own = image_seconds(copy.deepcopy(boxed.weights), 64, len(bench.transfer), shape, engine)
     # who holds the file trains it, or asks it several times
     work = planned.runs * one + (planned.teachers + 4 * planned.held) * told
     images = len(bench.transfer) * config.recipe.epochs

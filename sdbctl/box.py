@@ -114,7 +114,7 @@ def estimate(
         images: The owner's.
         engine: Where to compute.
     """
-    one = image_seconds(copy.deepcopy(net), min(config.recipe.batch_size, images), preprocess.size, engine)
+    one = image_seconds(copy.deepcopy(net), config.recipe.batch_size, images, preprocess.size, engine)
     trainable, frozen = config.trainable_and_frozen()
     plain = one * images * config.recipe.epochs
     before = one * images * PGD_STEPS if OBJECTIVES[config.objective].needs_adversarial else 0.0

@@ -303,7 +303,7 @@ class Run:
         if seen:
             student = build_student(TRIED_STUDENT, 10, preprocess.size[0], 0)
             asked = whole["reference"] / (3 * images * recipe.epochs)
-            one = image_seconds(student, min(recipe.batch_size, images), preprocess.size, engine)
+            one = image_seconds(student, recipe.batch_size, images, preprocess.size, engine)
             parts["teachers"] = seen * (one + asked)
         return parts | {"box": whole["box"]}
 

@@ -112,7 +112,7 @@ def step_seconds(model: nn.Module, example: Tensor, engine: Engine) -> float:
     return best
 
 
-def image_seconds(model: nn.Module, batch_size: int, shape: Sequence[int], engine: Engine) -> float:
-    """Seconds of a plain training step per image [C, H, W], if all processes share each batch."""
-    part = max(1, batch_size // team.size())
+def image_seconds(model: nn.Module, batch_size: int, images: int, shape: Sequence[int], engine: Engine) -> float:
+    """Seconds of a plain training step per image [C, H, W] of so many, if all processes share each batch."""
+    part = max(1, min(batch_size, images) // team.size())
     return step_seconds(model, torch.zeros(part, *shape), engine) / (part * team.size())

@@ -196,7 +196,7 @@ def distill(
     say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")
     if taught < metrics.least_known(classes, len(splits.validation)):
         say("note: the teacher is not clearly better than guessing; check --data, --arch and --normalize")
-    one = image_seconds(net, min(recipe.batch_size, len(splits.transfer)), size, engine)
+    one = image_seconds(net, recipe.batch_size, len(splits.transfer), size, engine)
     queries = len(splits.transfer) * recipe.epochs
     seen = queries + attack.extra(queries, len(foreign) if foreign is not None else 0)
     announce({"student": 4 / 3 * one * seen}, dry_run=dry_run, as_json=json_)
@@ -334,7 +334,7 @@ def train(
         profile=profile,
         kept=recorded_precision(state) if resume else None,
     )
-    one = image_seconds(net, min(recipe.batch_size, len(splits.owner)), size, engine)
+    one = image_seconds(net, recipe.batch_size, len(splits.owner), size, engine)
     announce({"training": one * len(splits.owner) * recipe.epochs}, dry_run=dry_run, as_json=json_)
     some = splits.validation.first(1000)
     if not resume:
