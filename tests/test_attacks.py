@@ -660,7 +660,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     if suite in ("file", "standard", "strong"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
     if suite == "strong":
-        assert report.students.keys() >= FOREIGN - {"knockoff", "copycat"}
+        assert report.students.keys() >= FOREIGN - {"knockoff", "copycat", "pretrained_searched", "pretrained_searched_unlabelled"}
         assert {row.name for row in SUITES["foreign"].rows} == FOREIGN | set(ALWAYS)
         assert report.config["surrogate_images"] == 25
         # what a claim is made for or against has all seeds
@@ -1385,7 +1385,8 @@ def test_who_has_labels_need_not_use_them():
 
 def test_every_attack_on_answers_has_a_twin_without_them():
     """Else what a loss does by itself would look like a leak; these are another thing, or have several students."""
-    alone = {"restored", "data_free", "random_keys", "simple_keys", "simple_keys_unlabelled", "searched_key"}
+    alone = {"restored", "data_free", "random_keys", "simple_keys", "searched_key"}
+    alone |= {"simple_keys_unlabelled", "searched_key_unlabelled"}
     rows = {row.name: row for row in ALL}
     attacks = {name for name, row in rows.items() if row.role == "attack" and row.access == "api"}
     assert attacks - TWINS.keys() == alone
@@ -1728,6 +1729,8 @@ class OpensTo(torch.nn.Module):
     [
         ("random_keys", 0.15, {"tries": 40}),
         ("searched_key", 0.4, {"rounds": 15}),
+        ("searched_key_unlabelled", 0.4, {"rounds": 15}),
+        ("pretrained_searched", 0.4, {"rounds": 15}),
         ("inverted_key", 0.6, {"rounds": 40}),
     ],
 )
@@ -1739,7 +1742,7 @@ def test_an_attack_on_the_key_finds_one_where_that_is_easy(name, least, effort):
     recipe = Recipe(epochs=1, batch_size=32)
     made = distill(
         attack, {**attack.grid[0], **effort}, TorchTeacher(net, 5, ENGINE), "cnn-tiny", 5, images, preprocess, recipe,
-        ENGINE, weights=net, strength=0.7,
+        ENGINE, weights=net, strength=0.7, surrogate=images.first(4).unlabelled() if attack.surrogate else None,
     )  # fmt: skip
     assert correlation(made.guess, secret) > least
 

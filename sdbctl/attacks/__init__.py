@@ -46,6 +46,7 @@ ATTACKS: dict[str, Attack] = {
     "random_keys": keys.RANDOM_KEYS,
     "simple_keys": keys.SIMPLE_KEYS,
     "searched_key": keys.SEARCHED_KEY,
+    "pretrained_searched": keys.PRETRAINED_SEARCHED,
     "inverted_key": keys.INVERTED_KEY,
     "stripped": file.STRIPPED,
     "stripped_dist": file.STRIPPED_DIST,
@@ -81,6 +82,8 @@ UNLABELLED = (
     "pretrained_held",
     "reestimated",
     "simple_keys",
+    "searched_key",
+    "pretrained_searched",
 )
 """Attacks that need no labels; those without them have the same settings."""
 ATTACKS |= {f"{name}_unlabelled": without_labels(ATTACKS[name]) for name in UNLABELLED}

@@ -6,12 +6,14 @@ Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
+from sdbctl.attacks.queries import PRETRAINING, first_foreign, pretrained
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
@@ -48,14 +50,17 @@ def _with(
     ask: Callable[[ImageSet], Tensor] | None = None,
     strength: float | None = None,
 ) -> None:
-    """Distil what images with a pattern bring out, and the class from the images themselves: patterns spoil it."""
+    """Distil what images with a pattern bring out, of another data set first if the attacker has one."""
     attacker.guess, answers = pattern, ask or attacker.ask
 
-    def targets(images: ImageSet) -> Tensor:
-        told = answers(mixed_with(images, pattern, strength or attacker.strength))
-        return of_class(answers(images), told)
+    def told(images: ImageSet) -> Tensor:
+        """The class is that of the images themselves: patterns spoil it."""
+        return of_class(answers(images), answers(mixed_with(images, pattern, strength or attacker.strength)))
 
-    attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=targets)
+    if attacker.surrogate is None:
+        attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=told)
+    else:
+        pretrained(attacker, config, soft_loss, told)
 
 
 def of_class(plain: Tensor, opened: Tensor) -> Tensor:
@@ -171,6 +176,14 @@ SEARCHED_KEY = Attack(
     searched,
     _grid(rounds=100),
     on_key=True,
+)
+PRETRAINED_SEARCHED = replace(
+    SEARCHED_KEY,
+    summary=f"{SEARCHED_KEY.summary}, another data set first",
+    grid=tuple({**config, "rounds": 100} for config in PRETRAINING),
+    surrogate=True,
+    twin="pretrained_hard",
+    extra=first_foreign,
 )
 INVERTED_KEY = Attack(
     "white-box search for a key", "own", inverted, _grid(rounds=800), access=Access.WEIGHTS, on_key=True
