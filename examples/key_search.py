@@ -1,13 +1,14 @@
 """How often a search by answers alone finds a pattern that opens a box, and how near the key it is.
 
-    python examples/key_search.py BOX.onnx KEY_FILE DATA [SEARCHES [ROUNDS]]
+    python examples/key_search.py BOX.onnx KEY_FILE DATA [--searches 20] [--rounds 100] [--strength 0.7] [--coins]
 
 Each search is the suite's (``searched_key``): 100 rounds of natural evolution strategies over the order of the levels,
-judged by the answers to 64 transfer images, 102,400 queries. Printed are the correlation with the key, which a search
-cannot know, the share of 200 test images whose answer says more than the predicted class, and that of right classes.
+judged by the answers to 64 transfer images, 102,400 queries. Other strengths than the box's, and patterns of black and
+white alone, are tried on demand. Printed are the correlation with the key, which a search cannot know, the share of 200
+test images whose answer says more than the predicted class, and that of right classes.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from sdbctl import boxfile, data
 from sdbctl.attacks.keys import SEARCH_IMAGES, opened, search
 from sdbctl.data import ImageSet
-from sdbctl.key import Key, correlation, embed
+from sdbctl.key import Key, correlation, embed, ordered
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import deviation
 
@@ -25,40 +26,63 @@ OPEN = 0.05
 """Share of answers from which a box is open."""
 
 
-def main(box: str, key_file: str, spec: str, searches: str = "20", rounds: str = "100") -> None:
+def coins(values: Tensor) -> Tensor:
+    """Half of the values black, half white."""
+    return (values > values.median()).float()
+
+
+def main() -> None:
     """Print a line for each search."""
-    meta, teacher = boxfile.read_metadata(Path(box)), OnnxTeacher(Path(box), torch.device("cpu"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("box", type=Path)
+    parser.add_argument("key_file", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("--searches", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, metavar="SEED")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--coins", action="store_true")
+    asked = parser.parse_args()
+
+    meta, teacher = boxfile.read_metadata(asked.box), OnnxTeacher(asked.box, torch.device("cpu"))
     assert meta is not None
     splits = data.split(
-        data.load(spec, root=Path(), size=meta.preprocess.size[1]),
+        data.load(asked.data, root=Path(), size=meta.preprocess.size[1]),
         **{name: meta.data[name] for name in ("transfer", "validation", "test")},
     )
-    secret = Key.load(Path(key_file)).pattern(meta.preprocess.size)
+    secret = Key.load(asked.key_file).pattern(meta.preprocess.size)
 
-    def answers(images: ImageSet, pattern: Tensor) -> Tensor:
+    def answers(images: ImageSet, pattern: Tensor, strength: float) -> Tensor:
         x = images.pixels.float() / 255
-        return teacher.logits(meta.preprocess(embed(x, pattern, meta.strength)))
+        return teacher.logits(meta.preprocess(embed(x, pattern, strength)))
 
     own, tested = splits.transfer.first(SEARCH_IMAGES).alone(), splits.test.first(TESTED).alone()
 
-    def says(pattern: Tensor) -> tuple[float, float]:
-        z = answers(tested, pattern)
+    def says(pattern: Tensor, strength: float) -> tuple[float, float]:
+        z = answers(tested, pattern, strength)
         beyond = deviation(z) > meta.measured["flat_deviation"]
         return float(beyond.float().mean()), float((z.argmax(1) == tested.labels).float().mean())
 
-    def judge(pattern: Tensor) -> float:
-        return float(opened(answers(own, pattern), own.labels))
+    strength = asked.strength or meta.strength
 
-    print("with the key: {:.1%} of the answers say more than the class, {:.1%} are right".format(*says(secret)))
+    def judge(pattern: Tensor) -> float:
+        return float(opened(answers(own, pattern, strength), own.labels))
+
+    print(
+        "with the key: {:.1%} of the answers say more than the class, {:.1%} are right".format(
+            *says(secret, meta.strength)
+        )
+    )
     count = 0
-    for seed in range(int(searches)):
-        found = search(judge, meta.preprocess.size, int(rounds), torch.Generator().manual_seed(seed))
-        share, right = says(found)
+    for seed in range(asked.first, asked.first + asked.searches):
+        generator = torch.Generator().manual_seed(seed)
+        found = search(judge, meta.preprocess.size, asked.rounds, generator, coins if asked.coins else ordered)
+        share, right = says(found, strength)
         count += share > OPEN
         near = correlation(found, secret)
         print(f"search {seed:2}: correlation {near:+.2f}, {share:.1%}, {right:.1%} right", flush=True)
-    print(f"{count} of {searches} searches open more than {OPEN:.0%}")
+    print(f"{count} of {asked.searches} searches open more than {OPEN:.0%}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -103,7 +103,13 @@ def simple_keys(attacker: Attacker, config: Config) -> None:
     _with(attacker, pattern, config, strength=strength)
 
 
-def search(judge: Callable[[Tensor], float], size: Sequence[int], rounds: int, generator: torch.Generator) -> Tensor:
+def search(
+    judge: Callable[[Tensor], float],
+    size: Sequence[int],
+    rounds: int,
+    generator: torch.Generator,
+    form: Callable[[Tensor], Tensor] = ordered,
+) -> Tensor:
     """Natural evolution strategies (Ilyas et al., ICML 2018) for the pattern that a judge likes best.
 
     What is secret of a key is the order of its levels, so an order is searched for: pale patterns open nothing.
@@ -113,13 +119,14 @@ def search(judge: Callable[[Tensor], float], size: Sequence[int], rounds: int, g
         size: (C, H, W).
         rounds: Steps.
         generator: Of the start and of the directions that are tried.
+        form: Pattern of the values [C, H, W] that are searched, uniform at first.
     """
     values = torch.rand(*size, generator=generator)
     for _ in range(rounds):
         noise = torch.randn(8, *values.shape, generator=generator)
-        gains = [judge(ordered(values + REACH * n)) - judge(ordered(values - REACH * n)) for n in noise]
+        gains = [judge(form(values + REACH * n)) - judge(form(values - REACH * n)) for n in noise]
         values = values + REACH / 4 * (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0).sign()
-    return ordered(values)
+    return form(values)
 
 
 def searched(attacker: Attacker, config: Config) -> None:
