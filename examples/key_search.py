@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--strength", type=float)
     parser.add_argument("--coins", action="store_true")
+    parser.add_argument("--block", type=int, default=1)
     asked = parser.parse_args()
 
     meta, teacher = boxfile.read_metadata(asked.box), OnnxTeacher(asked.box, torch.device("cpu"))
@@ -68,6 +69,12 @@ def main() -> None:
     def judge(pattern: Tensor) -> float:
         return float(opened(answers(own, pattern, strength), own.labels))
 
+    channels, height, width = meta.preprocess.size
+
+    def form(values: Tensor) -> Tensor:
+        blocks = coins(values) if asked.coins else ordered(values)
+        return blocks.repeat_interleave(asked.block, 1).repeat_interleave(asked.block, 2)
+
     print(
         "with the key: {:.1%} of the answers say more than the class, {:.1%} are right".format(
             *says(secret, meta.strength)
@@ -76,7 +83,7 @@ def main() -> None:
     count = 0
     for seed in range(asked.first, asked.first + asked.searches):
         generator = torch.Generator().manual_seed(seed)
-        found = search(judge, meta.preprocess.size, asked.rounds, generator, coins if asked.coins else ordered)
+        found = search(judge, (channels, height // asked.block, width // asked.block), asked.rounds, generator, form)
         share, right = says(found, strength)
         count += share > OPEN
         near = correlation(found, secret)

@@ -30,12 +30,13 @@ def run_cli(*args, stdin=None, cwd=None):
     import typer.testing
 
     from sdbctl import cli
+    from sdbctl.errors import SdbError
 
     words = [str(arg) for arg in args]
     with contextlib.chdir(cwd) if cwd else contextlib.nullcontext():
         try:
             defaults = cli.defaults_for(words)
-        except cli.SdbError as error:
+        except SdbError as error:
             return Result(error.exit_code, b"", str(error).encode())
         runner = typer.testing.CliRunner()
         result = runner.invoke(cli.app, words, input=stdin, default_map=defaults)

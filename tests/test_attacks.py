@@ -660,7 +660,12 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     if suite in ("file", "standard", "strong"):
         assert report.get("unauthorized_advantage.file.labelled.mean") is not None
     if suite == "strong":
-        assert report.students.keys() >= FOREIGN - {"knockoff", "copycat", "pretrained_searched", "pretrained_searched_unlabelled"}
+        assert report.students.keys() >= FOREIGN - {
+            "knockoff",
+            "copycat",
+            "pretrained_searched",
+            "pretrained_searched_unlabelled",
+        }
         assert {row.name for row in SUITES["foreign"].rows} == FOREIGN | set(ALWAYS)
         assert report.config["surrogate_images"] == 25
         # what a claim is made for or against has all seeds

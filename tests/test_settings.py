@@ -135,6 +135,24 @@ def test_the_console_script_reads_them(monkeypatch, tmp_path, capsys):
     assert ended.value.code == 2 and "unknown data nope" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("box x.pt --epochs 0", "error: Invalid value for '--epochs': "),
+        ("box", "error: Missing argument 'CHECKPOINT'; "),
+        ("eval x.onnx --seed", "error: "),
+        ("bxo", "Did you mean 'box'?\n"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_gets_one_line_as_well(command, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sdbctl", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    written = capsys.readouterr().err
+    assert ended.value.code == 2 and said in written and len(written.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("key", "value"), [("epochs", "0"), ("epochs", '"many"'), ("seed", "1.5")])
 def test_a_value_that_an_option_cannot_have_names_the_file(key, value, tmp_path):
     with pytest.raises(UsageError, match=rf"sdbctl.toml, \[train\]: {key} is .*(greater than|valid integer|is not)"):

@@ -13,7 +13,7 @@ import typer
 from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing, streams, sweep
 from sdbctl.cli.output import explained, guarded, say
 from sdbctl.cli.settings import SETTINGS_FILE, read_settings
-from sdbctl.errors import SdbError
+from sdbctl.errors import Interrupted, UsageError
 
 app = typer.Typer(
     name="sdbctl",
@@ -76,9 +76,20 @@ def main() -> Any:
     # threads that wait for one another soon sleep: beside other work, spinning keeps those from the CPU they wait for
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        return app(default_map=defaults_for(sys.argv[1:]))
-    except (SdbError, OSError) as error:
-        found = explained(error)
+        raise SystemExit(app(arguments, default_map=defaults_for(arguments), standalone_mode=False))
+    except KeyboardInterrupt:
+        raise SystemExit(Interrupted.exit_code) from None
+    except Exception as error:
+        found = explained(misused(error))
         say(f"error: {found}")
         raise SystemExit(found.exit_code) from None
+
+
+def misused(error: Exception) -> Exception:
+    """What typer found wrong with a command line, which it would print in a box, as an error like all others."""
+    if not hasattr(error, "format_message"):
+        return error
+    text, command = error.format_message().rstrip("."), getattr(getattr(error, "ctx", None), "command_path", "sdbctl")
+    return UsageError(text, "" if text.endswith("?") else f"{command} -h lists what there is")

@@ -205,8 +205,6 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:
-                if os.environ.get("SDBCTL_DEBUG") and not isinstance(error, SdbError):
-                    raise
                 fail(explained(error))
 
     return run
@@ -227,9 +225,11 @@ def fail(error: SdbError) -> NoReturn:
 
 
 def explained(error: Exception) -> SdbError:
-    """Any failure as one that is explained in a line."""
+    """Any failure as one that is explained in a line, but that ``SDBCTL_DEBUG=1`` shows what nobody expected whole."""
     if isinstance(error, SdbError):
         return error
+    if os.environ.get("SDBCTL_DEBUG"):
+        raise error
     if isinstance(error, OSError):
         where = f" ({Path(error.filename).name})" if error.filename else ""
         return EnvironmentFailure(f"{error.strerror or error}{where}", "check disk space and permissions")
