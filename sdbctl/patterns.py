@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from sdbctl.data import ImageSet, Preprocess, changed
 from sdbctl.key import embed, near
@@ -25,7 +26,7 @@ RISE = 0.2
 LIFE = 60
 """Mean number of steps after which it begins anew."""
 ODD = 0.5
-"""Share of the other images with a wrong key, where keys are short, that have something else mixed in."""
+"""Share of the images with a wrong key that are mixed with any λ, and unless it climbs with another kind of pattern."""
 
 
 def is_short(size: Sequence[int]) -> bool:
@@ -60,16 +61,33 @@ def public_keys(images: ImageSet) -> list[tuple[Tensor, float]]:
     return list(product(public_patterns(images).values(), STRENGTHS))
 
 
+def edges(size: Sequence[int]) -> list[int]:
+    """Edges of square blocks, powers of two, into which images of this shape (C, H, W) can be divided."""
+    return [2**n for n in range(min(size[1:]).bit_length()) if not any(side % 2**n for side in size[1:])]
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """Normal variables [N, C, H, W] of pixels as those of blocks, in turn of each of :func:`edges`, in another order."""
+    sizes = edges(values.shape[1:])
+    parts = [(values[n :: len(sizes)], edge) for n, edge in enumerate(sizes)]
+    return torch.cat([spread_out(edge * avg_pool2d(part, edge), edge) for part, edge in parts if len(part)])
+
+
+def spread_out(values: Tensor, edge: int) -> Tensor:
+    """Each value of [..., H, W] as a square of pixels."""
+    return values.repeat_interleave(edge, -2).repeat_interleave(edge, -1)
+
+
 class WrongKeys:
     """Mixes wrong keys into the images that a box is to conceal.
 
-    Most are nearly right, which is hardest to tell from the key: their correlation with it is r = NEAREST −
-    (1 + NEAREST)·u³, u uniform. A search finds others that open a box without being near the key, so a third of the
-    patterns climb: after each step of training they follow their own gradient of the box's loss, which costs no further
-    pass through the network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew. A short key leaves so
-    much room that even a pale image may open a box. So there half of the others are odd: other images of the batch,
-    their negatives, or of any contrast, none at all to black and white, and brightness, mixed in with any λ from 0.3
-    to 1.
+    Nearly right ones are hardest to tell from the key: their correlation with it is r = NEAREST − (1 + NEAREST)·u³, u
+    uniform. Whoever searches begins elsewhere: any input whose answer says more than the class shows the way to a
+    pattern that opens a box without being near the key. So half are odd: other images of the batch, their negatives,
+    or blocks of any size, contrast and colour, mixed in with any λ, down to patterns without an image. And a third
+    climb: after each step of training they follow their own gradient of the box's loss, which costs no further pass
+    through the network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew; in blocks of any size, half
+    with the box's λ, half with any.
 
     Args:
         secrets: Keys [K, C, H, W] in [0, 1].
@@ -99,23 +117,25 @@ class WrongKeys:
             Normalised images [B, C, H, W]. Their gradient moves the patterns that climb.
         """
         climbing = min(len(self.rising), round(RISING * len(x)))
-        risen = self._mixed(x[:climbing], self._risen(climbing), self.strength) if climbing else x[:0]
-        x, turn = x[climbing:], turn[climbing:]
-        if not self.short:
-            # of the others one pattern a key and step are as many as are needed
-            u = torch.empty((), device=x.device).uniform_(0.0, 1.0)
-            patterns = near(self.secrets, NEAREST - (1 + NEAREST) * u**3, None)[turn]
-            return torch.cat([risen, self._mixed(x, patterns, self.strength)])
-        u, odd, contrast, brightness, weight, kind = torch.rand(6, len(x), 1, 1, 1, device=x.device)
-        patterns = near(self.secrets[turn], NEAREST - (1 + NEAREST) * u**3, None)
-        image = self.preprocess.undo(x).roll(1, 0)
-        other = (4 * contrast**2 * (patterns - 0.5) + 1.5 * brightness - 0.25).clamp(0, 1)
-        other = torch.where(kind < 0.25, image, torch.where(kind < 0.5, 1 - image, other))
-        strength = torch.where(odd < ODD, 1 - 0.7 * weight, self.strength)
-        return torch.cat([risen, self._mixed(x, torch.where(odd < ODD, other, patterns), strength)])
+        odd, weight = torch.rand(2, len(x), 1, 1, 1, device=x.device)
+        others = torch.where(odd[climbing:] < ODD, self._odd(x[climbing:]), self._near(turn[climbing:]))
+        patterns = torch.cat([self._risen(climbing), others]) if climbing else others
+        return embed(x, self.preprocess(patterns), torch.where(odd < ODD, weight, self.strength))
 
-    def _mixed(self, x: Tensor, patterns: Tensor, strength: float | Tensor) -> Tensor:
-        return embed(x, self.preprocess(patterns), strength)
+    def _near(self, turn: Tensor) -> Tensor:
+        """Patterns [N, C, H, W] in [0, 1] that resemble the keys in their turn."""
+        # of long keys one pattern a key and step are as many as are needed
+        u = torch.rand((len(turn), 1, 1, 1) if self.short else (), device=turn.device)
+        r = NEAREST - (1 + NEAREST) * u**3
+        return near(self.secrets[turn], r, None) if self.short else near(self.secrets, r, None)[turn]
+
+    def _odd(self, x: Tensor) -> Tensor:
+        """Patterns [N, C, H, W] in [0, 1] that resemble no key, of so many normalised images and for them."""
+        kind, contrast = torch.rand(2, len(x), 1, 1, 1, device=x.device)
+        brightness = torch.rand(*x.shape[:2], 1, 1, device=x.device)
+        image, values = self.preprocess.undo(x).roll(1, 0), torch.special.ndtr(in_blocks(torch.randn_like(x))) - 0.5
+        other = (4 * contrast**2 * values + 1.5 * brightness - 0.25).clamp(0, 1)
+        return torch.where(kind < 0.25, image, torch.where(kind < 0.5, 1 - image, other))
 
     def _risen(self, count: int) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that climb as soon as their gradient is known."""
@@ -132,7 +152,7 @@ class WrongKeys:
             rising.copy_(torch.where(old | found[:, None, None, None], fresh, moved))
 
         leaf.register_hook(climb)  # type: ignore[no-untyped-call]
-        patterns: Tensor = torch.special.ndtr(leaf)
+        patterns: Tensor = torch.special.ndtr(in_blocks(leaf))
         return patterns
 
 
