@@ -67,7 +67,7 @@ def edges(size: Sequence[int]) -> list[int]:
 
 
 def in_blocks(values: Tensor) -> Tensor:
-    """Normal variables [N, C, H, W] of pixels as those of blocks, in turn of each of :func:`edges`, in another order."""
+    """Normal variables [N, C, H, W] of pixels as those of blocks, in turn of each of :func:`edges`, reordered."""
     sizes = edges(values.shape[1:])
     parts = [(values[n :: len(sizes)], edge) for n, edge in enumerate(sizes)]
     return torch.cat([spread_out(edge * avg_pool2d(part, edge), edge) for part, edge in parts if len(part)])

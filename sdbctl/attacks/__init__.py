@@ -46,6 +46,7 @@ ATTACKS: dict[str, Attack] = {
     "random_keys": keys.RANDOM_KEYS,
     "simple_keys": keys.SIMPLE_KEYS,
     "searched_key": keys.SEARCHED_KEY,
+    "searched_pattern": keys.SEARCHED_PATTERN,
     "pretrained_searched": keys.PRETRAINED_SEARCHED,
     "inverted_key": keys.INVERTED_KEY,
     "stripped": file.STRIPPED,
@@ -83,6 +84,7 @@ UNLABELLED = (
     "reestimated",
     "simple_keys",
     "searched_key",
+    "searched_pattern",
     "pretrained_searched",
 )
 """Attacks that need no labels; those without them have the same settings."""

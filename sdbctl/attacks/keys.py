@@ -20,8 +20,9 @@ from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
-from sdbctl.patterns import is_short, mixed_with, public_keys
+from sdbctl.patterns import edges, in_blocks, is_short, mixed_with, public_keys, spread_out
 from sdbctl.teacher import Access
+from sdbctl.wrappers import deviation
 
 SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""
@@ -29,6 +30,24 @@ SEARCHES = 4
 """Searches for a short key."""
 REACH = 0.4
 """How far around a pattern a search looks, in values that are uniform at first."""
+SHOWN = 0.01
+"""Mean deviation of the logits of the other classes above which an answer says more than the class."""
+OPENED_IMAGES = 24
+"""Images on which a search for any pattern judges it."""
+BEGUN = 2400
+"""Inputs without an image that it begins with."""
+GRID = 8
+"""Blocks in a row, at most, of which it makes patterns."""
+AT_ONCE = 256
+"""Inputs that are asked about at once."""
+KEPT = 0.5
+"""Weight of images that keep their class."""
+MOST = 0.6
+"""Share of images that are open from which there may be more of them."""
+HIGHEST = 0.8
+"""λ up to which it goes."""
+RATES = (0.02, 0.06, 0.2)
+"""Shares of blocks that change in a step."""
 STARTS = 4
 """Random patterns that a white-box search starts from."""
 SMOOTHED = 4
@@ -45,22 +64,36 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
 
 def _with(
     attacker: Attacker,
-    pattern: Tensor,
+    patterns: Sequence[tuple[Tensor, float]],
     config: Config,
     ask: Callable[[ImageSet], Tensor] | None = None,
-    strength: float | None = None,
 ) -> None:
-    """Distil what images with a pattern bring out, of another data set first if the attacker has one."""
-    attacker.guess, answers = pattern, ask or attacker.ask
+    """Distil what images with patterns, each of its λ, bring out; of another data set first if the attacker has one."""
+    attacker.guess, answers = patterns[0][0], ask or attacker.ask
 
     def told(images: ImageSet) -> Tensor:
         """The class is that of the images themselves: patterns spoil it."""
-        return of_class(answers(images), answers(mixed_with(images, pattern, strength or attacker.strength)))
+        return of_class(answers(images), combined([answers(mixed_with(images, *some)) for some in patterns]))
 
     if attacker.surrogate is None:
         attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=told)
     else:
         pretrained(attacker, config, soft_loss, told)
+
+
+def combined(opened: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities [N, C] that several patterns brought out, as one.
+
+    What a pattern says of every image is of the pattern, so it is left out; and so are answers that say nothing.
+    """
+    if len(opened) == 1:
+        return opened[0]
+    total = torch.zeros_like(opened[0])
+    for z in opened:
+        says = deviation(z) > SHOWN
+        centred = torch.where(says, z - z.mean(1, keepdim=True), 0.0)
+        total += torch.where(says, centred - centred.sum(0) / says.sum().clamp(min=1), 0.0)
+    return total.log_softmax(1)
 
 
 def of_class(plain: Tensor, opened: Tensor) -> Tensor:
@@ -94,22 +127,15 @@ def random_keys(attacker: Attacker, config: Config) -> None:
     """The random pattern, of ``tries``, that opens most."""
     generator = torch.Generator().manual_seed(attacker.recipe.seed)
     tried = [torch.rand(attacker.preprocess.size, generator=generator) for _ in range(int(config["tries"]))]
-    _with(attacker, max(tried, key=lambda pattern: _judge(attacker, pattern)), config)
+    _with(attacker, [(max(tried, key=lambda some: _judge(attacker, some)), attacker.strength)], config)
 
 
 def simple_keys(attacker: Attacker, config: Config) -> None:
     """What opens most of the patterns that anybody has, mixed in with any strength."""
-    pattern, strength = max(public_keys(attacker.images), key=lambda some: _judge(attacker, *some))
-    _with(attacker, pattern, config, strength=strength)
+    _with(attacker, [max(public_keys(attacker.images), key=lambda some: _judge(attacker, *some))], config)
 
 
-def search(
-    judge: Callable[[Tensor], float],
-    size: Sequence[int],
-    rounds: int,
-    generator: torch.Generator,
-    form: Callable[[Tensor], Tensor] = ordered,
-) -> Tensor:
+def search(judge: Callable[[Tensor], float], size: Sequence[int], rounds: int, generator: torch.Generator) -> Tensor:
     """Natural evolution strategies (Ilyas et al., ICML 2018) for the pattern that a judge likes best.
 
     What is secret of a key is the order of its levels, so an order is searched for: pale patterns open nothing.
@@ -119,14 +145,13 @@ def search(
         size: (C, H, W).
         rounds: Steps.
         generator: Of the start and of the directions that are tried.
-        form: Pattern of the values [C, H, W] that are searched, uniform at first.
     """
     values = torch.rand(*size, generator=generator)
     for _ in range(rounds):
         noise = torch.randn(8, *values.shape, generator=generator)
-        gains = [judge(form(values + REACH * n)) - judge(form(values - REACH * n)) for n in noise]
+        gains = [judge(ordered(values + REACH * n)) - judge(ordered(values - REACH * n)) for n in noise]
         values = values + REACH / 4 * (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0).sign()
-    return form(values)
+    return ordered(values)
 
 
 def searched(attacker: Attacker, config: Config) -> None:
@@ -138,7 +163,70 @@ def searched(attacker: Attacker, config: Config) -> None:
 
     count = SEARCHES if is_short(size) else 1
     found = [search(judge, size, int(config["rounds"]), generator) for _ in range(count)]
-    _with(attacker, max(found, key=judge), config)
+    _with(attacker, [(max(found, key=judge), attacker.strength)], config)
+
+
+def search_any(
+    ask: Callable[[Tensor], Tensor], images: Tensor, steps: int, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """A pattern and its λ that open a box, from whatever opens it first.
+
+    Inputs without an image are asked about until an answer says more than the class. From the one that says most an
+    evolution strategy (one parent, one child) goes on, in blocks; as soon as most images are open with a pattern, there
+    is more of the image. Own.
+
+    Args:
+        ask: Log-probabilities [N, C] of pixels [N, C, H, W] in [0, 1].
+        images: Own ones, on which a pattern is judged: [N, C, H, W] in [0, 1].
+        steps: Patterns that are tried.
+        generator: Of all that is random.
+
+    Returns:
+        [C, H, W] in [0, 1] and λ.
+    """
+    shape = images.shape[1:]
+    edge = next(edge for edge in edges(shape) if min(shape[1:]) // edge <= GRID)
+    starts = torch.rand(BEGUN, shape[0], shape[1] // edge, shape[2] // edge, generator=generator)
+    starts = torch.special.ndtr(in_blocks(torch.special.ndtri(starts.clamp(1e-6, 1 - 1e-6))))
+    starts[::2] = starts[::2].round()
+    plain = ask(images).argmax(1)
+    values, strength = starts[int(deviation(ask(spread_out(starts, edge))).argmax())], 0.0
+
+    def judge(pattern: Tensor, lam: float) -> tuple[float, float]:
+        z = ask(embed(images, spread_out(pattern, edge), lam))
+        says = deviation(z)
+        told = (says > SHOWN).float()
+        kept = (z.argmax(1) == plain).float()
+        return float((told * (1 + says)).mean() + KEPT * kept.mean()), float(told.mean())
+
+    best, share = judge(values, strength)
+    for _ in range(steps):
+        if share > MOST and strength < HIGHEST:
+            strength = round(strength + 0.02, 2)
+            best, share = judge(values, strength)
+            continue
+        rate, kind = RATES[int(torch.randint(len(RATES), (), generator=generator))], torch.rand((), generator=generator)
+        moved, noise = torch.rand(2, *values.shape, generator=generator)
+        new = noise.round() if kind < 0.5 else (values + 0.6 * (noise - 0.5)).clamp(0, 1)
+        child = torch.where(moved < rate, new, values)
+        good, told = judge(child, strength)
+        if good >= best:
+            values, best, share = child, good, told
+    return spread_out(values, edge), strength
+
+
+def searched_any(attacker: Attacker, config: Config) -> None:
+    """Black-box search for any patterns that open a box (:func:`search_any`), and what several of them tell."""
+    assert attacker.oracle is not None
+    oracle, device = attacker.oracle, attacker.engine.device
+    generator = torch.Generator().manual_seed(attacker.recipe.seed)
+    images = attacker.images.first(OPENED_IMAGES).alone().pixels.float() / 255
+
+    def ask(pixels: Tensor) -> Tensor:
+        return torch.cat([oracle(attacker.preprocess(some.to(device))).cpu() for some in torch.split(pixels, AT_ONCE)])
+
+    found = [search_any(ask, images, int(config["steps"]), generator) for _ in range(int(config["patterns"]))]
+    _with(attacker, found, config)
 
 
 def inverted(attacker: Attacker, config: Config) -> None:
@@ -168,7 +256,8 @@ def inverted(attacker: Attacker, config: Config) -> None:
         starts = [torch.randn(attacker.preprocess.size, device=device).requires_grad_() for _ in range(STARTS)]
         free = max(starts, key=lambda start: climb(start, max(1, rounds // (2 * STARTS))))
         climb(free, rounds // 2)
-    _with(attacker, free.detach().sigmoid().cpu(), config, lambda images: outputs(attacker, net, images))
+    found = free.detach().sigmoid().cpu()
+    _with(attacker, [(found, attacker.strength)], config, lambda images: outputs(attacker, net, images))
 
 
 def _grid(**settings: float) -> tuple[Config, ...]:
@@ -184,10 +273,18 @@ SEARCHED_KEY = Attack(
     _grid(rounds=100),
     on_key=True,
 )
+SEARCHED_PATTERN = Attack(
+    "black-box search for any patterns that open a box",
+    "own",
+    searched_any,
+    _grid(steps=1250, patterns=3),
+    on_key=True,
+    twin="dist_hard",
+)
 PRETRAINED_SEARCHED = replace(
-    SEARCHED_KEY,
-    summary=f"{SEARCHED_KEY.summary}, another data set first",
-    grid=tuple({**config, "rounds": 100} for config in PRETRAINING),
+    SEARCHED_PATTERN,
+    summary=f"{SEARCHED_PATTERN.summary}, another data set first",
+    grid=tuple({**config, "steps": 1250, "patterns": 3} for config in PRETRAINING),
     surrogate=True,
     twin="pretrained_hard",
     extra=first_foreign,
