@@ -119,8 +119,8 @@ def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
 
     Args:
         proto: The graph; it is changed.
-        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffer ``flat`` is
-            negative, then that is compared, too.
+        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffers ``flat``
+            and, if there is one, ``least`` are negative, then that is compared, too.
         example: Images [B, C, H, W].
     """
     import onnx
@@ -129,10 +129,11 @@ def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
     bare = getattr(net, "bare", None)
     if bare is not None:
         # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
-        flat = next((tensor for tensor in proto.graph.initializer if tensor.name == "flat"), None)
-        if flat is None:
+        bounds = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.name in ("flat", "least")}
+        if "flat" not in bounds:
             return math.inf
-        flat.CopyFrom(onnx.numpy_helper.from_array(np.array(-1, dtype=np.float32), "flat"))
+        for name, tensor in bounds.items():
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(-1e6, dtype=np.float32), name))
         difference = max(difference, _difference(proto.SerializeToString(), bare, example))
     return difference
 

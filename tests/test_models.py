@@ -11,7 +11,7 @@ from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.models.graph import Graph
 from sdbctl.models.stages import Stages, head, width
-from sdbctl.wrappers import Concealed
+from sdbctl.wrappers import Concealed, key_filters
 
 OWN = [*models.OWN, "wrn-16-1", "wrn-16-2", "wrn-28-10"]
 
@@ -170,13 +170,14 @@ def test_a_graph_becomes_the_network_that_it_was_exported_from(name, folded, tmp
     assert sum(p.numel() for p in found.parameters()) >= 0.9 * sum(p.numel() for p in net.parameters())
 
 
-def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(tmp_path):
+@pytest.mark.parametrize("keys", [0, 1, 2])
+def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(keys, tmp_path):
     size = (3, 16, 16)
     net, preprocess = models.build("resnet8", 10).eval(), Preprocess((0.5,) * 3, (0.2, 0.25, 0.3), size)
     meta = Metadata("teacher", "resnet8", tuple(map(str, range(10))), preprocess)
-    boxfile.export_onnx(
-        tmp_path / "x.onnx", Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class"), meta
-    )
+    filters = key_filters(torch.rand(keys, *size), 0.7, preprocess) if keys else None
+    shown = Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class", filters)
+    assert boxfile.export_onnx(tmp_path / "x.onnx", shown, meta) < 1e-4
     found = Graph(onnxfile.read(tmp_path / "x.onnx"), 10).eval()
     x = preprocess(torch.rand(4, *size))
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 
 from sdbctl.data import Preprocess
 from sdbctl.key import Key, correlation
-from sdbctl.patterns import NEAREST, RISING, WrongKeys
+from sdbctl.patterns import NEAREST, RISING, WrongKeys, edges, in_blocks, spread_out
 
 SHORT, LONG = (1, 8, 8), (3, 32, 32)
 
@@ -31,23 +31,30 @@ def test_a_short_key_is_told_from_any_pattern():
     made, on_black, (secret,) = wrong_keys(SHORT, 4000)
     others = on_black(4000)[len(made.rising) :].detach()
     assert len(others) == 4000 - round(RISING * 4000)
-    assert 0 <= others.min() < 0.01 and 0.6 < others.max() <= 0.7001
+    # from nothing of the image to nothing of the pattern
+    assert 0 <= others.min() < 0.01 and 0.95 < others.max() <= 1.0001
     assert (others.std((1, 2, 3)) < 0.01).any() and (others.std((1, 2, 3)) > 0.25).any()
     # of the odd half a quarter is mixed with another image, black as well
     assert (others.amax((1, 2, 3)) < 1e-6).float().mean() == pytest.approx(1 / 8, abs=0.03)
     # each image has a pattern of its own, most of them near the key, none too near
     likeness = torch.tensor([correlation(pattern, secret) for pattern in others[:500]])
     assert 0.2 < (likeness > 0.5).float().mean() < 0.6
-    assert 0.9 < likeness.max() < NEAREST + 0.02
+    # which 64 values say within 0.04
+    assert 0.9 < likeness.max() < NEAREST + 0.04
 
 
 def test_long_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():
     made, on_black, _ = wrong_keys(LONG, 100, keys=2)
     mixed = on_black(100)
     assert len(made.rising) == 33
-    others = mixed[33:].detach()
-    assert torch.equal(others[0::2], others[:1].expand(34, *LONG))
-    assert (others[0] - others[1]).abs().max() > 0.1
+    # one for each key's turn, but half are odd
+    common = []
+    for begin in (33, 34):
+        others = mixed[begin::2].detach()
+        near_one = max(others, key=lambda one: (int((others == one).all((1, 2, 3)).sum()), float(one.std())))
+        assert 8 <= int((others == near_one).all((1, 2, 3)).sum()) <= 25
+        common.append(near_one)
+    assert (common[0] - common[1]).abs().max() > 0.1
     before = made.rising.clone()
     mixed.square().sum().backward()
     assert (made.rising != before).flatten(1).any(1).all()
@@ -56,14 +63,26 @@ def test_long_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():
 def test_patterns_of_short_keys_climb_the_loss():
     made, on_black, _ = wrong_keys(SHORT, 30)
     before = made.rising.clone()
-    goal = (torch.arange(64) % 2).view(SHORT).float()
+    goal = torch.arange(8).lt(4).float().expand(SHORT)
     on_black(30)
     assert torch.equal(made.rising, before), "without a gradient nothing moves"
     for _ in range(40):
         (on_black(30)[:10] * goal).sum().backward()
-    # all but those that began anew
-    assert sorted(correlation(torch.special.ndtr(one), goal) for one in made.rising)[3] > 0.9
+    # all but those that began anew, and those of one block
+    reached = [correlation(torch.special.ndtr(one), goal) for one in made.rising]
+    assert sum(found > 0.9 for found in reached) >= 5 and max(reached[3::4]) < 0.5
     assert torch.allclose(made.rising.mean((1, 2, 3)), torch.zeros(10), atol=0.5)
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (3, 32, 32), (3, 12, 20), (1, 7, 7)])
+def test_normal_variables_in_blocks_are_normal_variables(size):
+    values = torch.randn(600, *size, generator=torch.Generator().manual_seed(0))
+    made = in_blocks(values)
+    assert made.shape == values.shape and made.std() == pytest.approx(1, abs=0.1)
+    parts = made.split([len(values[n :: len(edges(size))]) for n in range(len(edges(size)))])
+    for edge, part in zip(edges(size), parts, strict=True):
+        assert torch.equal(part, spread_out(part[..., ::edge, ::edge], edge))
+    assert edges(size) == {8: [1, 2, 4, 8], 32: [1, 2, 4, 8, 16, 32], 12: [1, 2, 4], 7: [1]}[size[1]]
 
 
 def test_a_pattern_that_has_climbed_to_a_key_begins_anew():

@@ -14,7 +14,10 @@ from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError, check_known
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sdbctl.boxfile import Metadata
+    from sdbctl.key import Key
 
 
 def export(
@@ -33,6 +36,15 @@ def export(
             "exact, all that they show, which helps attackers. [default: class]",
         ),
     ] = None,
+    key_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--key-file",
+            metavar="FILE",
+            help="A key of the box, for whose pattern the graph then looks itself: a search finds no other. The graph "
+            "holds the pattern. Repeat it for each partner; keys left out open it no more.",
+        ),
+    ] = None,
     wrapper: Annotated[
         str | None,
         typer.Option(
@@ -42,6 +54,7 @@ def export(
             help="Put a serving-time defence into the graph; see sdbctl list.",
         ),
     ] = None,
+    insecure_key_file: o.InsecureKey = False,
     force: o.Force = False,
     trust: o.Trust = False,
     json_: o.Json = False,
@@ -49,12 +62,14 @@ def export(
     """Write a model as ONNX, after checking that it computes the same, or as safetensors.
 
     The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else; what
-    comes through the key passes, but for the few outputs that are as flat as public ones.
+    comes through the key passes, but for the few outputs that are as flat as public ones. With --key-file it looks for
+    the key itself, and should never leave your servers; without, for outputs that are not flat.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
+    from sdbctl.patterns import is_short
     from sdbctl.timing import check_takes
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS, Concealed, Wrapped, served
 
@@ -65,6 +80,8 @@ def export(
     if confidence is not None and (format_ != "onnx" or wrapper is not None):
         what = f"the wrapper {wrapper}" if wrapper else "a file of weights"
         raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
+    if key_file and (format_ != "onnx" or wrapper is not None or confidence == "exact"):
+        raise UsageError("only a graph that hides outputs checks keys", "leave --key-file out")
 
     output = output or named(model).with_suffix(suffixes[format_])
     if output.suffix != suffixes[format_]:
@@ -88,7 +105,8 @@ def export(
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
         asked, confidence = confidence, "exact" if wrapper else confidence or "class"
-        net = served(loaded.net, meta, confidence)
+        secrets = _secrets(meta, [read_key(path, insecure_key_file) for path in key_file or []])
+        net = served(loaded.net, meta, confidence, secrets)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
             if meta.key_ids:
@@ -98,6 +116,10 @@ def export(
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
+            if net.checks:
+                say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
+            elif meta.key_ids and not is_short(meta.preprocess.size):
+                say("note: a search can find other patterns that open this graph; --key-file lets it look for the key")
         elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
             if len(meta.classes) < 3:
                 why = "two classes leave no others to hide"
@@ -113,6 +135,25 @@ def export(
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, sealed=loaded.sealed, force=force)
     emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def _secrets(meta: Metadata, keys: list[Key]) -> Tensor | None:
+    """Patterns [K, C, H, W] in [0, 1] that a graph looks for; None if it should not, or if that would be no use."""
+    import torch
+
+    from sdbctl.boxfile import check_key
+    from sdbctl.patterns import is_short
+
+    if not keys:
+        return None
+    for key in keys:
+        check_key(meta, key)
+    if left := set(meta.key_ids) - {key.id for key in keys}:
+        say(f"note: without their key files this graph does not open to {', '.join(sorted(left))}")
+    if is_short(meta.preprocess.size):
+        warn("images are so small that the pattern of a key can be guessed: the graph does not look for it")
+        return None
+    return torch.stack([key.pattern(meta.preprocess.size) for key in keys])
 
 
 def inspect(
