@@ -15,6 +15,8 @@ from sdbctl.key import embed, near
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """λ with which patterns that anybody has are tried."""
+BLOCKS = 12
+"""Patterns of blocks among them."""
 SHORT = 1000
 """Values of a key below which it can be searched for: keys of 64 were found by their answers, one of 3,072 was not."""
 NEAREST = 0.95
@@ -47,9 +49,13 @@ def public_patterns(images: ImageSet) -> dict[str, Tensor]:
     """
     pixels = images.first(1000).alone().pixels.float() / 255
     generator = torch.Generator().manual_seed(0)
+    colours = [some for some in product((0.0, 1.0), repeat=images.shape[0]) if len(set(some)) > 1]
+    blocks = torch.special.ndtr(in_blocks(torch.randn(BLOCKS, *images.shape, generator=generator)))
     return {
         **{f"grey {level:g}": torch.full(images.shape, level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)},
         **{f"coins {n}": torch.randint(2, images.shape, generator=generator).float() for n in range(3)},
+        **{f"colour {n}": torch.tensor(some)[:, None, None].expand(images.shape) for n, some in enumerate(colours)},
+        **{f"blocks {n}": one.round() if n % 2 else one for n, one in enumerate(blocks)},
         "mean image": pixels.mean(0),
         **{f"image {n}": image for n, image in enumerate(pixels[:4])},
         **{f"negative {n}": 1 - image for n, image in enumerate(pixels[:4])},

@@ -89,6 +89,14 @@ CORE = (
     Row(
         "simple_keys_unlabelled", "patterns that anybody has, no labels", "attack", "simple_keys_unlabelled", ("boxed",)
     ),
+    Row("searched_pattern", "patterns that a search finds", "attack", "searched_pattern", ("boxed",)),
+    Row(
+        "searched_pattern_unlabelled",
+        "patterns that a search finds, no labels",
+        "attack",
+        "searched_pattern_unlabelled",
+        ("boxed",),
+    ),
     Row("kd_q", "KD from the assistant", "target", "kd", ASSISTANTS),
     Row("dist_q", "DIST from the assistant", "target", "dist", ASSISTANTS),
     Row("authorized", "KD from the box with the key", "authorized", "kd", ("keyed",)),
@@ -248,6 +256,7 @@ SUITES: Mapping[str, Suite] = {
                         "pretrained",
                         "pretrained_hard",
                         "pretrained_held",
+                        "pretrained_searched",
                     )
                     for who in ("", "_unlabelled")
                 ),

@@ -142,6 +142,20 @@ def test_onnx_signature_metadata_and_parity(work, boxed, images):
             assert torch.allclose(teacher.logits(images.x[:n]), boxed(images.x[:n]), atol=1e-4)
 
 
+def test_a_graph_looks_for_keys_where_they_cannot_be_guessed(work, tmp_path):
+    box, key = work / "boxed.safetensors", work / "k.bin"
+    made = run_cli("export", box, "--key-file", key, "-o", tmp_path / "x.onnx", "--json")
+    assert made.returncode == 0
+    result = json.loads(made.stdout)
+    assert "small" in result["warnings"][0] and result["serves"] == "one confidence per class"
+    for more in (("--format", "safetensors"), ("--wrapper", "top1"), ("--confidence", "exact")):
+        refused = run_cli("export", box, "--key-file", key, "-o", tmp_path / "y.onnx", *more, "--force")
+        assert refused.returncode == 2
+    run_cli("keygen", tmp_path / "other.bin")
+    refused = run_cli("export", box, "--key-file", tmp_path / "other.bin", "-o", tmp_path / "y.onnx")
+    assert refused.returncode in (2, 4) and b"key" in refused.stderr and not (tmp_path / "y.onnx").exists()
+
+
 def test_export_refuses_what_does_not_match(tmp_path, boxed, monkeypatch):
     monkeypatch.setattr(onnxfile, "_difference", lambda *_: float("nan"))
     with pytest.raises(ParityMismatch):
