@@ -21,7 +21,7 @@ SHORT = 1000
 """Values of a key below which it can be searched for: keys of 64 were found by their answers, one of 3,072 was not."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
-RISING = 1 / 3
+RISING = 0.5
 """Share of the images with a wrong key whose pattern climbs against the box."""
 RISE = 0.2
 """Root mean square of a step of such a pattern, in units of its normal variables."""
@@ -76,7 +76,7 @@ def in_blocks(values: Tensor) -> Tensor:
     """Normal variables [N, C, H, W] of pixels as those of blocks, in turn of each of :func:`edges`, reordered."""
     sizes = edges(values.shape[1:])
     parts = [(values[n :: len(sizes)], edge) for n, edge in enumerate(sizes)]
-    return torch.cat([spread_out(edge * avg_pool2d(part, edge), edge) for part, edge in parts if len(part)])
+    return torch.cat([spread_out(edge * avg_pool2d(part, edge), edge) for part, edge in parts])
 
 
 def spread_out(values: Tensor, edge: int) -> Tensor:
@@ -90,10 +90,10 @@ class WrongKeys:
     Nearly right ones are hardest to tell from the key: their correlation with it is r = NEAREST − (1 + NEAREST)·u³, u
     uniform. Whoever searches begins elsewhere: any input whose answer says more than the class shows the way to a
     pattern that opens a box without being near the key. So half are odd: other images of the batch, their negatives,
-    or blocks of any size, contrast and colour, mixed in with any λ, down to patterns without an image. And a third
-    climb: after each step of training they follow their own gradient of the box's loss, which costs no further pass
-    through the network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew; in blocks of any size, half
-    with the box's λ, half with any.
+    or blocks of any size, contrast and colour, mixed in with any λ, down to patterns without an image. And half of
+    all climb: after each step of training they follow their own gradient of the box's loss, which costs no further pass
+    through the network (as in Shafahi et al., NeurIPS 2019), and now and then begin anew; half of them pixel by pixel
+    and with the box's λ, half in blocks and with any.
 
     Args:
         secrets: Keys [K, C, H, W] in [0, 1].
@@ -123,10 +123,12 @@ class WrongKeys:
             Normalised images [B, C, H, W]. Their gradient moves the patterns that climb.
         """
         climbing = min(len(self.rising), round(RISING * len(x)))
-        odd, weight = torch.rand(2, len(x), 1, 1, 1, device=x.device)
-        others = torch.where(odd[climbing:] < ODD, self._odd(x[climbing:]), self._near(turn[climbing:]))
+        chance, weight = torch.rand(2, len(x), 1, 1, 1, device=x.device)
+        odd = chance < ODD
+        odd[:climbing] = torch.arange(climbing, device=x.device).view(-1, 1, 1, 1) >= climbing - climbing // 3
+        others = torch.where(odd[climbing:], self._odd(x[climbing:]), self._near(turn[climbing:]))
         patterns = torch.cat([self._risen(climbing), others]) if climbing else others
-        return embed(x, self.preprocess(patterns), torch.where(odd < ODD, weight, self.strength))
+        return embed(x, self.preprocess(patterns), torch.where(odd, weight, self.strength))
 
     def _near(self, turn: Tensor) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that resemble the keys in their turn."""
@@ -158,7 +160,7 @@ class WrongKeys:
             rising.copy_(torch.where(old | found[:, None, None, None], fresh, moved))
 
         leaf.register_hook(climb)  # type: ignore[no-untyped-call]
-        patterns: Tensor = torch.special.ndtr(in_blocks(leaf))
+        patterns: Tensor = torch.special.ndtr(torch.cat([leaf[0::3], leaf[1::3], in_blocks(leaf[2::3])]))
         return patterns
 
 
