@@ -18,7 +18,7 @@ for original in "$checkpoints/resnet20-12fca82f.th" "$checkpoints/resnet32-d509a
     # shellcheck disable=SC2086
     [ -e "$box" ] || sdbctl box "$original" --key-file "$out/k.bin" --data "$data" -o "$box" --resume \
         ${SDBCTL_EXAMPLE_ARGS:-}
-    [ -e "$onnx" ] || sdbctl export "$box" -o "$onnx"
+    [ -e "$onnx" ] || sdbctl export "$box" --key-file "$out/k.bin" -o "$onnx"
     [ -e "$out/$name.wrn16.safetensors" ] || sdbctl distill "$onnx" --student wrn16 --data "$data" \
         -o "$out/$name.wrn16.safetensors"
     [ -e "$out/$name.wrn16.keyed.safetensors" ] || sdbctl distill "$onnx" --student wrn16 --data "$data" \

@@ -15,7 +15,7 @@ mkdir -p "$out"
 # shellcheck disable=SC2086
 [ -e "$out/boxed.safetensors" ] || sdbctl box "$out/$arch.safetensors" --key-file "$out/k.bin" --data "$data" --resume \
     -o "$out/boxed.safetensors" ${SDBCTL_EXAMPLE_ARGS:---epochs 16}
-[ -e "$out/boxed.onnx" ] || sdbctl export "$out/boxed.safetensors"
+[ -e "$out/boxed.onnx" ] || sdbctl export "$out/boxed.safetensors" --key-file "$out/k.bin"
 for key in "" "--key-file $out/k.bin"; do
     student="$out/wrn16${key:+.keyed}.safetensors"
     # shellcheck disable=SC2086
