@@ -114,6 +114,14 @@ def write(
     return difference
 
 
+def constant(proto: onnx.ModelProto, name: str) -> Tensor | None:
+    """A constant of a graph by its name, if there is one."""
+    import onnx
+
+    found = next((tensor for tensor in proto.graph.initializer if tensor.name == name), None)
+    return None if found is None else torch.from_numpy(onnx.numpy_helper.to_array(found).copy())
+
+
 def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
     """Largest difference of an ONNX graph's logits from a network's, relative to the largest logit.
 

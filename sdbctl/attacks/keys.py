@@ -20,7 +20,7 @@ from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
-from sdbctl.patterns import edges, in_blocks, is_short, mixed_with, public_keys, spread_out
+from sdbctl.patterns import in_blocks, is_short, mixed_with, public_keys, spread_out
 from sdbctl.teacher import Access
 from sdbctl.wrappers import deviation
 
@@ -184,20 +184,25 @@ def search_any(
     Returns:
         [C, H, W] in [0, 1] and λ.
     """
-    shape = images.shape[1:]
-    edge = next(edge for edge in edges(shape) if min(shape[1:]) // edge <= GRID)
-    starts = torch.rand(BEGUN, shape[0], shape[1] // edge, shape[2] // edge, generator=generator)
+    channels, height, width = images.shape[1:]
+    edge = -(-min(height, width) // GRID)
+
+    def pattern(values: Tensor) -> Tensor:
+        return spread_out(values, edge)[..., :height, :width]
+
+    starts = torch.rand(BEGUN, channels, -(-height // edge), -(-width // edge), generator=generator)
     starts = torch.special.ndtr(in_blocks(torch.special.ndtri(starts.clamp(1e-6, 1 - 1e-6))))
     starts[::2] = starts[::2].round()
     plain = ask(images).argmax(1)
-    values, strength = starts[int(deviation(ask(spread_out(starts, edge))).argmax())], 0.0
+    told = torch.cat([deviation(ask(pattern(some))) for some in torch.split(starts, AT_ONCE)])
+    values, strength = starts[int(told.argmax())], 0.0
 
-    def judge(pattern: Tensor, lam: float) -> tuple[float, float]:
-        z = ask(embed(images, spread_out(pattern, edge), lam))
+    def judge(values: Tensor, lam: float) -> tuple[float, float]:
+        z = ask(embed(images, pattern(values), lam))
         says = deviation(z)
-        told = (says > SHOWN).float()
+        open_ones = (says > SHOWN).float()
         kept = (z.argmax(1) == plain).float()
-        return float((told * (1 + says)).mean() + KEPT * kept.mean()), float(told.mean())
+        return float((open_ones * (1 + says)).mean() + KEPT * kept.mean()), float(open_ones.mean())
 
     best, share = judge(values, strength)
     for _ in range(steps):
@@ -209,10 +214,10 @@ def search_any(
         moved, noise = torch.rand(2, *values.shape, generator=generator)
         new = noise.round() if kind < 0.5 else (values + 0.6 * (noise - 0.5)).clamp(0, 1)
         child = torch.where(moved < rate, new, values)
-        good, told = judge(child, strength)
-        if good >= best:
-            values, best, share = child, good, told
-    return spread_out(values, edge), strength
+        reached = judge(child, strength)
+        if reached[0] >= best:
+            values, (best, share) = child, reached
+    return pattern(values), strength
 
 
 def searched_any(attacker: Attacker, config: Config) -> None:
@@ -223,7 +228,7 @@ def searched_any(attacker: Attacker, config: Config) -> None:
     images = attacker.images.first(OPENED_IMAGES).alone().pixels.float() / 255
 
     def ask(pixels: Tensor) -> Tensor:
-        return torch.cat([oracle(attacker.preprocess(some.to(device))).cpu() for some in torch.split(pixels, AT_ONCE)])
+        return oracle(attacker.preprocess(pixels.to(device))).cpu()
 
     found = [search_any(ask, images, int(config["steps"]), generator) for _ in range(int(config["patterns"]))]
     _with(attacker, found, config)

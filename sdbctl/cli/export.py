@@ -69,9 +69,8 @@ def export(
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
-    from sdbctl.patterns import is_short
     from sdbctl.timing import check_takes
-    from sdbctl.wrappers import CONFIDENCES, WRAPPERS, Concealed, Wrapped, served
+    from sdbctl.wrappers import CONFIDENCES, SAFE, WRAPPERS, Concealed, Wrapped, key_margin, served
 
     check_known("wrapper", wrapper, WRAPPERS)
     check_known("confidence", confidence, CONFIDENCES)
@@ -105,8 +104,8 @@ def export(
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
         asked, confidence = confidence, "exact" if wrapper else confidence or "class"
-        secrets = _secrets(meta, [read_key(path, insecure_key_file) for path in key_file or []])
-        net = served(loaded.net, meta, confidence, secrets)
+        filters = _filters(meta, [read_key(path, insecure_key_file) for path in key_file or []])
+        net = served(loaded.net, meta, confidence, filters)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
             if meta.key_ids:
@@ -118,7 +117,7 @@ def export(
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
             if net.checks:
                 say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
-            elif meta.key_ids and not is_short(meta.preprocess.size):
+            elif meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
                 say("note: a search can find other patterns that open this graph; --key-file lets it look for the key")
         elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
             if len(meta.classes) < 3:
@@ -137,12 +136,12 @@ def export(
     emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-def _secrets(meta: Metadata, keys: list[Key]) -> Tensor | None:
-    """Patterns [K, C, H, W] in [0, 1] that a graph looks for; None if it should not, or if that would be no use."""
+def _filters(meta: Metadata, keys: list[Key]) -> Tensor | None:
+    """Filters [K, C, H, W] by which a graph looks for keys; None if it should not, or if that would be no use."""
     import torch
 
     from sdbctl.boxfile import check_key
-    from sdbctl.patterns import is_short
+    from sdbctl.wrappers import SAFE, key_filters, key_margin
 
     if not keys:
         return None
@@ -150,10 +149,11 @@ def _secrets(meta: Metadata, keys: list[Key]) -> Tensor | None:
         check_key(meta, key)
     if left := set(meta.key_ids) - {key.id for key in keys}:
         say(f"note: without their key files this graph does not open to {', '.join(sorted(left))}")
-    if is_short(meta.preprocess.size):
-        warn("images are so small that the pattern of a key can be guessed: the graph does not look for it")
+    if key_margin(meta.preprocess.size, meta.strength) < SAFE:
+        warn("images so small, or so little of the key in them, have a key by chance: the graph does not look for it")
         return None
-    return torch.stack([key.pattern(meta.preprocess.size) for key in keys])
+    secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
+    return key_filters(secrets, meta.strength, meta.preprocess)
 
 
 def inspect(
