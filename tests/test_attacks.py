@@ -636,7 +636,7 @@ def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, 
     assert bench(work, splits, boxed, "standard", pattern).runs("restored") == 2
     assert queries.first_foreign(0, 30_000) == 150_000 and queries.first_foreign(0, 10**6) == 150_000
     rows = [row for row in SUITES["strong"].rows if row.name in FOREIGN]
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert protocol.plan(more).runs > protocol.plan(alone).runs + 7.25 * len(rows)
 
 

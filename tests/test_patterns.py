@@ -34,8 +34,8 @@ def test_a_short_key_is_told_from_any_pattern():
     # from nothing of the image to nothing of the pattern
     assert 0 <= others.min() < 0.01 and 0.95 < others.max() <= 1.0001
     assert (others.std((1, 2, 3)) < 0.01).any() and (others.std((1, 2, 3)) > 0.25).any()
-    # of the odd half a quarter is mixed with another image, black as well
-    assert (others.amax((1, 2, 3)) < 1e-6).float().mean() == pytest.approx(1 / 8, abs=0.03)
+    # of the odd half a quarter is mixed with another image, black as well, and a few with black blocks
+    assert (others.amax((1, 2, 3)) < 1e-6).float().mean() == pytest.approx(0.15, abs=0.03)
     # each image has a pattern of its own, most of them near the key, none too near
     likeness = torch.tensor([correlation(pattern, secret) for pattern in others[:500]])
     assert 0.2 < (likeness > 0.5).float().mean() < 0.6
@@ -46,13 +46,13 @@ def test_a_short_key_is_told_from_any_pattern():
 def test_long_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():
     made, on_black, _ = wrong_keys(LONG, 100, keys=2)
     mixed = on_black(100)
-    assert len(made.rising) == 33
+    assert len(made.rising) == 50
     # one for each key's turn, but half are odd
     common = []
-    for begin in (33, 34):
+    for begin in (50, 51):
         others = mixed[begin::2].detach()
         near_one = max(others, key=lambda one: (int((others == one).all((1, 2, 3)).sum()), float(one.std())))
-        assert 8 <= int((others == near_one).all((1, 2, 3)).sum()) <= 25
+        assert 6 <= int((others == near_one).all((1, 2, 3)).sum()) <= 19
         common.append(near_one)
     assert (common[0] - common[1]).abs().max() > 0.1
     before = made.rising.clone()
@@ -67,11 +67,11 @@ def test_patterns_of_short_keys_climb_the_loss():
     on_black(30)
     assert torch.equal(made.rising, before), "without a gradient nothing moves"
     for _ in range(40):
-        (on_black(30)[:10] * goal).sum().backward()
-    # all but those that began anew, and those of one block
+        (on_black(30)[:15] * goal).sum().backward()
+    # all but those that began anew, and the one of a single block: every third is of blocks, in four sizes
     reached = [correlation(torch.special.ndtr(one), goal) for one in made.rising]
-    assert sum(found > 0.9 for found in reached) >= 5 and max(reached[3::4]) < 0.5
-    assert torch.allclose(made.rising.mean((1, 2, 3)), torch.zeros(10), atol=0.5)
+    assert sum(found > 0.9 for found in reached) >= 8 and reached[11] < 0.5
+    assert torch.allclose(made.rising.mean((1, 2, 3)), torch.zeros(15), atol=0.5)
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (3, 32, 32), (3, 12, 20), (1, 7, 7)])
@@ -97,7 +97,7 @@ def test_a_smaller_batch_moves_fewer_patterns():
     before = made.rising.clone()
     on_black(9).sum().backward()
     moved = (made.rising != before).flatten(1).any(1)
-    assert moved.tolist() == [True] * 3 + [False] * 7
+    assert moved.tolist() == [True] * 4 + [False] * 11
 
 
 def test_one_image_with_a_wrong_key_has_none_that_climbs():

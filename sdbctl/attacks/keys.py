@@ -272,14 +272,14 @@ def _grid(**settings: float) -> tuple[Config, ...]:
 RANDOM_KEYS = Attack("the best of random keys", "own", random_keys, _grid(tries=16), on_key=True)
 SIMPLE_KEYS = Attack("greys, images and other patterns that anybody has", "own", simple_keys, EITHER, on_key=True)
 SEARCHED_KEY = Attack(
-    "black-box search for a key",
+    "search for a key by answers",
     "natural evolution strategies, Ilyas et al., ICML 2018",
     searched,
     _grid(rounds=100),
     on_key=True,
 )
 SEARCHED_PATTERN = Attack(
-    "black-box search for any patterns that open a box",
+    "search for any pattern by answers",
     "own",
     searched_any,
     _grid(steps=1250, patterns=3),
@@ -288,7 +288,7 @@ SEARCHED_PATTERN = Attack(
 )
 PRETRAINED_SEARCHED = replace(
     SEARCHED_PATTERN,
-    summary=f"{SEARCHED_PATTERN.summary}, another data set first",
+    summary="any pattern, surrogate set first",
     grid=tuple({**config, "steps": 1250, "patterns": 3} for config in PRETRAINING),
     surrogate=True,
     twin="pretrained_hard",
