@@ -311,6 +311,8 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         tried = bench.config.chosen.rows
         if bench.strength == 0 and any(ATTACKS[row.attack].on_key for row in tried):
             notes.append("No key: the model has none to look for, so attacks on the key were left out.")
+        if bench.strength > 0 and not any("searched" in row.attack for row in tried):
+            notes.append("Nobody searched for a pattern that opens the box, as attackers of the suite core do.")
         if bench.surrogate is None and any(ATTACKS[row.attack].surrogate for row in tried):
             notes.append(
                 "Attackers had no images of another data set; with --surrogate they have, and often learn much more."

@@ -178,7 +178,7 @@ def search_any(
     Args:
         ask: Log-probabilities [N, C] of pixels [N, C, H, W] in [0, 1].
         images: Own ones, on which a pattern is judged: [N, C, H, W] in [0, 1].
-        steps: Patterns that are tried.
+        steps: Patterns that are tried on all of them; what is begun with counts as well, but for the first time.
         generator: Of all that is random.
 
     Returns:
@@ -190,12 +190,20 @@ def search_any(
     def pattern(values: Tensor) -> Tensor:
         return spread_out(values, edge)[..., :height, :width]
 
-    starts = torch.rand(BEGUN, channels, -(-height // edge), -(-width // edge), generator=generator)
-    starts = torch.special.ndtr(in_blocks(torch.special.ndtri(starts.clamp(1e-6, 1 - 1e-6))))
-    starts[::2] = starts[::2].round()
+    def begun() -> tuple[Tensor, float]:
+        """The best of some patterns, and how much it says."""
+        size = (BEGUN, channels, -(-height // edge), -(-width // edge))
+        starts = torch.special.ndtr(in_blocks(torch.randn(size, generator=generator)))
+        starts[::2] = starts[::2].round()
+        said = torch.cat([deviation(ask(pattern(some))) for some in torch.split(starts, AT_ONCE)])
+        return starts[int(said.argmax())], float(said.max())
+
     plain = ask(images).argmax(1)
-    told = torch.cat([deviation(ask(pattern(some))) for some in torch.split(starts, AT_ONCE)])
-    values, strength = starts[int(told.argmax())], 0.0
+    values, says = begun()
+    # without a beginning there is nothing to improve
+    while says <= SHOWN and (steps := steps - BEGUN // len(images)) > 0:
+        values, says = begun()
+    strength = 0.0
 
     def judge(values: Tensor, lam: float) -> tuple[float, float]:
         z = ask(embed(images, pattern(values), lam))
