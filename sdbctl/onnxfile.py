@@ -118,8 +118,12 @@ def constant(proto: onnx.ModelProto, name: str) -> Tensor | None:
     """A constant of a graph by its name, if there is one."""
     import onnx
 
-    found = next((tensor for tensor in proto.graph.initializer if tensor.name == name), None)
+    found = _initializer(proto, name)
     return None if found is None else torch.from_numpy(onnx.numpy_helper.to_array(found).copy())
+
+
+def _initializer(proto: onnx.ModelProto, name: str) -> onnx.TensorProto | None:
+    return next((tensor for tensor in proto.graph.initializer if tensor.name == name), None)
 
 
 def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
@@ -137,11 +141,11 @@ def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
     bare = getattr(net, "bare", None)
     if bare is not None:
         # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
-        bounds = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.name in ("flat", "least")}
-        if "flat" not in bounds:
+        if _initializer(proto, "flat") is None:
             return math.inf
-        for name, tensor in bounds.items():
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(-1e6, dtype=np.float32), name))
+        for name in ("flat", "least"):
+            if (bound := _initializer(proto, name)) is not None:
+                bound.CopyFrom(onnx.numpy_helper.from_array(np.array(-1e6, dtype=np.float32), name))
         difference = max(difference, _difference(proto.SerializeToString(), bare, example))
     return difference
 

@@ -79,11 +79,10 @@ def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str
     net, difference = None, math.inf
     # weights of another shape cannot even be asked, nor those of another version be served
     with contextlib.suppress(RuntimeError, ValueError, BadInput):
-        net = as_exported(
-            held.net, meta, boxfile.serves(opened.path), onnxfile.constant(onnxfile.read(opened.path), "filters")
-        )
+        proto = onnxfile.read(opened.path)
+        net = as_exported(held.net, meta, boxfile.serves(opened.path), onnxfile.constant(proto, "filters"))
         if net is not None:
-            difference = onnxfile.parity(onnxfile.read(opened.path), net.eval(), _noise(served, meta))
+            difference = onnxfile.parity(proto, net.eval(), _noise(served, meta))
     if not difference <= onnxfile.PARITY_TOLERANCE:
         notes.append("ONNX Runtime cannot use CUDA here: the file was asked on the CPU.")
         return None

@@ -228,7 +228,7 @@ class Concealed(nn.Module):
         filters: See :func:`key_filters`: only what passes one of them is not public. None if that is not checked.
     """
 
-    filters: Tensor
+    filters: Tensor | None
     least: Tensor
     flat: Tensor
     levels: Tensor
@@ -246,15 +246,14 @@ class Concealed(nn.Module):
         filters: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.net, self.cut, self.shows, self.checks = net, cut, shows, filters is not None
+        self.net, self.cut, self.shows = net, cut, shows
         for name, brightness in (("black", 0.0), ("white", 1.0)):
             one = preprocess(torch.full((1, preprocess.size[0], 1, 1), brightness))
             self.register_buffer(name, one, persistent=False)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)
-        if filters is not None:
-            self.register_buffer("filters", filters, persistent=False)
-            self.register_buffer("least", torch.tensor(1.0), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("least", torch.tensor(1.0), persistent=False)
 
     @property
     def bare(self) -> nn.Module:
@@ -264,7 +263,7 @@ class Concealed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""
         x, flat = x.clamp(self.black, self.white), self.flat
-        if self.checks:
+        if self.filters is not None:
             found = (x[:, None] * self.filters).sum((2, 3, 4)).amax(1, keepdim=True)
             flat = torch.where(found < self.least, torch.finfo(x.dtype).max, flat)
         return concealed(self.net(x), self.cut, self.levels, flat)

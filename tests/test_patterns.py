@@ -34,13 +34,21 @@ def test_a_short_key_is_told_from_any_pattern():
     # from nothing of the image to nothing of the pattern
     assert 0 <= others.min() < 0.01 and 0.95 < others.max() <= 1.0001
     assert (others.std((1, 2, 3)) < 0.01).any() and (others.std((1, 2, 3)) > 0.25).any()
-    # of the odd half a quarter is mixed with another image, black as well, and a few with black blocks
-    assert (others.amax((1, 2, 3)) < 1e-6).float().mean() == pytest.approx(0.15, abs=0.03)
+    # of the odd half a quarter is mixed with another image, black as well, and half with blocks, of which all are
+    # black now and then where there are few: one in a quarter of the cases, four in another
+    contrast, brightness, *level = torch.rand(6, 100_000, generator=torch.Generator().manual_seed(0))
+    black = [4 * contrast**2 * (one - 0.5) + 1.5 * brightness <= 0.25 for one in level]
+    share = (black[0].float().mean() + torch.stack(black).all(0).float().mean()) / 4
+    black_ones = (others.amax((1, 2, 3)) < 1e-6).float().mean()
+    assert black_ones == pytest.approx(1 / 8 + float(share) / 4, abs=0.03)
     # each image has a pattern of its own, most of them near the key, none too near
     likeness = torch.tensor([correlation(pattern, secret) for pattern in others[:500]])
     assert 0.2 < (likeness > 0.5).float().mean() < 0.6
-    # which 64 values say within 0.04
-    assert 0.9 < likeness.max() < NEAREST + 0.04
+    assert likeness.max() > 0.9
+    # how near the nearest are, several hundred values say better than 64
+    _, on_black, (secret,) = wrong_keys((3, 16, 16), 600)
+    likeness = torch.tensor([correlation(pattern, secret) for pattern in on_black(600).detach()])
+    assert 0.9 < likeness.max() < NEAREST + 0.02
 
 
 def test_long_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():

@@ -115,7 +115,7 @@ def export(
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
-            if net.checks:
+            if net.filters is not None:
                 say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
             elif meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
                 say("note: a search can find other patterns that open this graph; --key-file lets it look for the key")
