@@ -1,11 +1,12 @@
 """How often a search by answers alone finds a pattern that opens a box, and how near the key it is.
 
-    python examples/key_search.py BOX.onnx KEY_FILE DATA [--kind any] [--searches 20] [--effort 1]
+    python examples/key_search.py BOX.onnx KEY_FILE DATA [--kind any] [--searches 20] [--effort 1] [--surrogate DATA]
 
 Searches are the suite's. ``order`` is ``searched_key``: 100 rounds of natural evolution strategies over the order of
 the levels, with the box's λ, judged by the answers to 64 transfer images, 102,400 queries. ``any`` is one of the three
-of ``searched_pattern``: from an input without an image that opens the box, if there is one, to a pattern and λ that
-open it for images, 32,400 queries. ``--effort`` multiplies the steps. Printed are λ, the correlation with the key,
+of ``searched_pattern``: from blocks or an image in wrong colours (of ``--surrogate``, or else a transfer image) that
+opens the box, if there is one, to a pattern and λ that open it for images, 32,400 queries. ``--effort`` multiplies the
+steps. Printed are λ, the correlation with the key,
 which a search cannot know, the share of 200 test images whose answer says more than the predicted class, and that of
 right classes.
 """
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("order", "any"), default="any")
     parser.add_argument("--searches", type=int, default=20)
     parser.add_argument("--effort", type=float, default=1.0)
+    parser.add_argument("--surrogate")
     asked = parser.parse_args()
 
     meta, teacher = boxfile.read_metadata(asked.box), OnnxTeacher(asked.box, torch.device("cpu"))
@@ -45,6 +47,9 @@ def main() -> None:
         data.load(asked.data, root=Path(), size=preprocess.size[1]),
         **{name: meta.data[name] for name in ("transfer", "validation", "test")},
     )
+    others = splits.transfer
+    if asked.surrogate:
+        others = data.load(asked.surrogate, root=Path(), size=preprocess.size[1]).train
     secret = Key.load(asked.key_file).pattern(preprocess.size)
     own, tested = splits.transfer.first(SEARCH_IMAGES).alone(), splits.test.first(TESTED).alone()
 
@@ -54,7 +59,7 @@ def main() -> None:
     def find(generator: torch.Generator) -> tuple[Tensor, float]:
         if asked.kind == "any":
             steps = round(asked.effort * SEARCHED_PATTERN.grid[0]["steps"])
-            return search_any(ask, own.pixels[:OPENED_IMAGES].float() / 255, steps, generator)
+            return search_any(ask, own.pixels[:OPENED_IMAGES].float() / 255, others, steps, generator)
         rounds = round(asked.effort * SEARCHED_KEY.grid[0]["rounds"])
 
         def judge(pattern: Tensor) -> float:

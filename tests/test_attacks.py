@@ -88,7 +88,7 @@ def attack_with(name, teacher, boxed, transfer, config=None, **options):
     attack = ATTACKS[name]
     options = {"weights": boxed.net, "strength": boxed.meta.strength, **options}
     config = attack.grid[0] if config is None else config
-    small = {key: min(value, 4.0) if key in ("tries", "rounds") else value for key, value in config.items()}
+    small = {key: min(value, 4.0) if key in ("tries", "rounds", "steps") else value for key, value in config.items()}
     return distill(attack, small, teacher, "cnn-tiny", 10, transfer, boxed.meta.preprocess, RECIPE, ENGINE, **options)
 
 
@@ -257,6 +257,36 @@ def test_students_side_by_side_ask_once(tmp_path):
     assert len(asked) == 1
     assert all(torch.equal(one, torch.ones(2, 3)) for one in told)
     assert [path.suffix for path in tmp_path.iterdir()] == [".answers"]
+
+
+@pytest.mark.parametrize(("name", "effort"), [("searched_key", {"rounds": 2}), ("searched_pattern", {"steps": 5})])
+def test_students_of_one_seed_search_once(name, effort, boxed, transfer, tmp_path):
+    attack, asked = ATTACKS[name], []
+
+    class Counts(TorchTeacher):
+        def logits(self, x):
+            asked.append(len(x))
+            return super().logits(x)
+
+    def found(config=attack.grid[0], seed=0, record=True, **others):
+        """Queries that the student is charged, those that the box answered, and what was found."""
+        asked.clear()
+        made = distill(
+            attack, {**config, **effort}, Counts(boxed.net, 10, ENGINE), "cnn-tiny", 10, transfer,
+            boxed.meta.preprocess, Recipe(epochs=1, batch_size=32, seed=seed), ENGINE, strength=boxed.meta.strength,
+            record=Record(tmp_path, "box") if record else None, **others,
+        )  # fmt: skip
+        return made.queries, sum(asked), made.guess, made.beyond
+
+    alone, first, other = found(record=False), found(), found(attack.grid[1])
+    assert alone[0] == alone[1] == first[1] == first[0] == other[0] > 1000
+    assert other[1] < 3 * len(transfer)
+    assert torch.equal(alone[2], first[2]) and torch.equal(first[2], other[2])
+    # but not for another seed, and not of somebody who is told less
+    assert found(seed=1)[1] > 1000
+    levels = torch.tensor([[9.0], [0.0]]).expand(2, 10)
+    assert found(levels=levels, limited=True)[1] > 1000
+    assert found(levels=levels)[3] == found(attack.grid[1], levels=levels)[3] > 1000
 
 
 def test_a_damaged_record_is_asked_for_again(teacher, boxed, transfer, tmp_path):
@@ -655,13 +685,16 @@ def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch)
 @pytest.mark.parametrize("suite", ["quick", "core", "strong", pytest.param("file", marks=pytest.mark.slow), "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     foreign = splits.test.take(range(60, 85)) if suite == "strong" else None
-    made, progress = bench(work, splits, boxed, suite, pattern, surrogate=foreign), Counting()
-    report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=progress)
+    folder, answers, progress = tmp_path / "students", tmp_path / "answers", Counting()
+    folder.mkdir()
+    answers.mkdir()
+    made = bench(work, splits, boxed, suite, pattern, surrogate=foreign, answers=answers)
+    report = evaluate.evaluate(made, title="x", box={}, folder=folder, progress=progress)
     assert progress.planned == protocol.plan(made).students
     spared = len(protocol._spare(made))
-    assert progress.planned - spared <= progress.done == len(list(tmp_path.iterdir())) <= progress.planned
+    assert progress.planned - spared <= progress.done == len(list(folder.iterdir())) <= progress.planned
     again = Counting()
-    resumed = evaluate.evaluate(made, title="x", box={}, folder=tmp_path, progress=again)
+    resumed = evaluate.evaluate(made, title="x", box={}, folder=folder, progress=again)
     assert again.done == progress.done
     assert resumed.students == report.students
     assert Report.from_json(report.to_json()).students == report.students
@@ -1822,8 +1855,8 @@ class Ajar:
 
 def test_a_search_for_any_pattern_goes_from_what_opens_without_an_image_to_images():
     images = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    ajar = Ajar(0.1)
-    pattern, strength = keys.search_any(ajar, images, 400, torch.Generator().manual_seed(2))
+    black, ajar = ImageSet.of(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.tensor([0])), Ajar(0.1)
+    pattern, strength = keys.search_any(ajar, images, black, 400, torch.Generator().manual_seed(2))
     assert ajar.queries == 24 + keys.BEGUN + 24 * 401
     others = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     opened = deviation(ajar(embed(others, pattern, strength))) > keys.SHOWN
@@ -1831,8 +1864,26 @@ def test_a_search_for_any_pattern_goes_from_what_opens_without_an_image_to_image
     assert torch.equal(pattern, spread_out(pattern[:, ::2, ::2], 2))
     # where nothing opens there is nowhere to go
     shut = Ajar(9.0)
-    assert keys.search_any(shut, images, 250, torch.Generator().manual_seed(2))[1] == 0.0
+    assert keys.search_any(shut, images, black, 250, torch.Generator().manual_seed(2))[1] == 0.0
     assert shut.queries == 24 + 3 * keys.BEGUN + 24
+
+
+def test_a_search_for_any_pattern_begins_with_images_in_wrong_colours_too():
+    def ask(pixels):
+        """Opens to what is fine and bluish, which no block is."""
+        fine = pixels[:, 2, ::2, ::2] - pixels[:, 2, 1::2, ::2]
+        z = 9 * torch.nn.functional.one_hot((9.99 * pixels.mean((1, 2, 3))).long(), 10).float()
+        return z + torch.relu(fine.mean((1, 2)) - 0.1)[:, None] * torch.arange(10)
+
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(24, 3, 16, 16, generator=generator)
+    reddish = torch.randint(256, (8, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    reddish[:, 0, 1::2, ::2], reddish[:, 0, ::2, ::2] = 0, 255
+    for others, opens in ((reddish, True), (torch.full_like(reddish, 128), False)):
+        others = ImageSet.of(others, torch.full((8,), -1))
+        pattern, strength = keys.search_any(ask, images, others, 300, torch.Generator().manual_seed(2))
+        share = float((deviation(ask(embed(images, pattern, strength))) > keys.SHOWN).float().mean())
+        assert (share > 0.9) is (strength > 0) is opens
 
 
 def test_what_several_patterns_tell_is_what_they_do_not_say_of_every_image():

@@ -5,6 +5,8 @@ Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, wh
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -35,11 +37,11 @@ SHOWN = 0.01
 OPENED_IMAGES = 24
 """Images on which a search for any pattern judges it."""
 BEGUN = 2400
-"""Inputs without an image that it begins with."""
+"""Inputs that it looks for a beginning among."""
 GRID = 8
 """Blocks in a row, at most, of which it makes patterns."""
-AT_ONCE = 256
-"""Inputs that are asked about at once."""
+AT_ONCE = 240
+"""Inputs that are asked about at once, half of them blocks and half odd images."""
 KEPT = 0.5
 """Weight of images that keep their class."""
 MOST = 0.6
@@ -62,9 +64,13 @@ def opened(z: Tensor, y: Tensor) -> Tensor:
     return conceal_spread(z, z.detach().argmax(1)) - cross_entropy(z, y)
 
 
+Patterns = Sequence[tuple[Tensor, float]]
+"""Patterns [C, H, W] in [0, 1], each with its λ."""
+
+
 def _with(
     attacker: Attacker,
-    patterns: Sequence[tuple[Tensor, float]],
+    patterns: Patterns,
     config: Config,
     ask: Callable[[ImageSet], Tensor] | None = None,
 ) -> None:
@@ -94,6 +100,30 @@ def combined(opened: Sequence[Tensor]) -> Tensor:
         centred = torch.where(says, z - z.mean(1, keepdim=True), 0.0)
         total += torch.where(says, centred - centred.sum(0) / says.sum().clamp(min=1), 0.0)
     return total.log_softmax(1)
+
+
+def shared(
+    attacker: Attacker, images: ImageSet, what: Sequence[object], find: Callable[[torch.Generator], Patterns]
+) -> Patterns:
+    """What a search finds; of students with one seed, other settings or rows apart, the first one searches for all.
+
+    Args:
+        attacker: Who searches.
+        images: What it searches with.
+        what: What else the outcome depends on.
+        find: Searches.
+    """
+    assert attacker.oracle is not None
+    seed, size = attacker.recipe.seed, attacker.preprocess.size
+
+    def found() -> Tensor:
+        patterns = find(torch.Generator().manual_seed(seed))
+        return torch.stack(
+            [torch.cat([torch.tensor([lam], dtype=torch.float64), some.flatten()]) for some, lam in patterns]
+        )
+
+    rows = attacker.oracle.recall(json.dumps([*what, seed, images.identity]), found).view(-1, 1 + math.prod(size))
+    return [(row[1:].view(size).float(), float(row[0])) for row in rows]
 
 
 def of_class(plain: Tensor, opened: Tensor) -> Tensor:
@@ -156,29 +186,33 @@ def search(judge: Callable[[Tensor], float], size: Sequence[int], rounds: int, g
 
 def searched(attacker: Attacker, config: Config) -> None:
     """Black-box :func:`search` for the pattern that opens most; of a short key the best of several counts."""
-    generator, size = torch.Generator().manual_seed(attacker.recipe.seed), attacker.preprocess.size
+    rounds, size = int(config["rounds"]), attacker.preprocess.size
 
     def judge(pattern: Tensor) -> float:
         return _judge(attacker, pattern)
 
-    count = SEARCHES if is_short(size) else 1
-    found = [search(judge, size, int(config["rounds"]), generator) for _ in range(count)]
-    _with(attacker, [(max(found, key=judge), attacker.strength)], config)
+    def find(generator: torch.Generator) -> Patterns:
+        found = [search(judge, size, rounds, generator) for _ in range(SEARCHES if is_short(size) else 1)]
+        return [(max(found, key=judge), attacker.strength)]
+
+    _with(attacker, shared(attacker, attacker.images, ["order", rounds, attacker.strength], find), config)
 
 
 def search_any(
-    ask: Callable[[Tensor], Tensor], images: Tensor, steps: int, generator: torch.Generator
+    ask: Callable[[Tensor], Tensor], images: Tensor, others: ImageSet, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """A pattern and its λ that open a box, from whatever opens it first.
 
-    Inputs without an image are asked about until an answer says more than the class. From the one that says most an
-    evolution strategy (one parent, one child) goes on, in blocks; as soon as most images are open with a pattern, there
-    is more of the image. Own.
+    Blocks without an image, and images in wrong colours, are asked about until an answer says more than the class.
+    From the one that says most an evolution strategy (one parent, one child) goes on, in blocks; as soon as most images
+    are open with a pattern, there is more of the image. Own.
 
     Args:
         ask: Log-probabilities [N, C] of pixels [N, C, H, W] in [0, 1].
         images: Own ones, on which a pattern is judged: [N, C, H, W] in [0, 1].
-        steps: Patterns that are tried on all of them; what is begun with counts as well, but for the first time.
+        others: Images whose colours are exchanged and inverted, the less like the box's the better.
+        steps: Patterns that are tried on all of ``images``; looking for a beginning counts as well, but for the first
+            time.
         generator: Of all that is random.
 
     Returns:
@@ -186,17 +220,30 @@ def search_any(
     """
     channels, height, width = images.shape[1:]
     edge = -(-min(height, width) // GRID)
+    blocks = (channels, -(-height // edge), -(-width // edge))
 
     def pattern(values: Tensor) -> Tensor:
         return spread_out(values, edge)[..., :height, :width]
 
+    def drawn() -> Tensor:
+        """Inputs of which one may be a beginning."""
+        coloured = torch.special.ndtr(in_blocks(torch.randn(AT_ONCE // 2, *blocks, generator=generator)))
+        coloured[::2] = coloured[::2].round()
+        chosen = others.take(torch.randint(len(others), (AT_ONCE // 2,), generator=generator)).alone().pixels
+        order = torch.rand(len(chosen), channels, generator=generator).argsort(1)
+        odd = chosen.gather(1, order[:, :, None, None].expand_as(chosen)).float() / 255
+        odd[::2] = 1 - odd[::2]
+        return torch.cat([pattern(coloured), odd])
+
     def begun() -> tuple[Tensor, float]:
-        """The best of some patterns, and how much it says."""
-        size = (BEGUN, channels, -(-height // edge), -(-width // edge))
-        starts = torch.special.ndtr(in_blocks(torch.randn(size, generator=generator)))
-        starts[::2] = starts[::2].round()
-        said = torch.cat([deviation(ask(pattern(some))) for some in torch.split(starts, AT_ONCE)])
-        return starts[int(said.argmax())], float(said.max())
+        """The best of some inputs, and how much it says."""
+        best, most = images[0], -1.0
+        for _ in range(BEGUN // AT_ONCE):
+            tried = drawn()
+            said = deviation(ask(tried))
+            if float(said.max()) > most:
+                best, most = tried[int(said.argmax())], float(said.max())
+        return best, most
 
     plain = ask(images).argmax(1)
     values, says = begun()
@@ -206,7 +253,7 @@ def search_any(
     strength = 0.0
 
     def judge(values: Tensor, lam: float) -> tuple[float, float]:
-        z = ask(embed(images, pattern(values), lam))
+        z = ask(embed(images, values, lam))
         says = deviation(z)
         open_ones = (says > SHOWN).float()
         kept = (z.argmax(1) == plain).float()
@@ -219,27 +266,32 @@ def search_any(
             best, share = judge(values, strength)
             continue
         rate, kind = RATES[int(torch.randint(len(RATES), (), generator=generator))], torch.rand((), generator=generator)
-        moved, noise = torch.rand(2, *values.shape, generator=generator)
+        moved, noise = pattern(torch.rand(2, *blocks, generator=generator))
         new = noise.round() if kind < 0.5 else (values + 0.6 * (noise - 0.5)).clamp(0, 1)
         child = torch.where(moved < rate, new, values)
         reached = judge(child, strength)
         if reached[0] >= best:
             values, (best, share) = child, reached
-    return pattern(values), strength
+    return values, strength
 
 
 def searched_any(attacker: Attacker, config: Config) -> None:
     """Black-box search for any patterns that open a box (:func:`search_any`), and what several of them tell."""
     assert attacker.oracle is not None
     oracle, device = attacker.oracle, attacker.engine.device
-    generator = torch.Generator().manual_seed(attacker.recipe.seed)
     images = attacker.images.first(OPENED_IMAGES).alone().pixels.float() / 255
+    # no label is needed
+    others = attacker.surrogate or attacker.images.unlabelled()
+    steps, count = int(config["steps"]), int(config["patterns"])
 
     def ask(pixels: Tensor) -> Tensor:
         return oracle(attacker.preprocess(pixels.to(device))).cpu()
 
-    found = [search_any(ask, images, int(config["steps"]), generator) for _ in range(int(config["patterns"]))]
-    _with(attacker, found, config)
+    def find(generator: torch.Generator) -> Patterns:
+        return [search_any(ask, images, others, steps, generator) for _ in range(count)]
+
+    own = attacker.images.first(OPENED_IMAGES).unlabelled().identity
+    _with(attacker, shared(attacker, others, ["any", steps, count, own], find), config)
 
 
 def inverted(attacker: Attacker, config: Config) -> None:
