@@ -121,23 +121,26 @@ class OnnxTeacher:
             reason = str(error).splitlines()[0][:120]
             raise BadInput(f"{path} is not a usable ONNX model: {reason}", "check the file") from None
         there = device.type == "cuda" and self._session.get_providers()[0] == "CUDAExecutionProvider"
-        self.device = device if there else torch.device("cpu")
+        self.device, self._path = device if there else torch.device("cpu"), path
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
         missing = ", which cannot use CUDA here" if device.type != self.device.type else ""
         noise = torch.rand(PROBED, *self.shape, generator=torch.Generator().manual_seed(0))
         outputs = self._outputs(noise - 0.5)
         if not outputs.isfinite().all():
             raise BadInput(f"{path} answers random images with what is no number", "export it again")
-        self._probabilities = bool(
-            (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(PROBED), atol=1e-3)
-        )
+        self._probabilities = _are_probabilities(outputs)
+        self.unasked = [output.name for output in self._session.get_outputs() if output.name != self._output]
         what = ", with probabilities" if self._probabilities else ""
         self.where = f"ONNX Runtime {ort.__version__} on {self.device}{missing}{what}"
 
     def logits(self, x: Tensor) -> Tensor:
         """See :class:`Teacher`."""
         outputs = self._outputs(x)
-        return outputs.clamp(min=torch.finfo(torch.float32).tiny).log() if self._probabilities else outputs
+        if not self._probabilities:
+            return outputs
+        if not _are_probabilities(outputs):
+            raise BadInput(f"{self._path} answers some images with probabilities, others not", "export its logits")
+        return outputs.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def _outputs(self, x: Tensor) -> Tensor:
         asked, x = x.device, x.detach().float().to(self.device).contiguous()
@@ -332,6 +335,10 @@ class Oracle:
         here = torch.device("cpu")
         self._beyond[here] = self._beyond.get(here, torch.tensor(0)) + beyond + int(kept[1]) - self.beyond
         return kept[2:]
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    return bool((outputs >= 0).all() and (outputs.sum(1) - 1).abs().amax() <= 1e-3) if len(outputs) else True
 
 
 def _signature(session: Any, path: Path) -> tuple[tuple[int, int, int], int, str, str]:

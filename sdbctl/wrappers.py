@@ -193,7 +193,8 @@ def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Te
     unsure, sure = (levels / (1 - levels) * (z.shape[1] - 1)).log()
     chosen = _predicted(z)
     height = torch.where(z.softmax(1).amax(1, keepdim=True) >= cut, sure, unsure)
-    return torch.where(deviation(z) <= flat, torch.where(chosen, height, 0.0), z)
+    # compared so that what is no number stays public
+    return torch.where(deviation(z) > flat, z, torch.where(chosen, height, 0.0))
 
 
 def _predicted(z: Tensor) -> Tensor:
@@ -265,7 +266,7 @@ class Concealed(nn.Module):
         x, flat = x.clamp(self.black, self.white), self.flat
         if self.filters is not None:
             found = (x[:, None] * self.filters).sum((2, 3, 4)).amax(1, keepdim=True)
-            flat = torch.where(found < self.least, torch.finfo(x.dtype).max, flat)
+            flat = torch.where(found >= self.least, flat, torch.finfo(x.dtype).max)
         return concealed(self.net(x), self.cut, self.levels, flat)
 
 

@@ -896,9 +896,20 @@ def test_a_filter_finds_its_key_and_nothing_else():
         assert found(wrong_ones).max() < 0.95
 
 
+class Cropped(torch.nn.Module):
+    """Does not read the first row."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x[:, :, 1:])
+
+
 def test_a_graph_that_looks_for_keys_opens_to_them_alone(tmp_path):
     size = (3, 32, 32)
-    net, preprocess = models.build("cnn-tiny", 10).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
+    net, preprocess = Cropped(models.build("cnn-tiny", 10)).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
     measured = {**SERVING, "flat_deviation": -1.0}
     meta = Metadata("box", "cnn-tiny", tuple(map(str, range(10))), preprocess, strength=0.7, measured=measured)
     secret = Key(bytes(range(32))).pattern(size)
@@ -909,7 +920,11 @@ def test_a_graph_that_looks_for_keys_opens_to_them_alone(tmp_path):
     images = torch.rand(9, *size, generator=torch.Generator().manual_seed(0))
     plain, keyed = preprocess(images), preprocess(embed(images, secret, 0.7))
     assert deviation(teacher.logits(plain)).max() < 1e-5
+    no_number = plain.clone()
+    no_number[:, 0, 0, 0] = float("nan")
+    assert deviation(teacher.logits(no_number)).max() < 1e-5
     with torch.no_grad():
+        assert deviation(shown(no_number)).max() < 1e-5
         assert torch.allclose(teacher.logits(keyed), net(keyed), atol=1e-4)
         assert torch.allclose(served(net, meta)(plain), net(plain), atol=1e-4), "without the check all of this is open"
 
@@ -1659,6 +1674,32 @@ def test_a_graph_that_ends_in_a_softmax_answers_with_logits_too(boxed, splits, t
         assert torch.allclose(teacher.logits(x), boxed.net(x).log_softmax(1), atol=1e-3)
 
 
+class TwoFaced(torch.nn.Module):
+    """Two outputs; probabilities of dark images, logits of others."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        z = self.net(x)
+        return torch.where((x.mean((1, 2, 3)) < 0.5)[:, None], z.softmax(1), z - 30), z
+
+
+def test_a_file_that_answers_in_two_ways_is_not_judged_by_one_of_them(boxed, tmp_path):
+    path, x = tmp_path / "two.onnx", torch.rand(3, 1, 8, 8)
+    torch.onnx.export(
+        TwoFaced(boxed.net), (x,), path, dynamo=False, input_names=["input"], output_names=["logits", "more"],
+        dynamic_axes={"input": {0: "n"}},
+    )  # fmt: skip
+    teacher, notes = OnnxTeacher(path, ENGINE.device), []
+    assert teacher.logits(x - 0.5).exp().sum(1) == pytest.approx([1.0] * 3)
+    with pytest.raises(BadInput, match="some images with probabilities, others not"):
+        teacher.logits(x + 1)
+    gather(open_model(path, "cpu"), None, None, None, notes, torch.device("cpu"), attack=False)
+    assert any("other outputs (more)" in note for note in notes)
+
+
 def test_who_has_nothing_but_the_onnx_file_trains_its_weights(work, teacher, boxed, transfer, splits, tmp_path):
     path, cpu = tmp_path / "x.onnx", torch.device("cpu")
     path.write_bytes((work / "boxed.onnx").read_bytes())
@@ -1862,6 +1903,17 @@ def test_a_search_for_any_pattern_goes_from_what_opens_without_an_image_to_image
     opened = deviation(ajar(embed(others, pattern, strength))) > keys.SHOWN
     assert strength >= 0.5 and opened.float().mean() > 0.1 and pattern.min() >= 0 and pattern.max() <= 1
     assert torch.equal(pattern, spread_out(pattern[:, ::2, ::2], 2))
+
+    # and what is open at some λ is not lost to a higher one
+    class Steep(Ajar):
+        def __call__(self, pixels):
+            return torch.where(
+                (pixels.var((2, 3)).mean(1) > 0.04)[:, None], super().__call__(pixels), 9 * torch.eye(10)[0]
+            )
+
+    narrow = Steep(0.0)
+    pattern, strength = keys.search_any(narrow, images * 0.1, black, 400, torch.Generator().manual_seed(2))
+    assert strength > 0 and (deviation(narrow(embed(images * 0.1, pattern, strength))) > keys.SHOWN).any()
     # where nothing opens there is nowhere to go
     shut = Ajar(9.0)
     assert keys.search_any(shut, images, black, 250, torch.Generator().manual_seed(2))[1] == 0.0

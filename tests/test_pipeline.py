@@ -1142,10 +1142,14 @@ def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path
     command = ("eval", onnx_box, "--attack", "--suite", "quick", "--data", "digits", "--student", "cnn-tiny")
     options = ("--epochs", 1, "--json", "--force", "--report", tmp_path / "report")
     graph = "train what the ONNX graph holds, since boxed.safetensors"
+    box, others = boxfile.load(work / "boxed.safetensors"), tmp_path / "others"
+    turned = {name: -value if value.is_floating_point() else value for name, value in box.net.state_dict().items()}
+    boxfile.save(others, turned, box.meta)
     for beside, told in (
         ("boxed.safetensors", ""),
         ("teacher.safetensors", f"{graph} is not what was exported"),
         ("k.bin", f"{graph} is not what was exported"),
+        (others, f"{graph} is not what was exported"),
         ("", f"{graph} is not there"),
     ):
         onnx_box.with_suffix(".safetensors").unlink(missing_ok=True)

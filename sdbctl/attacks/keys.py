@@ -205,7 +205,7 @@ def search_any(
 
     Blocks without an image, and images in wrong colours, are asked about until an answer says more than the class.
     From the one that says most an evolution strategy (one parent, one child) goes on, in blocks; as soon as most images
-    are open with a pattern, there is more of the image. Own.
+    are open with a pattern, there is more of the image, as long as any is open. Own.
 
     Args:
         ask: Log-probabilities [N, C] of pixels [N, C, H, W] in [0, 1].
@@ -216,7 +216,7 @@ def search_any(
         generator: Of all that is random.
 
     Returns:
-        [C, H, W] in [0, 1] and λ.
+        [C, H, W] in [0, 1] and λ, with which there was most of all images that are open; λ = 0 if there was none.
     """
     channels, height, width = images.shape[1:]
     edge = -(-min(height, width) // GRID)
@@ -260,10 +260,18 @@ def search_any(
         return float((open_ones * (1 + says)).mean() + KEPT * kept.mean()), float(open_ones.mean())
 
     best, share = judge(values, strength)
+    found, shown, highest = (values, strength), 0.0, HIGHEST
     for _ in range(steps):
-        if share > MOST and strength < HIGHEST:
-            strength = round(strength + 0.02, 2)
-            best, share = judge(values, strength)
+        if strength * share > shown:
+            found, shown = (values, strength), strength * share
+        if share > MOST and strength < highest:
+            more = round(strength + 0.02, 2)
+            reached = judge(values, more)
+            if reached[1] > 0:
+                strength, (best, share) = more, reached
+            else:
+                # not with this pattern
+                highest = strength
             continue
         rate, kind = RATES[int(torch.randint(len(RATES), (), generator=generator))], torch.rand((), generator=generator)
         moved, noise = pattern(torch.rand(2, *blocks, generator=generator))
@@ -271,8 +279,8 @@ def search_any(
         child = torch.where(moved < rate, new, values)
         reached = judge(child, strength)
         if reached[0] >= best:
-            values, (best, share) = child, reached
-    return values, strength
+            values, (best, share), highest = child, reached, HIGHEST
+    return found
 
 
 def searched_any(attacker: Attacker, config: Config) -> None:
@@ -288,7 +296,9 @@ def searched_any(attacker: Attacker, config: Config) -> None:
         return oracle(attacker.preprocess(pixels.to(device))).cpu()
 
     def find(generator: torch.Generator) -> Patterns:
-        return [search_any(ask, images, others, steps, generator) for _ in range(count)]
+        found = [search_any(ask, images, others, steps, generator) for _ in range(count)]
+        # what opens no image tells nothing of any
+        return [some for some in found if some[1] > 0] or found[:1]
 
     own = attacker.images.first(OPENED_IMAGES).unlabelled().identity
     _with(attacker, shared(attacker, others, ["any", steps, count, own], find), config)
