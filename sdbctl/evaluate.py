@@ -313,6 +313,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
             notes.append("No key: the model has none to look for, so attacks on the key were left out.")
         if bench.strength > 0 and not any("searched" in row.attack for row in tried):
             notes.append("Nobody searched for a pattern that opens the box, as attackers of the suite core do.")
+        notes += _searches(students)
         if bench.surrogate is None and any(ATTACKS[row.attack].surrogate for row in tried):
             notes.append(
                 "Attackers had no images of another data set; with --surrogate they have, and often learn much more."
@@ -326,6 +327,24 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         if bench.config.tuned < max(USUAL, bench.config.chosen.tune):
             notes.append("Settings were not fully tuned; the attacker may do better.")
     return notes
+
+
+def _searches(students: Mapping[str, Student]) -> list[str]:
+    """What searches for patterns that found none say of the next one."""
+    tries: dict[str, int] = {}
+    rows = [row for row in students.values() if "patterns" in row.config and row.beyond is not None]
+    for row in rows:
+        # with labels and without it is the same search
+        name, patterns = row.name.removesuffix("_unlabelled"), row.config["patterns"]
+        assert isinstance(patterns, int | float)
+        tries[name] = max(tries.get(name, 0), max(1, row.n) * int(patterns))
+    if not rows or any(row.beyond for row in rows):
+        return []
+    count = sum(tries.values())
+    return [
+        f"{count} searches for a pattern found none that brings out more than the class, so fewer than "
+        f"{1 - 0.05 ** (1 / count):.0%} of such searches do (with 95 % confidence)."
+    ]
 
 
 def _cost(bench: Bench, students: Mapping[str, Student], seconds: float) -> dict[str, object]:

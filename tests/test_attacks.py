@@ -980,6 +980,17 @@ def some(name, role, values, validations=None, **more):
                    validations=known, validation=float(np.mean(known)), **more)  # fmt: skip
 
 
+def test_searches_that_found_nothing_say_how_many_of_them_may():
+    config = {"patterns": 3, "steps": 10}
+    own = [some(name, "attack", (1.0,) * 4, beyond=0, config=config) for name in ("s", "s_unlabelled")]
+    foreign = Student("f", "f", "attack", beyond=0, config=config)
+    (note,) = evaluate._searches(made_of(*own, foreign, some("kd", "attack", (1.0,), beyond=0)))
+    # 15 searches: of such that open in 18.1 % of cases, one of twenty evaluations has 15 that do not
+    assert note.startswith("15 searches") and "fewer than 18% " in note
+    assert evaluate._searches(made_of(*own, replace(foreign, beyond=1))) == []
+    assert evaluate._searches(made_of(some("kd", "attack", (1.0,), beyond=0))) == []
+
+
 def test_answers_that_say_nothing_but_the_class_are_what_most_are():
     z = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     predicted = z.argmax(1)
