@@ -983,7 +983,7 @@ def some(name, role, values, validations=None, **more):
 def test_searches_that_found_nothing_say_how_many_of_them_may():
     config = {"patterns": 3, "steps": 10}
     own = [some(name, "attack", (1.0,) * 4, beyond=0, config=config) for name in ("s", "s_unlabelled")]
-    foreign = Student("f", "f", "attack", beyond=0, config=config)
+    foreign = Student(name="f", label="f", role="attack", beyond=0, config=config)
     (note,) = evaluate._searches(made_of(*own, foreign, some("kd", "attack", (1.0,), beyond=0)))
     # 15 searches: of such that open in 18.1 % of cases, one of twenty evaluations has 15 that do not
     assert note.startswith("15 searches") and "fewer than 18% " in note
