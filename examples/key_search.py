@@ -4,9 +4,9 @@
 
 Searches are the suite's. ``order`` is ``searched_key``: 100 rounds of natural evolution strategies over the order of
 the levels, with the box's λ, judged by the answers to 64 transfer images, 102,400 queries. ``any`` is one of the three
-of ``searched_pattern``: from blocks or an image in wrong colours (of ``--surrogate``, or else a transfer image) that
-opens the box, if there is one, to a pattern and λ that open it for images, 32,400 queries. ``--effort`` multiplies the
-steps. Printed are λ, the correlation with the key,
+of ``searched_pattern``: from blocks, a smooth field, or an image in wrong colours (of ``--surrogate``, or else a
+transfer image) that opens the box, if there is one, to a pattern and λ that open it for images, 32,400 queries.
+``--effort`` multiplies the steps. Printed are λ, the correlation with the key,
 which a search cannot know, the share of 200 test images whose answer says more than the predicted class, and that of
 right classes.
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
-from sdbctl.attacks.queries import PRETRAINING, first_foreign, pretrained
+from sdbctl.attacks.queries import PRETRAINING, fields, first_foreign, pretrained
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
@@ -41,7 +41,7 @@ BEGUN = 2400
 GRID = 8
 """Blocks in a row, at most, of which it makes patterns."""
 AT_ONCE = 240
-"""Inputs that are asked about at once, half of them blocks and half odd images."""
+"""Inputs that are asked about at once, a third of them blocks, smooth fields and odd images each."""
 KEPT = 0.5
 """Weight of images that keep their class."""
 MOST = 0.6
@@ -203,9 +203,9 @@ def search_any(
 ) -> tuple[Tensor, float]:
     """A pattern and its λ that open a box, from whatever opens it first.
 
-    Blocks without an image, and images in wrong colours, are asked about until an answer says more than the class.
-    From the one that says most an evolution strategy (one parent, one child) goes on, in blocks; as soon as most images
-    are open with a pattern, there is more of the image, as long as any is open. Own.
+    Blocks and smooth fields without an image, and images in wrong colours, are asked about until an answer says more
+    than the class. From the one that says most an evolution strategy (one parent, one child) goes on, in blocks; as
+    soon as most images are open with a pattern, there is more of the image, as long as any is open. Own.
 
     Args:
         ask: Log-probabilities [N, C] of pixels [N, C, H, W] in [0, 1].
@@ -227,13 +227,16 @@ def search_any(
 
     def drawn() -> Tensor:
         """Inputs of which one may be a beginning."""
-        coloured = torch.special.ndtr(in_blocks(torch.randn(AT_ONCE // 2, *blocks, generator=generator)))
+        count = AT_ONCE // 3
+        coloured = torch.special.ndtr(in_blocks(torch.randn(count, *blocks, generator=generator)))
         coloured[::2] = coloured[::2].round()
-        chosen = others.take(torch.randint(len(others), (AT_ONCE // 2,), generator=generator)).alone().pixels
+        with seeded(int(torch.randint(2**31, (), generator=generator))):
+            smooth = fields(count, (channels, height, width), images.device)
+        chosen = others.take(torch.randint(len(others), (count,), generator=generator)).alone().pixels
         order = torch.rand(len(chosen), channels, generator=generator).argsort(1)
         odd = chosen.gather(1, order[:, :, None, None].expand_as(chosen)).float() / 255
         odd[::2] = 1 - odd[::2]
-        return torch.cat([pattern(coloured), odd])
+        return torch.cat([pattern(coloured), smooth, odd])
 
     def begun() -> tuple[Tensor, float]:
         """The best of some inputs, and how much it says."""
@@ -262,8 +265,9 @@ def search_any(
     best, share = judge(values, strength)
     found, shown, highest = (values, strength), 0.0, HIGHEST
     for _ in range(steps):
-        if strength * share > shown:
-            found, shown = (values, strength), strength * share
+        # the image has λ² of the input's power
+        if strength**2 * share > shown:
+            found, shown = (values, strength), strength**2 * share
         if share > MOST and strength < highest:
             more = round(strength + 0.02, 2)
             reached = judge(values, more)
