@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass, replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sdbctl import boxfile, curves, evaluate, losses, metrics, models, protocol
-from sdbctl.attacks import ATTACKS, Attacker, base, file, floor, inverse, keys, queries, soft, staged
+from sdbctl.attacks import ATTACKS, Attacker, base, boundary, file, floor, inverse, keys, queries, soft, staged
 from sdbctl.boxfile import Metadata
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, code
 from sdbctl.data import ImageSet, Preprocess, changed, view
@@ -1973,3 +1974,49 @@ def test_queries_are_made_piece_by_piece_as_all_at_once(transfer, boxed, monkeyp
     assert len(transfer) % 7
     monkeypatch.setattr("sdbctl.data.batching.VIEW_CHUNK", 7)
     assert torch.equal(made(), whole)
+
+
+def test_distances_are_those_to_where_another_class_is_predicted():
+    """By brightness: dark, middling or bright; the way to another class is known."""
+    generator, levels = torch.Generator().manual_seed(0), torch.tensor([20, 60, 110, 140, 200, 250])
+    pixels = levels.view(-1, 1, 1, 1).expand(6, 1, 4, 4).to(torch.uint8)
+    asked = []
+
+    def ask(pixels):
+        asked.append(len(pixels))
+        return (pixels.mean((1, 2, 3)) * 255 >= torch.tensor([[90.0], [180.0], [300.0]])).sum(0)
+
+    images = ImageSet.of(pixels, torch.full((6,), -1))
+    predicted = ask(pixels.float() / 255)
+    short = boundary.distances(ask, images, predicted, 4, generator)
+    assert sum(asked) == 6 + 3 * 4 * boundary.HALVINGS * boundary.PARTNERS
+    for i, level in enumerate(levels.tolist()):
+        for name, (low, high) in enumerate(((0, 90), (90, 180), (180, 256))):
+            way = 0 if low <= level < high else max(low - level, level - high) / 255
+            # a bisection of at most 230 levels, eight times; never short of the boundary
+            assert short[i, name] == math.inf if way == 0 else way - 1e-6 <= short[i, name] <= way + 2 / 255
+    assert short[:, 3].isinf().all()
+
+
+def test_soft_labels_by_distance_are_powers_of_it(monkeypatch):
+    short = torch.tensor([[math.inf, 0.1, 0.2, math.inf], [math.inf, 0.4, 0.2, math.inf], [math.inf] * 4])
+    predicted = torch.tensor([0, 0, 0])
+    config = {"temperature": 4.0, "confidence": 0.4, "sharpness": 2.0}
+    p = (boundary.soft(short, predicted, config) / 4).softmax(1)
+    assert p[0].tolist() == pytest.approx([0.4, 0.48, 0.12, 0.0], abs=1e-3)
+    assert p[1].tolist() == pytest.approx([0.4, 0.12, 0.48, 0.0], abs=1e-3)
+    # who was not asked about has the geometric mean of the class: 0.2 and 0.2
+    assert p[2].tolist() == pytest.approx([0.4, 0.3, 0.3, 0.0], abs=1e-3)
+    # nor is anything known if nobody was
+    nobody = boundary.soft(torch.full((2, 4), math.inf), torch.tensor([1, 1]), config)
+    assert (nobody / 4).softmax(1)[0].tolist() == pytest.approx([0.2, 0.4, 0.2, 0.2], abs=1e-3)
+
+
+def test_distances_of_few_images_do_for_the_others(monkeypatch):
+    monkeypatch.setattr(boundary, "MOST", 2 * 2 * boundary.HALVINGS * boundary.PARTNERS)
+    pixels = torch.tensor([0, 255, 0, 255]).view(-1, 1, 1, 1).expand(4, 1, 2, 2).to(torch.uint8)
+    images = ImageSet.of(pixels, torch.full((4,), -1))
+    short = boundary.distances(
+        lambda x: (x.mean((1, 2, 3)) > 0.5).long(), images, torch.tensor([0, 1, 0, 1]), 3, torch.Generator()
+    )
+    assert short[:2].isfinite().any(1).all() and short[2:].isinf().all()

@@ -1,6 +1,6 @@
 """Ways to train a student: one file per family, one line here."""
 
-from sdbctl.attacks import file, floor, inverse, kd, keys, queries, soft, staged
+from sdbctl.attacks import boundary, file, floor, inverse, kd, keys, queries, soft, staged
 from sdbctl.attacks.base import Attack, Attacker, Config, without_labels
 
 ATTACKS: dict[str, Attack] = {
@@ -25,6 +25,7 @@ ATTACKS: dict[str, Attack] = {
     "amplified_answers": soft.AMPLIFIED_ANSWERS,
     "averaged_views": queries.AVERAGED_VIEWS,
     "hard_views": queries.HARD_VIEWS,
+    "hard_distances": boundary.HARD_DISTANCES,
     "averaged_noise": queries.AVERAGED_NOISE,
     "recalibrated": queries.RECALIBRATED,
     "mixup": queries.MIXUP,
@@ -74,6 +75,7 @@ UNLABELLED = (
     "amplified_answers",
     "averaged_views",
     "hard_views",
+    "hard_distances",
     "averaged_noise",
     "pretrained",
     "pretrained_hard",
