@@ -1701,7 +1701,7 @@ class TwoFaced(torch.nn.Module):
 def test_a_file_that_answers_in_two_ways_is_not_judged_by_one_of_them(boxed, tmp_path):
     path, x = tmp_path / "two.onnx", torch.rand(3, 1, 8, 8)
     torch.onnx.export(
-        TwoFaced(boxed.net), (x,), path, dynamo=False, input_names=["input"], output_names=["logits", "more"],
+        TwoFaced(boxed.net).eval(), (x,), path, dynamo=False, input_names=["input"], output_names=["logits", "more"],
         dynamic_axes={"input": {0: "n"}},
     )  # fmt: skip
     teacher, notes = OnnxTeacher(path, ENGINE.device), []
