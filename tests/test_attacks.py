@@ -686,10 +686,9 @@ def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch)
 @pytest.mark.parametrize("suite", ["quick", "core", "strong", pytest.param("file", marks=pytest.mark.slow), "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     foreign = splits.test.take(range(60, 85)) if suite == "strong" else None
-    folder, answers, progress = tmp_path / "students", tmp_path / "answers", Counting()
-    folder.mkdir()
-    answers.mkdir()
-    made = bench(work, splits, boxed, suite, pattern, surrogate=foreign, answers=answers)
+    (folder := tmp_path / "students").mkdir()
+    (answers := tmp_path / "answers").mkdir()
+    made, progress = bench(work, splits, boxed, suite, pattern, surrogate=foreign, answers=answers), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=folder, progress=progress)
     assert progress.planned == protocol.plan(made).students
     spared = len(protocol._spare(made))
@@ -1032,10 +1031,12 @@ def test_answers_beyond_the_class_are_counted(teacher, transfer, boxed):
 
 @pytest.mark.parametrize("wrapper", ["class-constant", "uniform-nontarget"])
 def test_an_attack_that_is_told_nothing_but_classes_gains_nothing(wrapper, work, splits, boxed, tmp_path):
-    made = bench(work, splits, boxed, "core")
+    (folder := tmp_path / "students").mkdir()
+    (answers := tmp_path / "answers").mkdir()
+    made = bench(work, splits, boxed, "core", answers=answers)
     made = replace(made, sources={**made.sources, "boxed": made.sources["original"].wrapped(wrapper)})
     made = replace(made, config=replace(made.config, recipe=Recipe(epochs=6, batch_size=8)))
-    report = evaluate.evaluate(made, title="x", box={}, folder=tmp_path)
+    report = evaluate.evaluate(made, title="x", box={}, folder=folder)
     api, rows = report.unauthorized_advantage.api, report.students
     attacks = [row for row in rows.values() if row.role == "attack"]
     twins = {name: row for name, row in rows.items() if name.endswith("_class_only")}
@@ -1055,7 +1056,7 @@ def test_an_attack_that_is_told_nothing_but_classes_gains_nothing(wrapper, work,
             assert rows[name].leak == protocol.paired(rows[name].values, twins[f"{name}_class_only"].values)
         assert any(rows[name].leak.mean for name in leaking)
     trained = [row for name, row in rows.items() if not name.startswith("control")]
-    assert len(list(tmp_path.iterdir())) == sum(row.n for row in trained)
+    assert len(list(folder.iterdir())) == sum(row.n for row in trained)
     assert Report.from_json(report.to_json()).students == report.students
 
 
