@@ -343,7 +343,7 @@ def _searches(students: Mapping[str, Student]) -> list[str]:
     count = sum(tries.values())
     return [
         f"{count} searches for a pattern found none that brings out more than the class, so fewer than "
-        f"{1 - 0.05 ** (1 / count):.0%} of such searches do (with 95 % confidence)."
+        f"{100 * (1 - 0.05 ** (1 / count)):.0f} % of such searches do (with 95 % confidence)."
     ]
 
 

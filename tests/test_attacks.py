@@ -986,7 +986,7 @@ def test_searches_that_found_nothing_say_how_many_of_them_may():
     foreign = Student(name="f", label="f", role="attack", beyond=0, config=config)
     (note,) = evaluate._searches(made_of(*own, foreign, some("kd", "attack", (1.0,), beyond=0)))
     # 15 searches: of such that open in 18.1 % of cases, one of twenty evaluations has 15 that do not
-    assert note.startswith("15 searches") and "fewer than 18% " in note
+    assert note.startswith("15 searches") and "fewer than 18 % " in note
     assert evaluate._searches(made_of(*own, replace(foreign, beyond=1))) == []
     assert evaluate._searches(made_of(some("kd", "attack", (1.0,), beyond=0))) == []
 
