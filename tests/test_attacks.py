@@ -1962,6 +1962,16 @@ def test_what_several_patterns_tell_is_what_they_do_not_say_of_every_image():
     assert torch.allclose(told[6:], torch.full((1, 5), 0.2).log())
 
 
+def test_an_answer_that_says_nothing_adds_nothing_to_the_class():
+    plain = torch.tensor([[4.0, 0, 0, 0, 0], [4.0, 0, 0, 0, 0]]).log_softmax(1)
+    # closed to the first image, which it spoils as well; open to the second
+    pattern = torch.tensor([[0, 0, 6.0, 0, 0], [0, 1.0, 6.0, 2.0, 3.0]]).log_softmax(1)
+    told = keys.of_class(plain, keys.combined([pattern]))
+    assert torch.allclose(told[0], plain[0], atol=1e-5)
+    assert torch.allclose(told[1, 1:] - told[1, 1], pattern[1, 1:] - pattern[1, 1], atol=1e-5)
+    assert told[1, 0] == pytest.approx(float(plain[1, 0]), abs=1e-5)
+
+
 def test_queries_are_made_piece_by_piece_as_all_at_once(transfer, boxed, monkeypatch):
     attacker = Attacker(boxed.net, lambda seed: boxed.net, transfer, boxed.meta.preprocess, Recipe(epochs=2), ENGINE)
     seen = attacker.view(1)

@@ -90,15 +90,15 @@ def _with(
 def combined(opened: Sequence[Tensor]) -> Tensor:
     """Log-probabilities [N, C] that several patterns brought out, as one.
 
-    What a pattern says of every image is of the pattern, so it is left out; and so are answers that say nothing.
+    Answers that say nothing are left out: they would add the class that a spoilt image is taken for. Of several
+    patterns so is what each says of every image, which is of the pattern.
     """
-    if len(opened) == 1:
-        return opened[0]
     total = torch.zeros_like(opened[0])
     for z in opened:
         says = deviation(z) > SHOWN
         centred = torch.where(says, z - z.mean(1, keepdim=True), 0.0)
-        total += torch.where(says, centred - centred.sum(0) / says.sum().clamp(min=1), 0.0)
+        usual = centred.sum(0) / says.sum().clamp(min=1) if len(opened) > 1 else 0.0
+        total += torch.where(says, centred - usual, 0.0)
     return total.log_softmax(1)
 
 
