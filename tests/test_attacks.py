@@ -1131,6 +1131,8 @@ def test_attacks_that_are_told_more_go_on_first(work, splits, boxed, pattern, mo
     monkeypatch.setattr(Bench, "run", run)
     students = protocol.train_students(bench(work, splits, boxed, "standard", pattern), None, Silent())
     chosen = {row.name for row in students.values() if row.role == "attack" and row.access == "api" and row.n == 2}
+    # searches are reported whatever they find
+    chosen -= {"searched_pattern", "searched_pattern_unlabelled"}
     assert {"simple_keys", "htc", "htc_unlabelled"} <= chosen and len(chosen) == 4
 
 
@@ -1355,7 +1357,7 @@ def test_a_teacher_whose_answers_are_on_record_is_not_opened(work, splits, boxed
 
 
 def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, pattern, monkeypatch):
-    """Settings of the original with labels and of key holders are compared after half of the epochs, others twice."""
+    """Settings of the original with labels, of key holders and of searches are compared after half of the epochs."""
     seen = {}
 
     def run(bench, cells, folder, progress):
@@ -1370,7 +1372,7 @@ def test_what_claims_are_made_against_is_not_screened(work, splits, boxed, patte
     protocol.choose(made, None, Silent())
     teachers = ("original", "authorized")
     alone = {f"{kind}_{name}" for kind in ("dkd", "dist") for name in (*teachers, "q")}
-    alone |= {"kd_original", "kd_q", "authorized"}
+    alone |= {"kd_original", "kd_q", "authorized", "searched_pattern", "searched_pattern_unlabelled"}
     assert all(seen[name] == {40} for name in alone)
     assert all(10 in epochs for name, epochs in seen.items() if name not in alone)
     assert {10, 40} in seen.values()
