@@ -161,8 +161,6 @@ TWINS = {row.name: ATTACKS[row.attack].twin for row in ALL if row.role == "attac
 """Rows of attacks, and the same loss without soft outputs: where the attack is reported, so is this."""
 FINALISTS = 2
 """Attacks of a threat that are held against the control."""
-LUCKY = ("searched_pattern", "pretrained_searched")
-"""Attacks that find something or not: whether they do, one seed does not tell."""
 PLACES: Mapping[Role, int] = {"floor": 2, "attack": FINALISTS}
 """Rows of a group that are trained with all seeds, where not one: one screening picks its winner partly by luck."""
 
@@ -203,7 +201,8 @@ class Suite:
             not self.elect
             or row.role in ("disturb", "authorized", "target")
             or (row.role == "reference" and row.labels)
-            or row.attack.removesuffix("_unlabelled") in LUCKY
+            # whether a search finds a pattern, one seed does not tell
+            or "patterns" in ATTACKS[row.attack].grid[0]
         )
 
     def compared(self, row: Row) -> tuple[float, ...]:

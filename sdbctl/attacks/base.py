@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,6 +107,27 @@ class Attacker:
             self._asked[digest] = answers if fits else None
             return answers
         return self._asked[digest]  # type: ignore[return-value]
+
+    def ask_pixels(self, pixels: Tensor) -> Tensor:
+        """The oracle's answers to pixels [N, C, H, W] in [0, 1], of which none is kept."""
+        assert self.oracle is not None
+        return self.oracle(self.preprocess(pixels.to(self.engine.device))).cpu()
+
+    def search(self, images: ImageSet, what: Sequence[object], find: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """What a search comes to; of students with one seed, other settings or rows apart, the first searches for all.
+
+        Args:
+            images: What it searches with.
+            what: What else the outcome depends on.
+            find: Searches, by a generator of the student's seed.
+
+        Returns:
+            What was found as float64 [N].
+        """
+        assert self.oracle is not None
+        seed = self.recipe.seed
+        name = json.dumps([*what, seed, images.identity])
+        return self.oracle.recall(name, lambda: find(torch.Generator().manual_seed(seed)))
 
     def fit(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from itertools import product
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config
+from sdbctl.attacks.floor import constant_logits
+from sdbctl.attacks.keys import of_class
 from sdbctl.attacks.soft import soft_loss
 from sdbctl.data import ImageSet
 from sdbctl.teacher import Access
@@ -78,9 +79,8 @@ def soft(short: Tensor, predicted: Tensor, config: Config) -> Tensor:
         some = near[own & known]
         usual = some.mean(0) if len(some) else torch.where(torch.arange(classes) == name, -math.inf, 0.0)
         near[own & ~known] = usual
-    others = (config["sharpness"] * near).log_softmax(1)
-    share = max(config["confidence"], 1.5 / classes)
-    target = (others + math.log(1 - share)).scatter(1, predicted[:, None], math.log(share))
+    constant = constant_logits(predicted, classes, {**config, "temperature": 1.0})
+    target = of_class(constant.log_softmax(1), config["sharpness"] * near)
     # a class that nobody predicts is not impossible
     return config["temperature"] * target.clamp(min=math.log(1e-4))
 
@@ -91,17 +91,14 @@ def by_distance(attacker: Attacker, config: Config) -> None:
     Every view of an image has its soft label.
     """
     assert attacker.oracle is not None
-    oracle, images, seed = attacker.oracle, attacker.images, attacker.recipe.seed
+    images, classes = attacker.images, attacker.oracle.classes
     predicted = attacker.ask(images).cpu()
 
-    def ask(pixels: Tensor) -> Tensor:
-        return oracle(attacker.preprocess(pixels.to(attacker.engine.device))).cpu()
+    def find(generator: torch.Generator) -> Tensor:
+        return distances(attacker.ask_pixels, images, predicted, classes, generator)
 
-    def find() -> Tensor:
-        return distances(ask, images, predicted, oracle.classes, torch.Generator().manual_seed(seed))
-
-    what = json.dumps(["distances", seed, images.unlabelled().identity])
-    target = soft(oracle.recall(what, find).view(len(images), -1).float(), predicted, config)
+    short = attacker.search(images.unlabelled(), ["distances"], find).view(len(images), classes).float()
+    target = soft(short, predicted, config)
     attacker.learn(lambda z, answer, y: soft_loss(z, answer, y, config), targets=lambda views: target)
 
 

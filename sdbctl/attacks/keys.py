@@ -5,7 +5,6 @@ Whoever has a pattern K' can ask about λx + (1 − λ)K', with the box's λ, wh
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -105,24 +104,15 @@ def combined(opened: Sequence[Tensor]) -> Tensor:
 def shared(
     attacker: Attacker, images: ImageSet, what: Sequence[object], find: Callable[[torch.Generator], Patterns]
 ) -> Patterns:
-    """What a search finds; of students with one seed, other settings or rows apart, the first one searches for all.
+    """:meth:`Attacker.search` for patterns."""
+    size = attacker.preprocess.size
 
-    Args:
-        attacker: Who searches.
-        images: What it searches with.
-        what: What else the outcome depends on.
-        find: Searches.
-    """
-    assert attacker.oracle is not None
-    seed, size = attacker.recipe.seed, attacker.preprocess.size
-
-    def found() -> Tensor:
-        patterns = find(torch.Generator().manual_seed(seed))
+    def found(generator: torch.Generator) -> Tensor:
         return torch.stack(
-            [torch.cat([torch.tensor([lam], dtype=torch.float64), some.flatten()]) for some, lam in patterns]
+            [torch.cat([torch.tensor([lam], dtype=torch.float64), some.flatten()]) for some, lam in find(generator)]
         )
 
-    rows = attacker.oracle.recall(json.dumps([*what, seed, images.identity]), found).view(-1, 1 + math.prod(size))
+    rows = attacker.search(images, what, found).view(-1, 1 + math.prod(size))
     return [(row[1:].view(size).float(), float(row[0])) for row in rows]
 
 
@@ -143,14 +133,12 @@ def of_class(plain: Tensor, opened: Tensor) -> Tensor:
 
 
 def _judge(attacker: Attacker, pattern: Tensor, strength: float | None = None) -> float:
-    assert attacker.oracle is not None
     some = attacker.images.first(SEARCH_IMAGES)
     mixed = mixed_with(some, pattern, strength or attacker.strength)
-    x = attacker.preprocess(mixed.pixels.to(attacker.engine.device).float() / 255)
     # who has no labels compares with what is predicted without the pattern
     labels = some.labels if attacker.labels else attacker.ask(some).argmax(1)
     # of thousands of patterns none is asked about again, so no answer is kept
-    return float(opened(attacker.oracle(x).cpu(), labels))
+    return float(opened(attacker.ask_pixels(mixed.pixels.float() / 255), labels))
 
 
 def random_keys(attacker: Attacker, config: Config) -> None:
@@ -289,18 +277,13 @@ def search_any(
 
 def searched_any(attacker: Attacker, config: Config) -> None:
     """Black-box search for any patterns that open a box (:func:`search_any`), and what several of them tell."""
-    assert attacker.oracle is not None
-    oracle, device = attacker.oracle, attacker.engine.device
     images = attacker.images.first(OPENED_IMAGES).alone().pixels.float() / 255
     # no label is needed
     others = attacker.surrogate or attacker.images.unlabelled()
     steps, count = int(config["steps"]), int(config["patterns"])
 
-    def ask(pixels: Tensor) -> Tensor:
-        return oracle(attacker.preprocess(pixels.to(device))).cpu()
-
     def find(generator: torch.Generator) -> Patterns:
-        found = [search_any(ask, images, others, steps, generator) for _ in range(count)]
+        found = [search_any(attacker.ask_pixels, images, others, steps, generator) for _ in range(count)]
         # what opens no image tells nothing of any
         return [some for some in found if some[1] > 0] or found[:1]
 
