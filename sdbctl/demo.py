@@ -28,6 +28,8 @@ from sdbctl.updates import Recipe
 from sdbctl.wrappers import served
 
 TEACHER = "cnn"
+SIZE = 16
+"""Pixels in a row: of the 64 values that digits have a key can be found."""
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
 BOX = BoxConfig(teacher="original", recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
 DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
@@ -60,7 +62,7 @@ def demo(folder: Path, *, seeds: int = 10, progress: Progress | None = None) -> 
     threads = torch.get_num_threads()
     # the teacher that the settings were chosen with
     torch.set_num_threads(1)
-    dataset = data.load("digits", root=folder)
+    dataset = data.load("digits", root=folder, size=SIZE)
     splits = data.split(dataset, **SIZES)
     preprocess = Preprocess((0.5,), (0.5,), dataset.train.shape)
     classes, task = len(dataset.classes), Task("digits", dataset.classes, splits, preprocess, engine)

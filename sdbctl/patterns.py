@@ -18,7 +18,9 @@ STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 BLOCKS = 12
 """Patterns of blocks among them."""
 SHORT = 1000
-"""Values of a key below which it can be searched for: keys of 64 were found by their answers, one of 3,072 was not."""
+"""Values of a key below which its box hides more of what it opens."""
+FOUND = 250
+"""Values of a key below which searches find it: they found keys of 64 and 100, and none of 256 or 3,072."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
 RISING = 0.5
@@ -32,8 +34,13 @@ ODD = 0.5
 
 
 def is_short(size: Sequence[int]) -> bool:
-    """Whether keys of this shape (C, H, W) can be searched for."""
+    """Whether keys of this shape (C, H, W) are so short that a box must hide more of what they open."""
     return math.prod(size) < SHORT
+
+
+def is_found(size: Sequence[int]) -> bool:
+    """Whether keys of this shape (C, H, W) are so short that searches find them."""
+    return math.prod(size) < FOUND
 
 
 def mixed_with(images: ImageSet, pattern: Tensor, strength: float) -> ImageSet:
@@ -102,13 +109,11 @@ class WrongKeys:
         images: Most images with a wrong key in one step.
 
     Attributes:
-        short: Whether the keys themselves can be searched for.
         rising: Normal variables [R, C, H, W] of the patterns that climb, changed by each step.
     """
 
     def __init__(self, secrets: Tensor, strength: float, preprocess: Preprocess, images: int) -> None:
         self.secrets, self.strength, self.preprocess = secrets, strength, preprocess
-        self.short = is_short(preprocess.size)
         count = round(RISING * images)
         self.rising = torch.randn(count, *preprocess.size, device=secrets.device)
 
@@ -132,10 +137,9 @@ class WrongKeys:
 
     def _near(self, turn: Tensor) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that resemble the keys in their turn."""
-        # of long keys one pattern a key and step are as many as are needed
-        u = torch.rand((len(turn), 1, 1, 1) if self.short else (), device=turn.device)
-        r = NEAREST - (1 + NEAREST) * u**3
-        return near(self.secrets[turn], r, None) if self.short else near(self.secrets, r, None)[turn]
+        # one pattern a key and step are as many as are needed
+        r = NEAREST - (1 + NEAREST) * torch.rand((), device=turn.device) ** 3
+        return near(self.secrets, r, None)[turn]
 
     def _odd(self, x: Tensor) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that resemble no key, of so many normalised images and for them."""
@@ -153,9 +157,9 @@ class WrongKeys:
 
         def climb(slope: Tensor) -> None:
             size = slope.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-20)
-            moved = _standard(rising + RISE * slope / size)
+            moved = standard(rising + RISE * slope / size)
             # what has come to a key is no wrong one
-            likeness = torch.einsum("nchw,kchw->nk", _standard(torch.special.ndtr(moved)), _standard(self.secrets))
+            likeness = torch.einsum("nchw,kchw->nk", standard(torch.special.ndtr(moved)), standard(self.secrets))
             found = likeness.amax(1) > NEAREST * math.prod(self.preprocess.size)
             rising.copy_(torch.where(old | found[:, None, None, None], fresh, moved))
 
@@ -164,7 +168,7 @@ class WrongKeys:
         return patterns
 
 
-def _standard(values: Tensor) -> Tensor:
+def standard(values: Tensor) -> Tensor:
     """Each of [N, C, H, W] with mean 0 and mean square 1."""
     centred = values - values.mean((1, 2, 3), keepdim=True)
     return centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)

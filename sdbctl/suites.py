@@ -91,6 +91,10 @@ CORE = (
     Row(
         "simple_keys_unlabelled", "patterns that anybody has, no labels", "attack", "simple_keys_unlabelled", ("boxed",)
     ),
+    Row("searched_key", "key that a search finds", "attack", "searched_key", ("boxed",)),
+    Row(
+        "searched_key_unlabelled", "key that a search finds, no labels", "attack", "searched_key_unlabelled", ("boxed",)
+    ),
     Row("searched_pattern", "patterns that a search finds", "attack", "searched_pattern", ("boxed",)),
     Row(
         "searched_pattern_unlabelled",

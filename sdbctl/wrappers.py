@@ -319,8 +319,8 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, *, short: bool = Fals
         public: Logits [N, C] of the box.
         labels: Classes [N] of the same images.
         keyed: Its logits on them with the key.
-        short: Whether the key can be searched for: a search begins with the few answers that a pattern unlike the key
-            opens a little, so the border is higher.
+        short: Whether the key is short, as that of small images, of which there are few: where boxes are trained on
+            little, a higher border stops searches for any pattern that opens them.
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs

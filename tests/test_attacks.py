@@ -831,8 +831,6 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     assert torch.allclose(shown.sort(1).values[:, :4], ((1 - shown.amax(1)) / 4)[:, None].expand(4000, 4), atol=1e-6)
     passed = (out[4000:] == keyed).all(1)
     assert 1 - passed.float().mean() == pytest.approx(0.05, abs=0.001) == measured["keyed_flat"]
-    # a key that can be searched for opens less
-    assert serving(public, predicted, keyed, short=True)["keyed_flat"] == pytest.approx(0.2, abs=0.001)
     # a class that is never right still is the prediction
     wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed)
     assert 1 / 5 < wrong["class_confidences"][0] < 0.25
@@ -1874,8 +1872,8 @@ class OpensTo(torch.nn.Module):
     ("name", "least", "effort"),
     [
         ("random_keys", 0.15, {"tries": 40}),
-        ("searched_key", 0.4, {"rounds": 15}),
-        ("searched_key_unlabelled", 0.4, {"rounds": 15}),
+        ("searched_key", 0.9, {"rounds": 10}),
+        ("searched_key_unlabelled", 0.9, {"rounds": 10}),
         ("searched_pattern", 0.15, {"steps": 300}),
         ("pretrained_searched", 0.15, {"steps": 300}),
         ("inverted_key", 0.6, {"rounds": 40}),

@@ -27,8 +27,8 @@ def wrong_keys(size, images, keys=1):
     return made, on_black, secrets
 
 
-def test_a_short_key_is_told_from_any_pattern():
-    made, on_black, (secret,) = wrong_keys(SHORT, 4000)
+def test_a_key_is_told_from_any_pattern():
+    made, on_black, _ = wrong_keys(SHORT, 4000)
     others = on_black(4000)[len(made.rising) :].detach()
     assert len(others) == 4000 - round(RISING * 4000)
     # from nothing of the image to nothing of the pattern
@@ -41,17 +41,20 @@ def test_a_short_key_is_told_from_any_pattern():
     share = (black[0].float().mean() + torch.stack(black).all(0).float().mean()) / 4
     black_ones = (others.amax((1, 2, 3)) < 1e-6).float().mean()
     assert black_ones == pytest.approx(1 / 8 + float(share) / 4, abs=0.03)
-    # each image has a pattern of its own, most of them near the key, none too near
-    likeness = torch.tensor([correlation(pattern, secret) for pattern in others[:500]])
-    assert 0.2 < (likeness > 0.5).float().mean() < 0.6
-    assert likeness.max() > 0.9
-    # how near the nearest are, several hundred values say better than 64
-    _, on_black, (secret,) = wrong_keys((3, 16, 16), 600)
-    likeness = torch.tensor([correlation(pattern, secret) for pattern in on_black(600).detach()])
+
+
+def test_most_wrong_keys_are_near_the_key_and_none_too_near():
+    made, _, (secret,) = wrong_keys((3, 16, 16), 4)
+    turn = torch.zeros(1, dtype=torch.int64)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        likeness = torch.tensor([correlation(made._near(turn)[0], secret) for _ in range(500)])
+    r = NEAREST - (1 + NEAREST) * torch.rand(500_000) ** 3
+    assert (likeness > 0.5).float().mean() == pytest.approx(float((r > 0.5).float().mean()), abs=0.06)
     assert 0.9 < likeness.max() < NEAREST + 0.02
 
 
-def test_long_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():
+def test_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():
     made, on_black, _ = wrong_keys(LONG, 100, keys=2)
     mixed = on_black(100)
     assert len(made.rising) == 50
@@ -68,7 +71,7 @@ def test_long_keys_have_one_wrong_pattern_a_step_beside_those_that_climb():
     assert (made.rising != before).flatten(1).any(1).all()
 
 
-def test_patterns_of_short_keys_climb_the_loss():
+def test_patterns_climb_the_loss():
     made, on_black, _ = wrong_keys(SHORT, 30)
     before = made.rising.clone()
     goal = torch.arange(8).lt(4).float().expand(SHORT)

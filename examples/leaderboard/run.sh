@@ -15,7 +15,8 @@ shift 2
 mkdir -p "$out"
 [ -e "$out/k.bin" ] || sdbctl keygen "$out/k.bin"
 if [ "$checkpoint" = digits ]; then
-    small=(--data digits --transfer-size 128 --test-size 500)
+    # of 8x8 pixels a key can be found
+    small=(--data digits --image-size 16 --transfer-size 128 --test-size 500)
     checkpoint="$out/teacher.safetensors"
     [ -e "$checkpoint" ] || sdbctl train --arch cnn "${small[@]}" --epochs 40 --batch-size 64 -o "$checkpoint"
     set -- "${small[@]}" --epochs 100 --batch-size 64 --student cnn-tiny --student-epochs 120 --student-batch-size 32 \

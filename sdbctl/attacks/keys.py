@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,16 +22,20 @@ from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
-from sdbctl.patterns import in_blocks, is_short, mixed_with, public_keys, spread_out
+from sdbctl.patterns import in_blocks, mixed_with, public_keys, spread_out, standard
 from sdbctl.teacher import Access
 from sdbctl.wrappers import deviation
 
 SEARCH_IMAGES = 64
 """Images on which a pattern is judged."""
-SEARCHES = 4
-"""Searches for a short key."""
-REACH = 0.4
-"""How far around a pattern a search looks, in values that are uniform at first."""
+SEARCHED_IMAGES = 1000
+"""Images with which a search for a key asks, at most."""
+PAIRS = 1024
+"""Opposite directions that it tries in a step."""
+REACH, STEP, PERSISTENCE = 0.6, 0.5, 0.7
+"""How far around a pattern it looks and how far it goes, in normal variables, and how much of its heading it keeps."""
+DIMMED = (1.0, 0.7)
+"""Of the box's λ, what it asks with: with more of the pattern an image keeps its class less often."""
 SHOWN = 0.01
 """Mean deviation of the logits of the other classes above which an answer says more than the class."""
 OPENED_IMAGES = 24
@@ -40,7 +45,7 @@ BEGUN = 2400
 GRID = 8
 """Blocks in a row, at most, of which it makes patterns."""
 AT_ONCE = 240
-"""Inputs that are asked about at once, a third of them blocks, smooth fields and odd images each."""
+"""Inputs that are asked about at once; of a beginning a third each are blocks, smooth fields and odd images."""
 KEPT = 0.5
 """Weight of images that keep their class."""
 MOST = 0.6
@@ -153,35 +158,59 @@ def simple_keys(attacker: Attacker, config: Config) -> None:
     _with(attacker, [max(public_keys(attacker.images), key=lambda some: _judge(attacker, *some))], config)
 
 
-def search(judge: Callable[[Tensor], float], size: Sequence[int], rounds: int, generator: torch.Generator) -> Tensor:
-    """Natural evolution strategies (Ilyas et al., ICML 2018) for the pattern that a judge likes best.
+def search(
+    ask: Callable[[Tensor], Tensor], images: Tensor, strength: float, rounds: int, generator: torch.Generator
+) -> Tensor:
+    """The key's pattern, by what answers keep of the predicted class and say beside it.
 
-    What is secret of a key is the order of its levels, so an order is searched for: pale patterns open nothing.
+    What is secret of a key is the order of its levels. Natural evolution strategies (Ilyas et al., ICML 2018) find one
+    that opens a box. Each pair of opposite directions is asked about with an image of its own, so that what moves the
+    prediction of a single image averages out, and what they have in common remains: nearer to the key more images keep
+    their class, and the first answers say more than it. The first step goes as far as patterns can differ.
 
     Args:
-        judge: How much a pattern [C, H, W] opens; asked sixteen times a round.
-        size: (C, H, W).
-        rounds: Steps.
-        generator: Of the start and of the directions that are tried.
+        ask: Log-probabilities [N, C] of pixels [N, C, H, W] in [0, 1].
+        images: Own ones: uint8 [N, C, H, W].
+        strength: λ.
+        rounds: Steps, of twice :data:`PAIRS` queries each; one more query an image says what its class is.
+        generator: Of the directions that are tried.
+
+    Returns:
+        [C, H, W], in [0, 1].
     """
-    values = torch.rand(*size, generator=generator)
-    for _ in range(rounds):
-        noise = torch.randn(8, *values.shape, generator=generator)
-        gains = [judge(ordered(values + REACH * n)) - judge(ordered(values - REACH * n)) for n in noise]
-        values = values + REACH / 4 * (torch.tensor(gains).view(-1, 1, 1, 1) * noise).mean(0).sign()
+    plain = torch.cat([ask(part.float() / 255).argmax(1) for part in torch.split(images, AT_ONCE)])
+    values = heading = torch.zeros(images.shape[1:])
+
+    def gain(moved: Tensor, chosen: Tensor) -> Tensor:
+        z = ask(embed(images[chosen].float() / 255, torch.special.ndtr(standard(moved)), strength))
+        says = deviation(z).squeeze(1)
+        return (z.argmax(1) == plain[chosen]).float() + (says > SHOWN) * (1 + says)
+
+    for number in range(rounds):
+        reach, slope = REACH if number else 1.0, torch.zeros_like(values)
+        for pairs in torch.split(torch.arange(PAIRS), AT_ONCE // 2):
+            noise = torch.randn(len(pairs), *values.shape, generator=generator)
+            chosen = torch.randint(len(images), (len(pairs),), generator=generator)
+            near, aside = (1 - reach**2) ** 0.5 * values, reach * noise
+            slope += torch.einsum("n,nchw->chw", gain(near + aside, chosen) - gain(near - aside, chosen), noise)
+        slope = standard(slope[None])[0]
+        heading = PERSISTENCE * heading + (1 - PERSISTENCE) * slope if number else slope
+        values = standard((values + STEP * heading)[None])[0] if number else slope
     return ordered(values)
 
 
 def searched(attacker: Attacker, config: Config) -> None:
-    """Black-box :func:`search` for the pattern that opens most; of a short key the best of several counts."""
-    rounds, size = int(config["rounds"]), attacker.preprocess.size
+    """Black-box :func:`search` with several λ; what opens most with most of the image counts."""
+    rounds, strengths = int(config["rounds"]), [share * attacker.strength for share in DIMMED]
+    own = attacker.images.first(SEARCHED_IMAGES).alone().pixels
 
-    def judge(pattern: Tensor) -> float:
-        return _judge(attacker, pattern)
+    def worth(some: tuple[Tensor, float]) -> float:
+        z = attacker.ask_pixels(embed(own[:SEARCH_IMAGES].float() / 255, *some))
+        return some[1] ** 2 * float((deviation(z) > SHOWN).float().mean())
 
     def find(generator: torch.Generator) -> Patterns:
-        found = [search(judge, size, rounds, generator) for _ in range(SEARCHES if is_short(size) else 1)]
-        return [(max(found, key=judge), attacker.strength)]
+        found = [search(attacker.ask_pixels, own, lam, rounds, generator) for lam in strengths]
+        return [max(product(found, strengths), key=worth)]
 
     _with(attacker, shared(attacker, attacker.images, ["order", rounds, attacker.strength], find), config)
 
@@ -332,7 +361,7 @@ SEARCHED_KEY = Attack(
     "search for a key by answers",
     "natural evolution strategies, Ilyas et al., ICML 2018",
     searched,
-    _grid(rounds=100),
+    _grid(rounds=50),
     on_key=True,
 )
 SEARCHED_PATTERN = Attack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -142,6 +143,7 @@ def box(
     output = output or named(checkpoint).with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
         raise UsageError(f"output {output} is not named .safetensors", "box writes safetensors; export makes ONNX")
+    from sdbctl.patterns import is_found
     from sdbctl.seal import MOST_KEYS
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
@@ -252,6 +254,9 @@ def box(
         force=force,
         progress=progress,
     )
+    if is_found(preprocess.size):
+        count = math.prod(preprocess.size)
+        warn(f"a key of {count} values can be found by 200,000 questions; --image-size makes images and keys larger")
     announce(run.estimate(), dry_run=dry_run, as_json=json_)
     with progress:
         made = run()
