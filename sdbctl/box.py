@@ -18,10 +18,10 @@ from sdbctl.boxstep import PGD_STEPS, BoxConfig, BoxStep, Task, plain_step
 from sdbctl.data import ImageSet, Preprocess, presets
 from sdbctl.engine import Engine, exact, place, seeded
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.inference import accuracy, predict
+from sdbctl.inference import accuracy, predict, unseen_batch
 from sdbctl.key import Key, ids_of
 from sdbctl.objectives import OBJECTIVES
-from sdbctl.patterns import is_short
+from sdbctl.patterns import odd_inputs
 from sdbctl.state import Resume
 from sdbctl.timing import image_seconds
 from sdbctl.training import Progress, digest, fit
@@ -32,6 +32,8 @@ NORMALISED_IMAGES = 2000
 """Validation images that normalisations are tried on."""
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
+ODD, ODD_EACH = 24_000, 30
+"""Inputs that are no images and must not open a box, and how many there are at most for each of the owner's images."""
 
 
 @dataclass(frozen=True)
@@ -277,4 +279,10 @@ def _serving(net: nn.Module, unlocked: Sequence[nn.Module], task: Task) -> dict[
     """How a box is to be served, by validation images."""
     some = task.data.validation
     public, *keyed = (predict(model, some, task.preprocess, task.engine) for model in (net, *unlocked))
-    return serving(public, some.labels, torch.cat(keyed), short=is_short(task.preprocess.size))
+    generator, device = torch.Generator().manual_seed(0), task.engine.device
+    most = max(3, unseen_batch(some.shape))
+    odd = []
+    with torch.no_grad():
+        for _ in range(0, min(ODD, ODD_EACH * len(task.data.owner)), most):
+            odd.append(net(task.preprocess(odd_inputs(most, some, generator).to(device))).float().cpu())
+    return serving(public, some.labels, torch.cat(keyed), torch.cat(odd))

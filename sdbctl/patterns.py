@@ -8,19 +8,22 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, interpolate
 
 from sdbctl.data import ImageSet, Preprocess, changed
+from sdbctl.engine import seeded
 from sdbctl.key import embed, near
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """λ with which patterns that anybody has are tried."""
 BLOCKS = 12
 """Patterns of blocks among them."""
-SHORT = 1000
-"""Values of a key below which its box hides more of what it opens."""
 FOUND = 250
 """Values of a key below which searches find it: they found keys of 64 and 100, and none of 256 or 3,072."""
+SCALES = (2, 3, 4, 6, 8, 16, 32)
+"""Of a random field: how many knots it has in a row."""
+GRID = 8
+"""Blocks in a row, at most, of patterns that a search changes."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
 RISING = 0.5
@@ -31,11 +34,6 @@ LIFE = 60
 """Mean number of steps after which it begins anew."""
 ODD = 0.5
 """Share of the images with a wrong key that are mixed with any λ, and unless it climbs with another kind of pattern."""
-
-
-def is_short(size: Sequence[int]) -> bool:
-    """Whether keys of this shape (C, H, W) are so short that a box must hide more of what they open."""
-    return math.prod(size) < SHORT
 
 
 def is_found(size: Sequence[int]) -> bool:
@@ -89,6 +87,48 @@ def in_blocks(values: Tensor) -> Tensor:
 def spread_out(values: Tensor, edge: int) -> Tensor:
     """Each value of [..., H, W] as a square of pixels."""
     return values.repeat_interleave(edge, -2).repeat_interleave(edge, -1)
+
+
+def fields(count: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Smooth random fields [B, C, H, W] in [0, 1]: noise of several scales, with its own contrast and threshold."""
+    channels, height, width = shape
+    total = torch.zeros(count, *shape, device=device)
+    for knots in SCALES:
+        if knots <= height:
+            noise = torch.randn(count, channels, knots, knots, device=device)
+            smooth = interpolate(noise, (height, width), mode="bicubic", align_corners=False)
+            total += torch.rand(count, 1, 1, 1, device=device) / knots**0.5 * smooth
+    total = (total - total.mean((1, 2, 3), keepdim=True)) / total.std((1, 2, 3), keepdim=True)
+    contrast, threshold = torch.randn(2, count, 1, 1, 1, device=device)
+    return torch.sigmoid(1.5 * torch.exp(0.7 * contrast) * (total - 0.5 * threshold))
+
+
+def blocks(size: Sequence[int]) -> tuple[int, tuple[int, int, int]]:
+    """Edge of the blocks that a search changes, and how many there are: (C, rows, columns)."""
+    channels, height, width = size
+    edge = -(-min(height, width) // GRID)
+    return edge, (channels, -(-height // edge), -(-width // edge))
+
+
+def odd_inputs(count: int, images: ImageSet, generator: torch.Generator) -> Tensor:
+    """Inputs that are no images of a box, as a search begins with: [N, C, H, W] in [0, 1].
+
+    Args:
+        count: N; a third each are blocks, smooth fields and images in wrong colours, exchanged or inverted as well.
+        images: What has its colours changed.
+        generator: Of all that is random.
+    """
+    count, (channels, height, width) = count // 3, images.shape
+    edge, in_rows = blocks(images.shape)
+    coloured = torch.special.ndtr(in_blocks(torch.randn(count, *in_rows, generator=generator)))
+    coloured[::2] = coloured[::2].round()
+    with seeded(int(torch.randint(2**31, (), generator=generator))):
+        smooth = fields(count, images.shape, torch.device("cpu"))
+    chosen = images.take(torch.randint(len(images), (count,), generator=generator)).alone().pixels
+    order = torch.rand(len(chosen), channels, generator=generator).argsort(1)
+    odd = chosen.gather(1, order[:, :, None, None].expand_as(chosen)).float() / 255
+    odd[::2] = 1 - odd[::2]
+    return torch.cat([spread_out(coloured, edge)[..., :height, :width], smooth, odd])
 
 
 class WrongKeys:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, files, onnxfile
-from sdbctl.attacks.queries import fields
 from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.engine import pick_device, seeded
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
+from sdbctl.patterns import fields
 from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import WRAPPERS, as_exported

@@ -819,7 +819,8 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     keyed = 5 * torch.randn(4000, 5, generator=generator)
     # class 0 is right half of the time, the others nine times in ten, whatever the network says
     right = torch.rand(4000, generator=generator) < torch.where(predicted == 0, 0.5, 0.9)
-    measured = serving(public, torch.where(right, predicted, (predicted + 1) % 5), keyed)
+    odd = public[:100]
+    measured = serving(public, torch.where(right, predicted, (predicted + 1) % 5), keyed, odd)
     levels, flat = torch.tensor(measured["class_confidences"]), measured["flat_deviation"]
     assert levels.tolist() == pytest.approx([0.5, 0.9, 0.9, 0.9, 0.9], abs=0.04)
     assert 0.1 < flat < 2
@@ -832,10 +833,17 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     passed = (out[4000:] == keyed).all(1)
     assert 1 - passed.float().mean() == pytest.approx(0.05, abs=0.001) == measured["keyed_flat"]
     # a class that is never right still is the prediction
-    wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed)
+    wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed, odd)
     assert 1 / 5 < wrong["class_confidences"][0] < 0.25
     # nothing to tell public from keyed outputs by, or nothing but the prediction
-    assert serving(keyed, predicted, public) == serving(public[:, :2], predicted, keyed[:, :2]) == {}
+    assert serving(keyed, predicted, public, odd) == serving(public[:, :2], predicted, keyed[:, :2], odd) == {}
+    # what is no image opens nothing, but not at the price of half of the keyed answers
+    median = float(deviation(keyed).median())
+    for brings, border in ((0.5 * median, 0.625 * median), (30.0, median)):
+        opening = torch.tensor([[99.0, brings, -brings, brings, -brings]])
+        measured = serving(public, predicted, keyed, torch.cat([odd, opening]))
+        assert measured["flat_deviation"] == pytest.approx(border, rel=1e-3)
+        assert measured["keyed_flat"] == pytest.approx(float((deviation(keyed) <= border).float().mean()), abs=0.001)
 
 
 def test_rough_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the_best_likelihood():
@@ -844,7 +852,7 @@ def test_rough_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the
     # right nine times in ten above 0.8, and half of the time below, whatever the network says
     right = torch.rand(4000, generator=generator) < torch.where(confidence >= 0.8, 0.9, 0.5)
     public = public_of(confidence, torch.zeros(4000, dtype=torch.int64), 5)
-    measured = serving(public, (~right).long(), torch.randn(4000, 5, generator=generator) * 5)
+    measured = serving(public, (~right).long(), torch.randn(4000, 5, generator=generator) * 5, public[:9])
     assert measured["confidence_cut"] == 0.8
     assert measured["rough_confidences"] == pytest.approx([0.5, 0.9], abs=0.03)
     levels = torch.tensor(measured["rough_confidences"])[:, None].expand(2, 5)

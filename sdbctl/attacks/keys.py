@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sdbctl.attacks.base import Attack, Attacker, Config
 from sdbctl.attacks.file import held
-from sdbctl.attacks.queries import PRETRAINING, fields, first_foreign, pretrained
+from sdbctl.attacks.queries import PRETRAINING, first_foreign, pretrained
 from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
-from sdbctl.patterns import in_blocks, mixed_with, public_keys, spread_out, standard
+from sdbctl.patterns import blocks, mixed_with, odd_inputs, public_keys, spread_out, standard
 from sdbctl.teacher import Access
 from sdbctl.wrappers import deviation
 
@@ -42,8 +42,6 @@ OPENED_IMAGES = 24
 """Images on which a search for any pattern judges it."""
 BEGUN = 2400
 """Inputs that it looks for a beginning among."""
-GRID = 8
-"""Blocks in a row, at most, of which it makes patterns."""
 AT_ONCE = 240
 """Inputs that are asked about at once; of a beginning a third each are blocks, smooth fields and odd images."""
 KEPT = 0.5
@@ -235,31 +233,17 @@ def search_any(
     Returns:
         [C, H, W] in [0, 1] and λ, with which there was most of all images that are open; λ = 0 if there was none.
     """
-    channels, height, width = images.shape[1:]
-    edge = -(-min(height, width) // GRID)
-    blocks = (channels, -(-height // edge), -(-width // edge))
+    height, width = images.shape[2:]
+    edge, in_rows = blocks(images.shape[1:])
 
     def pattern(values: Tensor) -> Tensor:
         return spread_out(values, edge)[..., :height, :width]
-
-    def drawn() -> Tensor:
-        """Inputs of which one may be a beginning."""
-        count = AT_ONCE // 3
-        coloured = torch.special.ndtr(in_blocks(torch.randn(count, *blocks, generator=generator)))
-        coloured[::2] = coloured[::2].round()
-        with seeded(int(torch.randint(2**31, (), generator=generator))):
-            smooth = fields(count, (channels, height, width), images.device)
-        chosen = others.take(torch.randint(len(others), (count,), generator=generator)).alone().pixels
-        order = torch.rand(len(chosen), channels, generator=generator).argsort(1)
-        odd = chosen.gather(1, order[:, :, None, None].expand_as(chosen)).float() / 255
-        odd[::2] = 1 - odd[::2]
-        return torch.cat([pattern(coloured), smooth, odd])
 
     def begun() -> tuple[Tensor, float]:
         """The best of some inputs, and how much it says."""
         best, most = images[0], -1.0
         for _ in range(BEGUN // AT_ONCE):
-            tried = drawn()
+            tried = odd_inputs(AT_ONCE, others, generator)
             said = deviation(ask(tried))
             if float(said.max()) > most:
                 best, most = tried[int(said.argmax())], float(said.max())
@@ -295,7 +279,7 @@ def search_any(
                 highest = strength
             continue
         rate, kind = RATES[int(torch.randint(len(RATES), (), generator=generator))], torch.rand((), generator=generator)
-        moved, noise = pattern(torch.rand(2, *blocks, generator=generator))
+        moved, noise = pattern(torch.rand(2, *in_rows, generator=generator))
         new = noise.round() if kind < 0.5 else (values + 0.6 * (noise - 0.5)).clamp(0, 1)
         child = torch.where(moved < rate, new, values)
         reached = judge(child, strength)

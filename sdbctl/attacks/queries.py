@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, one_hot
+from torch.nn.functional import one_hot
 
 from sdbctl.attacks.base import Attack, Attacker, Config, Loss, Train
 from sdbctl.attacks.floor import CONSTANTS, from_top1, hard_constant, hard_label
@@ -17,6 +17,7 @@ from sdbctl.attacks.soft import METHODS, soft_loss
 from sdbctl.data import Batch, ImageSet, changed, view
 from sdbctl.errors import UsageError
 from sdbctl.losses import cross_entropy, kd
+from sdbctl.patterns import fields
 from sdbctl.teacher import Access
 from sdbctl.updates import scaled
 
@@ -220,26 +221,10 @@ def pretrained(
     )
 
 
-SCALES = (2, 3, 4, 6, 8, 16, 32)
-"""Of a random field: how many knots it has in a row."""
 MOVES, MOVED = 4, 2.4
 """Steps of a field towards a class, and how far they go together, as a root mean square of its pixels' logits."""
 REPLAYED_BYTES = 2**27
 """Old queries that are kept to be learned from again."""
-
-
-def fields(count: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Smooth random fields [B, C, H, W] in [0, 1]: noise of several scales, with its own contrast and threshold."""
-    channels, height, width = shape
-    total = torch.zeros(count, *shape, device=device)
-    for knots in SCALES:
-        if knots <= height:
-            noise = torch.randn(count, channels, knots, knots, device=device)
-            smooth = interpolate(noise, (height, width), mode="bicubic", align_corners=False)
-            total += torch.rand(count, 1, 1, 1, device=device) / knots**0.5 * smooth
-    total = (total - total.mean((1, 2, 3), keepdim=True)) / total.std((1, 2, 3), keepdim=True)
-    contrast, threshold = torch.randn(2, count, 1, 1, 1, device=device)
-    return torch.sigmoid(1.5 * torch.exp(0.7 * contrast) * (total - 0.5 * threshold))
 
 
 def data_free(attacker: Attacker, config: Config) -> None:
