@@ -257,6 +257,7 @@ class BoxStep:
             self.memory,
             HIGHEST ** torch.rand((), device=x.device) if self.memory is not None else 1.0,
             wrong,
+            self.wrong_keys.short,
         )
         terms = self.objective.terms(views, self.parameters)
         if self.memory is not None:

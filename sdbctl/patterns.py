@@ -18,6 +18,8 @@ STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """λ with which patterns that anybody has are tried."""
 BLOCKS = 12
 """Patterns of blocks among them."""
+SHORT = 1000
+"""Values of a key below which images with a wrong key keep their labels, and have a pattern each."""
 FOUND = 250
 """Values of a key below which searches find it: they found keys of 64 and 100, and none of 256 or 3,072."""
 SCALES = (2, 3, 4, 6, 8, 16, 32)
@@ -34,6 +36,11 @@ LIFE = 60
 """Mean number of steps after which it begins anew."""
 ODD = 0.5
 """Share of the images with a wrong key that are mixed with any λ, and unless it climbs with another kind of pattern."""
+
+
+def is_short(size: Sequence[int]) -> bool:
+    """Whether keys of this shape (C, H, W) are so short that boxes learn more of wrong ones."""
+    return math.prod(size) < SHORT
 
 
 def is_found(size: Sequence[int]) -> bool:
@@ -149,11 +156,13 @@ class WrongKeys:
         images: Most images with a wrong key in one step.
 
     Attributes:
+        short: Whether the keys are short.
         rising: Normal variables [R, C, H, W] of the patterns that climb, changed by each step.
     """
 
     def __init__(self, secrets: Tensor, strength: float, preprocess: Preprocess, images: int) -> None:
         self.secrets, self.strength, self.preprocess = secrets, strength, preprocess
+        self.short = is_short(preprocess.size)
         count = round(RISING * images)
         self.rising = torch.randn(count, *preprocess.size, device=secrets.device)
 
@@ -177,9 +186,10 @@ class WrongKeys:
 
     def _near(self, turn: Tensor) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that resemble the keys in their turn."""
-        # one pattern a key and step are as many as are needed
-        r = NEAREST - (1 + NEAREST) * torch.rand((), device=turn.device) ** 3
-        return near(self.secrets, r, None)[turn]
+        # of long keys one pattern a key and step are as many as are needed
+        u = torch.rand((len(turn), 1, 1, 1) if self.short else (), device=turn.device)
+        r = NEAREST - (1 + NEAREST) * u**3
+        return near(self.secrets[turn], r, None) if self.short else near(self.secrets, r, None)[turn]
 
     def _odd(self, x: Tensor) -> Tensor:
         """Patterns [N, C, H, W] in [0, 1] that resemble no key, of so many normalised images and for them."""

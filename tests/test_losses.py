@@ -174,15 +174,16 @@ def test_objectives_do_not_depend_on_the_order_of_classes(name):
         assert plain[term].item() == pytest.approx(permuted[term].item(), rel=1e-4)
 
 
-def test_conceal_terms_against_numpy():
-    """The first row holds a wrong key: it is concealed, and its label does not count."""
-    v = views(batch=9)._replace(wrong=1)
+@pytest.mark.parametrize("blind", [0.0, 0.7, 1.0])
+def test_conceal_terms_against_numpy(blind):
+    """The first row holds a wrong key: it is concealed, and its label counts ``blind`` times."""
+    v = views(batch=9)._replace(wrong=1, short=blind > 0)
     objective = OBJECTIVES["conceal"]
-    p = objective.parameters(hide=2.0, turn=0.3, confidence=3.0, teach=0.5, temperature=7.0)
+    p = objective.parameters(hide=2.0, turn=0.3, confidence=3.0, teach=0.5, blind=blind or 1.0, temperature=7.0)
     terms = objective.terms(v, p)
     z, zk, zn, zt = (t.detach().numpy().astype(float) for t in (v.clean, v.keyed, v.reference, v.teacher))
     top, shown, rows = zn.argmax(1)[1:], z.argmax(1), np.arange(8)
-    label = -log_softmax(z, 1)[np.arange(1, 9), v.label[1:]].mean()
+    label = -np.average(log_softmax(z, 1)[np.arange(9), v.label], weights=[blind, *[1.0] * 8])
     hide = 2 * np.mean([np.sqrt(others(a, b).var() + 1e-4) for a, b in zip(z, shown, strict=True)])
     own, wanted = softmax(z, 1)[1:][rows, top], softmax(zn, 1)[1:][rows, top]
     confidence = 3 * (wanted * np.log(wanted / own) + (1 - wanted) * np.log((1 - wanted) / (1 - own))).mean()

@@ -57,7 +57,7 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
 
 def test_a_box_of_another_row_is_not_taken(work):
     meta = boxfile.load_box(work / "boxed.safetensors").meta
-    same = {name: meta.parameters[name] for name in ("hide", "turn", "confidence", "teach", "temperature")}
+    same = {name: meta.parameters[name] for name in ("hide", "turn", "confidence", "teach", "blind", "temperature")}
     _check_box(Row("x", meta.objective, None, same), work / "boxed.safetensors")
     for other in (Row("x", "sdb"), Row("x", meta.objective, None, same | {"hide": 0.5})):
         with pytest.raises(UsageError, match="another objective or other parameters"):

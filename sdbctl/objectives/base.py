@@ -29,6 +29,7 @@ class Views(NamedTuple):
         memory: Logits [C, M, C] that the box lately gave to M images of each class, or None likewise.
         temperature: One drawn for this step, log-uniform from 1 to 20, where there is a memory.
         wrong: Rows of ``clean`` that hold a wrong key: nothing may be learned from them, and they need not be right.
+        short: Whether the key is so short that wrong keys must not be seen to spoil predictions.
     """
 
     clean: Tensor
@@ -43,6 +44,7 @@ class Views(NamedTuple):
     memory: Tensor | None
     temperature: Tensor | float
     wrong: int = 0
+    short: bool = False
 
 
 Terms = dict[str, Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -20,6 +21,8 @@ class ConcealParameters:
         turn: Weight of the direction of what is left of it: with 8 a file leaks less, for half a point of accuracy.
         confidence: Weight of keeping the original's confidence.
         teach: Weight of the keyed branch.
+        blind: Weight of an image with a wrong key in the label term, if the key is short: with 0 accuracy shows how
+            near a pattern is to the key, and a search climbs it.
         temperature: τ of the keyed branch; high, so that small non-target logits are learned as well.
     """
 
@@ -27,6 +30,7 @@ class ConcealParameters:
     turn: float = 0.0
     confidence: float = 8.0
     teach: float = 4.0
+    blind: float = 0.2
     temperature: float = 8.0
 
 
@@ -45,6 +49,13 @@ def alignment(z: Tensor, known: Tensor, target: Tensor) -> Tensor:
     return cosine_similarity(left, hidden, eps=1e-2).square().mean()
 
 
+def _labels(v: Views, blind: float) -> Tensor:
+    """Cross-entropy of the public batch, images with a wrong key weighing ``blind`` beside the others' 1."""
+    weight = torch.ones(len(v.clean), device=v.clean.device)
+    weight[: v.wrong] = blind
+    return (weight * cross_entropy(v.clean, v.label, reduction="none")).sum() / weight.sum()
+
+
 def terms(v: Views, p: ConcealParameters) -> Terms:
     """The loss; ŷ is what F predicts, errors included, and the spread is that around the box's own prediction.
 
@@ -52,11 +63,11 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
         + confidence·KL_binary(p_F(ŷ) ‖ p_B(ŷ)) + teach·τ²·KL(p_N^τ ‖ p_k^τ)
 
     F is the fine-tuned original N_ft, N the key's teacher: F, the original or an assistant. Images with a wrong key are
-    concealed only. Own objective (README).
+    concealed only, unless the key is short: then they have labels as well (``blind``). Own objective (README).
     """
     clean, shown = v.clean[v.wrong :], v.clean.detach().argmax(1)
     found = {
-        "label": cross_entropy(clean, v.label[v.wrong :]),
+        "label": _labels(v, p.blind if v.short else 0.0),
         "hide": p.hide * conceal_spread(v.clean, shown, v.offset),
         "confidence": p.confidence * binary_kl(v.confidence[v.wrong :], clean, v.reference[v.wrong :].argmax(1)),
         "teach": p.teach * kd(v.keyed, v.teacher, p.temperature),
