@@ -1,8 +1,9 @@
 """The whole pipeline on scikit-learn's digits: small, offline, and real.
 
-Transfer set, student and epochs were chosen on validation data, by looking at the floor and at distillation from the
-original (``examples/results/demo-choice.md``); 64 transfer images, where there is most to protect, were given up for 96
-after one run with a box, whose students of one row differed too much (``examples/results/objectives.md``).
+Transfer set, student and epochs were chosen on validation data, of 8x8 pixels then, by looking at the floor and at
+distillation from the original (``examples/results/demo-choice.md``); 64 transfer images, where there is most to
+protect, were given up for 96 after one run with a box, whose students of one row differed too much
+(``examples/results/objectives.md``).
 """
 
 from __future__ import annotations

@@ -200,7 +200,9 @@ def search(
 def searched(attacker: Attacker, config: Config) -> None:
     """Black-box :func:`search` with several λ; what opens most with most of the image counts."""
     rounds, strengths = int(config["rounds"]), [share * attacker.strength for share in DIMMED]
-    own = attacker.images.first(SEARCHED_IMAGES).alone().pixels
+    # no label is needed
+    images = attacker.images.unlabelled()
+    own = images.first(SEARCHED_IMAGES).alone().pixels
 
     def worth(some: tuple[Tensor, float]) -> float:
         z = attacker.ask_pixels(embed(own[:SEARCH_IMAGES].float() / 255, *some))
@@ -210,7 +212,7 @@ def searched(attacker: Attacker, config: Config) -> None:
         found = [search(attacker.ask_pixels, own, lam, rounds, generator) for lam in strengths]
         return [max(product(found, strengths), key=worth)]
 
-    _with(attacker, shared(attacker, attacker.images, ["order", rounds, attacker.strength], find), config)
+    _with(attacker, shared(attacker, images, ["order", rounds, attacker.strength], find), config)
 
 
 def search_any(
@@ -291,7 +293,6 @@ def search_any(
 def searched_any(attacker: Attacker, config: Config) -> None:
     """Black-box search for any patterns that open a box (:func:`search_any`), and what several of them tell."""
     images = attacker.images.first(OPENED_IMAGES).alone().pixels.float() / 255
-    # no label is needed
     others = attacker.surrogate or attacker.images.unlabelled()
     steps, count = int(config["steps"]), int(config["patterns"])
 
