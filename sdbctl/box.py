@@ -21,7 +21,7 @@ from sdbctl.errors import BadInput, UsageError
 from sdbctl.inference import accuracy, predict, unseen_batch
 from sdbctl.key import Key, ids_of
 from sdbctl.objectives import OBJECTIVES
-from sdbctl.patterns import odd_inputs
+from sdbctl.patterns import is_short, odd_inputs
 from sdbctl.state import Resume
 from sdbctl.timing import image_seconds
 from sdbctl.training import Progress, digest, fit
@@ -285,4 +285,4 @@ def _serving(net: nn.Module, unlocked: Sequence[nn.Module], task: Task) -> dict[
     with torch.no_grad():
         for _ in range(0, min(ODD, ODD_EACH * len(task.data.owner)), most):
             odd.append(net(task.preprocess(odd_inputs(most, some, generator).to(device))).float().cpu())
-    return serving(public, some.labels, torch.cat(keyed), torch.cat(odd))
+    return serving(public, some.labels, torch.cat(keyed), torch.cat(odd), short=is_short(task.preprocess.size))

@@ -164,6 +164,8 @@ SHRUNK = 10
 """Images of average accuracy that each class gets beside its own, or few would say too much."""
 HIDDEN = 0.05
 """Share of the keyed outputs, the flattest, that are served like public ones."""
+HIDDEN_SHORT = 0.2
+"""The same share where the key is short."""
 MOST_HIDDEN = 0.5
 """The same share, at most, where other inputs bring out as much."""
 BEYOND_ODD = 1.25
@@ -312,7 +314,7 @@ def key_margin(size: Sequence[int], strength: float) -> float:
     return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
 
 
-def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor) -> dict[str, Any]:
+def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor, *, short: bool = False) -> dict[str, Any]:
     """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
     What is served are accuracies, so that it is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001).
@@ -322,13 +324,14 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor) -> dict[
         labels: Classes [N] of the same images.
         keyed: Its logits on them with the key.
         odd: Its logits on inputs that a search for any pattern begins with; none of them may say more than the class.
+        short: Whether the key is short, as that of small images: boxes of few of them open to such searches more often.
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
         least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
-        :func:`deviation` below all but a twentieth of the keyed outputs, or above all of ``odd``; and
-        ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more than a twentieth of
-        the public outputs are above that of a long key, too, as from an objective that does not conceal.
+        :func:`deviation` below all but a twentieth of the keyed outputs, of a short key all but a fifth, and above all
+        of ``odd``; and ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more
+        than a twentieth of the public outputs are above that of a long key, too, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
@@ -337,7 +340,9 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor) -> dict[
     if float(closed.quantile(1 - HIDDEN)) > float(opened.quantile(HIDDEN)):
         return {}
     highest = BEYOND_ODD * float(deviation(odd.float()).max())
-    flat = max(float(opened.quantile(HIDDEN)), min(float(opened.quantile(MOST_HIDDEN)), highest))
+    flat = max(
+        float(opened.quantile(HIDDEN_SHORT if short else HIDDEN)), min(float(opened.quantile(MOST_HIDDEN)), highest)
+    )
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 

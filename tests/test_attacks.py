@@ -832,6 +832,8 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     assert torch.allclose(shown.sort(1).values[:, :4], ((1 - shown.amax(1)) / 4)[:, None].expand(4000, 4), atol=1e-6)
     passed = (out[4000:] == keyed).all(1)
     assert 1 - passed.float().mean() == pytest.approx(0.05, abs=0.001) == measured["keyed_flat"]
+    hidden = serving(public, predicted, keyed, odd, short=True)["keyed_flat"]
+    assert hidden == pytest.approx(0.2, abs=0.001)
     # a class that is never right still is the prediction
     wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed, odd)
     assert 1 / 5 < wrong["class_confidences"][0] < 0.25

@@ -1318,7 +1318,7 @@ def test_an_exported_box_serves_the_predicted_class_alone_and_all_of_the_keyed_o
         same = torch.isclose(teacher.logits(keyed), opened, atol=1e-3).all(1)
         hidden = 0.0 if confidence == "exact" else boxed.meta.measured["keyed_flat"]
         assert same.float().mean() == pytest.approx(1 - hidden, abs=0.03)
-        assert hidden == (0.0 if confidence == "exact" else pytest.approx(0.05, abs=0.03))
+        assert hidden == 0.0 if confidence == "exact" else hidden > 0.17
     # one that shows the same to everybody cannot be told apart, which nobody may overlook
     loaded = boxfile.load(work / "boxed.safetensors")
     leaky = {
