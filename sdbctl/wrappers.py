@@ -331,7 +331,8 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor, *, short
         least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
         :func:`deviation` below all but a twentieth of the keyed outputs, of a short key all but a fifth, and above all
         of ``odd``; and ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more
-        than a twentieth of the public outputs are above that of a long key, too, as from an objective that does not conceal.
+        than a twentieth of the public outputs are above that of a long key, too, as from an objective that does not
+        conceal.
     """
     classes = public.shape[1]
     if classes < 3:
