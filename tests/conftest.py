@@ -60,6 +60,15 @@ def short_trials(monkeypatch):
     monkeypatch.setattr(boxing, "TRIED", replace(boxing.TRIED, epochs=1))
 
 
+@pytest.fixture
+def short_searches(monkeypatch):
+    """Searches for patterns and keys that ask about a tenth of the inputs."""
+    from sdbctl.attacks import keys
+
+    for name, value in {"PAIRS": 100, "BEGUN": 240, "OPENED_IMAGES": 4}.items():
+        monkeypatch.setattr(keys, name, value)
+
+
 @pytest.fixture(scope="session")
 def digits():
     from sdbctl import data

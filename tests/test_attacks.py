@@ -683,6 +683,7 @@ def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch)
     assert order[0] == "fine_tuned" and order[-1] in ("cross_entropy", "label_smoothing", "class_constant")
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.parametrize("suite", ["quick", "core", "strong", pytest.param("file", marks=pytest.mark.slow), "standard"])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     foreign = splits.test.take(range(60, 85)) if suite == "strong" else None
@@ -1037,6 +1038,7 @@ def test_answers_beyond_the_class_are_counted(teacher, transfer, boxed):
     assert blind.beyond == 0
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.parametrize("wrapper", ["class-constant", "uniform-nontarget"])
 def test_an_attack_that_is_told_nothing_but_classes_gains_nothing(wrapper, work, splits, boxed, tmp_path):
     (folder := tmp_path / "students").mkdir()
