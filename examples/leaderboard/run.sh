@@ -7,18 +7,18 @@
 # SDBCTL_ROWS="--confidence class --confidence rough --confidence exact --wrapper quantised-confidence" compares other rows:
 # protection against confidence quality.
 #
-# With `digits`, the teacher is trained first. Every finished box, report and student is kept in OUTPUT_FOLDER, so the
-# same command goes on where it stopped. The table is OUTPUT_FOLDER/sweep.md, its numbers sweep.json.
+# With `digits`, the teacher is trained first, of 16x16 pixels: of 8x8 a key can be found. Every finished box, report and
+# student is kept in OUTPUT_FOLDER, so the same command goes on where it stopped. The table is OUTPUT_FOLDER/sweep.md, its
+# numbers sweep.json.
 set -euo pipefail
 checkpoint=$1 out=$2
 shift 2
 mkdir -p "$out"
 [ -e "$out/k.bin" ] || sdbctl keygen "$out/k.bin"
 if [ "$checkpoint" = digits ]; then
-    # of 8x8 pixels a key can be found
-    small=(--data digits --image-size 16 --transfer-size 128 --test-size 500)
+    small=(--data digits --transfer-size 128 --test-size 500)
     checkpoint="$out/teacher.safetensors"
-    [ -e "$checkpoint" ] || sdbctl train --arch cnn "${small[@]}" --epochs 40 --batch-size 64 -o "$checkpoint"
+    [ -e "$checkpoint" ] || sdbctl train --arch cnn "${small[@]}" --image-size 16 --epochs 40 --batch-size 64 -o "$checkpoint"
     set -- "${small[@]}" --epochs 100 --batch-size 64 --student cnn-tiny --student-epochs 120 --student-batch-size 32 \
         --tune 3 --seeds 8 "$@"
 fi
