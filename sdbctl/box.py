@@ -33,7 +33,7 @@ NORMALISED_IMAGES = 2000
 SHOWN_IMAGES = 1000
 """Validation images that the progress display measures after each epoch."""
 ODD, ODD_EACH = 24_000, 30
-"""Inputs that are no images and must not open a box, and how many there are at most for each of the owner's images."""
+"""Inputs that are no images and should not open a box, and how many at most for each of the owner's images."""
 
 
 @dataclass(frozen=True)
@@ -276,13 +276,16 @@ def _measured(
 
 
 def _serving(net: nn.Module, unlocked: Sequence[nn.Module], task: Task) -> dict[str, Any]:
-    """How a box is to be served, by validation images."""
+    """How a box is to be served, by validation images and by inputs that are none."""
     some = task.data.validation
     public, *keyed = (predict(model, some, task.preprocess, task.engine) for model in (net, *unlocked))
-    generator, device = torch.Generator().manual_seed(0), task.engine.device
+    images, generator = some.first(SHOWN_IMAGES).alone(), torch.Generator().manual_seed(0)
     most = max(3, unseen_batch(some.shape))
-    odd = []
-    with torch.no_grad():
-        for _ in range(0, min(ODD, ODD_EACH * len(task.data.owner)), most):
-            odd.append(net(task.preprocess(odd_inputs(most, some, generator).to(device))).float().cpu())
-    return serving(public, some.labels, torch.cat(keyed), torch.cat(odd), short=is_short(task.preprocess.size))
+
+    @torch.no_grad()
+    def odd() -> Tensor:
+        count = min(ODD, ODD_EACH * len(task.data.owner))
+        parts = (odd_inputs(most, images, generator).to(task.engine.device) for _ in range(0, count, most))
+        return torch.cat([net(task.preprocess(part)).float().cpu() for part in parts])
+
+    return serving(public, some.labels, keyed, odd, short=is_short(task.preprocess.size))

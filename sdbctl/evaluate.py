@@ -332,7 +332,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
 def _searches(students: Mapping[str, Student]) -> list[str]:
     """What searches for patterns that found none say of the next one."""
     tries: dict[str, int] = {}
-    rows = [row for row in students.values() if {"patterns", "rounds"} & set(row.config) and row.beyond is not None]
+    rows = [row for row in students.values() if "searched" in row.name and row.beyond is not None]
     for row in rows:
         # with labels and without it is the same search
         name, patterns = row.name.removesuffix("_unlabelled"), row.config.get("patterns", 1)

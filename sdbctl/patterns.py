@@ -21,11 +21,11 @@ BLOCKS = 12
 SHORT = 1000
 """Values of a key below which images with a wrong key keep their labels, and have a pattern each."""
 FOUND = 250
-"""Values of a key below which searches find it: they found keys of 64 and 100, and none of 256 or 3,072."""
+"""Values of a key below which searches may find it: they found keys of 64 and 100, none of 144, 256 or 3,072."""
 SCALES = (2, 3, 4, 6, 8, 16, 32)
 """Of a random field: how many knots it has in a row."""
 GRID = 8
-"""Blocks in a row, at most, of patterns that a search changes."""
+"""Blocks along the shorter side, at most, of patterns that a search changes."""
 NEAREST = 0.95
 """Correlation up to which patterns are taught to be wrong keys."""
 RISING = 0.5
@@ -44,7 +44,7 @@ def is_short(size: Sequence[int]) -> bool:
 
 
 def is_found(size: Sequence[int]) -> bool:
-    """Whether keys of this shape (C, H, W) are so short that searches find them."""
+    """Whether keys of this shape (C, H, W) are so short that searches may find them."""
     return math.prod(size) < FOUND
 
 
@@ -105,7 +105,7 @@ def fields(count: int, shape: tuple[int, int, int], device: torch.device) -> Ten
             noise = torch.randn(count, channels, knots, knots, device=device)
             smooth = interpolate(noise, (height, width), mode="bicubic", align_corners=False)
             total += torch.rand(count, 1, 1, 1, device=device) / knots**0.5 * smooth
-    total = (total - total.mean((1, 2, 3), keepdim=True)) / total.std((1, 2, 3), keepdim=True)
+    total = standard(total)
     contrast, threshold = torch.randn(2, count, 1, 1, 1, device=device)
     return torch.sigmoid(1.5 * torch.exp(0.7 * contrast) * (total - 0.5 * threshold))
 

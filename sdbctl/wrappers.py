@@ -314,7 +314,9 @@ def key_margin(size: Sequence[int], strength: float) -> float:
     return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
 
 
-def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor, *, short: bool = False) -> dict[str, Any]:
+def serving(
+    public: Tensor, labels: Tensor, keyed: Sequence[Tensor], odd: Callable[[], Tensor], *, short: bool = False
+) -> dict[str, Any]:
     """What :func:`concealed` needs to know of a box, to be measured once and kept with it.
 
     What is served are accuracies, so that it is calibrated (histogram binning, Zadrozny & Elkan, ICML 2001).
@@ -322,28 +324,29 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor, *, short
     Args:
         public: Logits [N, C] of the box.
         labels: Classes [N] of the same images.
-        keyed: Its logits on them with the key.
-        odd: Its logits on inputs that a search for any pattern begins with; none of them may say more than the class.
+        keyed: Its logits on them with each key.
+        odd: Gives its logits on inputs that a search for any pattern begins with; few of them should say more than the
+            class.
         short: Whether the key is short, as that of small images: boxes of few of them open to such searches more often.
 
     Returns:
         ``class_confidences``, the accuracy of each prediction; ``confidence_cut``, of :data:`CUTS` the one that costs
         least likelihood; ``rough_confidences``, the accuracies below and above it; ``flat_deviation``, the border in
-        :func:`deviation` below all but a twentieth of the keyed outputs, of a short key all but a fifth, and above all
-        of ``odd``; and ``keyed_flat``, the share of those below, which are served like public ones. Nothing if more
-        than a twentieth of the public outputs are above that of a long key, too, as from an objective that does not
-        conceal.
+        :func:`deviation` below all but a twentieth of the keyed outputs, of a short key all but a fifth, and above 1.25
+        times that of any of ``odd``, unless that is above half of the outputs with a key; and ``keyed_flat``, of the
+        worst key, the share of those below, which are served like public ones. Nothing if more than a twentieth of the
+        public outputs are above that of a long key, too, as from an objective that does not conceal.
     """
     classes = public.shape[1]
     if classes < 3:
         return {}
-    closed, opened = deviation(public.float()), deviation(keyed.float())
+    closed, by_key = deviation(public.float()), [deviation(some.float()) for some in keyed]
+    opened = torch.cat(by_key)
     if float(closed.quantile(1 - HIDDEN)) > float(opened.quantile(HIDDEN)):
         return {}
-    highest = BEYOND_ODD * float(deviation(odd.float()).max())
-    flat = max(
-        float(opened.quantile(HIDDEN_SHORT if short else HIDDEN)), min(float(opened.quantile(MOST_HIDDEN)), highest)
-    )
+    most = min(float(some.quantile(MOST_HIDDEN)) for some in by_key)
+    above_odd = min(most, BEYOND_ODD * float(deviation(odd().float()).max()))
+    flat = max(float(opened.quantile(HIDDEN_SHORT if short else HIDDEN)), above_odd)
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 
@@ -366,7 +369,7 @@ def serving(public: Tensor, labels: Tensor, keyed: Tensor, odd: Tensor, *, short
         "confidence_cut": cut,
         "rough_confidences": rough(cut),
         "flat_deviation": flat,
-        "keyed_flat": float((opened <= flat).float().mean()),
+        "keyed_flat": max(float((some <= flat).float().mean()) for some in by_key),
     }
 
 

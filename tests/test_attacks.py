@@ -269,11 +269,11 @@ def test_students_of_one_seed_search_once(name, effort, boxed, transfer, tmp_pat
             asked.append(len(x))
             return super().logits(x)
 
-    def found(config=attack.grid[0], seed=0, record=True, **others):
+    def found(config=attack.grid[0], seed=0, record=True, name=name, **others):
         """Queries that the student is charged, those that the box answered, and what was found."""
         asked.clear()
         made = distill(
-            attack, {**config, **effort}, Counts(boxed.net, 10, ENGINE), "cnn-tiny", 10, transfer,
+            ATTACKS[name], {**config, **effort}, Counts(boxed.net, 10, ENGINE), "cnn-tiny", 10, transfer,
             boxed.meta.preprocess, Recipe(epochs=1, batch_size=32, seed=seed), ENGINE, strength=boxed.meta.strength,
             record=Record(tmp_path, "box") if record else None, **others,
         )  # fmt: skip
@@ -283,6 +283,7 @@ def test_students_of_one_seed_search_once(name, effort, boxed, transfer, tmp_pat
     assert alone[0] == alone[1] == first[1] == first[0] == other[0] > 1000
     assert other[1] < 3 * len(transfer)
     assert torch.equal(alone[2], first[2]) and torch.equal(first[2], other[2])
+    assert name == "searched_pattern" or found(name=f"{name}_unlabelled")[1] < 3 * len(transfer)
     # but not for another seed, and not of somebody who is told less
     assert found(seed=1)[1] > 1000
     levels = torch.tensor([[9.0], [0.0]]).expand(2, 10)
@@ -821,7 +822,7 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     # class 0 is right half of the time, the others nine times in ten, whatever the network says
     right = torch.rand(4000, generator=generator) < torch.where(predicted == 0, 0.5, 0.9)
     odd = public[:100]
-    measured = serving(public, torch.where(right, predicted, (predicted + 1) % 5), keyed, odd)
+    measured = serving(public, torch.where(right, predicted, (predicted + 1) % 5), [keyed], lambda: odd)
     levels, flat = torch.tensor(measured["class_confidences"]), measured["flat_deviation"]
     assert levels.tolist() == pytest.approx([0.5, 0.9, 0.9, 0.9, 0.9], abs=0.04)
     assert 0.1 < flat < 2
@@ -833,18 +834,22 @@ def test_public_outputs_are_served_as_a_function_of_the_predicted_class():
     assert torch.allclose(shown.sort(1).values[:, :4], ((1 - shown.amax(1)) / 4)[:, None].expand(4000, 4), atol=1e-6)
     passed = (out[4000:] == keyed).all(1)
     assert 1 - passed.float().mean() == pytest.approx(0.05, abs=0.001) == measured["keyed_flat"]
-    hidden = serving(public, predicted, keyed, odd, short=True)["keyed_flat"]
+    hidden = serving(public, predicted, [keyed], lambda: odd, short=True)["keyed_flat"]
     assert hidden == pytest.approx(0.2, abs=0.001)
     # a class that is never right still is the prediction
-    wrong = serving(public, torch.where(predicted == 0, 1, predicted), keyed, odd)
+    wrong = serving(public, torch.where(predicted == 0, 1, predicted), [keyed], lambda: odd)
     assert 1 / 5 < wrong["class_confidences"][0] < 0.25
     # nothing to tell public from keyed outputs by, or nothing but the prediction
-    assert serving(keyed, predicted, public, odd) == serving(public[:, :2], predicted, keyed[:, :2], odd) == {}
+    assert (
+        serving(keyed, predicted, [public], lambda: odd)
+        == serving(public[:, :2], predicted, [keyed[:, :2]], lambda: odd)
+        == {}
+    )
     # what is no image opens nothing, but not at the price of half of the keyed answers
     median = float(deviation(keyed).median())
     for brings, border in ((0.5 * median, 0.625 * median), (30.0, median)):
         opening = torch.tensor([[99.0, brings, -brings, brings, -brings]])
-        measured = serving(public, predicted, keyed, torch.cat([odd, opening]))
+        measured = serving(public, predicted, [keyed], lambda opening=opening: torch.cat([odd, opening]))
         assert measured["flat_deviation"] == pytest.approx(border, rel=1e-3)
         assert measured["keyed_flat"] == pytest.approx(float((deviation(keyed) <= border).float().mean()), abs=0.001)
 
@@ -855,7 +860,7 @@ def test_rough_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the
     # right nine times in ten above 0.8, and half of the time below, whatever the network says
     right = torch.rand(4000, generator=generator) < torch.where(confidence >= 0.8, 0.9, 0.5)
     public = public_of(confidence, torch.zeros(4000, dtype=torch.int64), 5)
-    measured = serving(public, (~right).long(), torch.randn(4000, 5, generator=generator) * 5, public[:9])
+    measured = serving(public, (~right).long(), [torch.randn(4000, 5, generator=generator) * 5], lambda: public[:9])
     assert measured["confidence_cut"] == 0.8
     assert measured["rough_confidences"] == pytest.approx([0.5, 0.9], abs=0.03)
     levels = torch.tensor(measured["rough_confidences"])[:, None].expand(2, 5)
@@ -991,11 +996,17 @@ def some(name, role, values, validations=None, **more):
 
 def test_searches_that_found_nothing_say_how_many_of_them_may():
     config = {"patterns": 3, "steps": 10}
-    own = [some(name, "attack", (1.0,) * 4, beyond=0, config=config) for name in ("s", "s_unlabelled")]
-    foreign = Student(name="f", label="f", role="attack", beyond=0, config=config)
-    (note,) = evaluate._searches(made_of(*own, foreign, some("kd", "attack", (1.0,), beyond=0)))
+    names = ("searched_pattern", "searched_pattern_unlabelled")
+    own = [some(name, "attack", (1.0,) * 4, beyond=0, config=config) for name in names]
+    foreign = Student(name="pretrained_searched", label="f", role="attack", beyond=0, config=config)
+    # nobody who holds the file searches by answers
+    held = some("inverted_key", "attack", (1.0,) * 9, beyond=0, config={"rounds": 800})
+    rest = (foreign, held, some("kd", "attack", (1.0,), beyond=0))
+    (note,) = evaluate._searches(made_of(*own, *rest))
     # 15 searches: of such that open in 18.1 % of cases, one of twenty evaluations has 15 that do not
     assert note.startswith("15 searches") and "fewer than 18 % " in note
+    key = some("searched_key", "attack", (1.0,) * 4, beyond=0, config={"rounds": 50})
+    assert evaluate._searches(made_of(*own, key, *rest))[0].startswith("19 searches")
     assert evaluate._searches(made_of(*own, replace(foreign, beyond=1))) == []
     assert evaluate._searches(made_of(some("kd", "attack", (1.0,), beyond=0))) == []
 

@@ -20,6 +20,7 @@ from sdbctl.attacks.soft import EITHER, soft_loss
 from sdbctl.attacks.staged import outputs
 from sdbctl.data import ImageSet
 from sdbctl.engine import seeded
+from sdbctl.inference import unseen_batch
 from sdbctl.key import embed, ordered
 from sdbctl.losses import conceal_spread, cross_entropy
 from sdbctl.patterns import blocks, mixed_with, odd_inputs, public_keys, spread_out, standard
@@ -176,7 +177,8 @@ def search(
     Returns:
         [C, H, W], in [0, 1].
     """
-    plain = torch.cat([ask(part.float() / 255).argmax(1) for part in torch.split(images, AT_ONCE)])
+    at_once = max(2, min(AT_ONCE, unseen_batch(images.shape[1:])))
+    plain = torch.cat([ask(part.float() / 255).argmax(1) for part in torch.split(images, at_once)])
     values = heading = torch.zeros(images.shape[1:])
 
     def gain(moved: Tensor, chosen: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ def search(
 
     for number in range(rounds):
         reach, slope = REACH if number else 1.0, torch.zeros_like(values)
-        for pairs in torch.split(torch.arange(PAIRS), AT_ONCE // 2):
+        for pairs in torch.split(torch.arange(PAIRS), at_once // 2):
             noise = torch.randn(len(pairs), *values.shape, generator=generator)
             chosen = torch.randint(len(images), (len(pairs),), generator=generator)
             near, aside = (1 - reach**2) ** 0.5 * values, reach * noise
@@ -198,15 +200,19 @@ def search(
 
 
 def searched(attacker: Attacker, config: Config) -> None:
-    """Black-box :func:`search` with several λ; what opens most with most of the image counts."""
+    """Black-box :func:`search` with several λ; the pattern and λ with most λ² × open share are used."""
     rounds, strengths = int(config["rounds"]), [share * attacker.strength for share in DIMMED]
     # no label is needed
     images = attacker.images.unlabelled()
     own = images.first(SEARCHED_IMAGES).alone().pixels
 
-    def worth(some: tuple[Tensor, float]) -> float:
-        z = attacker.ask_pixels(embed(own[:SEARCH_IMAGES].float() / 255, *some))
-        return some[1] ** 2 * float((deviation(z) > SHOWN).float().mean())
+    few = own[:SEARCH_IMAGES].float() / 255
+    plain = attacker.ask_pixels(few).argmax(1)
+
+    def worth(some: tuple[Tensor, float]) -> tuple[float, float]:
+        z = attacker.ask_pixels(embed(few, *some))
+        share = float((deviation(z) > SHOWN).float().mean())
+        return some[1] ** 2 * share, float((z.argmax(1) == plain).float().mean())
 
     def find(generator: torch.Generator) -> Patterns:
         found = [search(attacker.ask_pixels, own, lam, rounds, generator) for lam in strengths]

@@ -27,6 +27,8 @@ from sdbctl.errors import BadInput, GateFailed, UsageError, check_known
 
 DEAR = 2.0
 """Points of top-1 that a box may lose before its maker is warned."""
+HIDES = 0.3
+"""Share of the keyed answers that it may hide."""
 
 
 def parse_parameters(given: list[str] | None) -> dict[str, float]:
@@ -256,7 +258,7 @@ def box(
     )
     if is_found(preprocess.size):
         count = math.prod(preprocess.size)
-        warn(f"a key of {count} values can be found by 200,000 questions; --image-size makes images and keys larger")
+        warn(f"a key of {count} values may be found by 100,000 questions; keys of larger images are longer")
     announce(run.estimate(), dry_run=dry_run, as_json=json_)
     with progress:
         made = run()
@@ -265,6 +267,8 @@ def box(
     cost, measured, sealed = made.cost, made.measured, len(run.assistants) if made.model.sealed else 0
     if measured["keyed_residual"] < 3 * measured["residual"]:
         warn("the key opens hardly more than everybody sees; train for more --epochs")
+    elif measured.get("keyed_flat", 0) > HIDES:
+        warn(f"{measured['keyed_flat']:.0%} of the answers with the key are served like public ones; train for longer")
     elif objective == DEFAULT and not disturb and "flat_deviation" not in measured:
         warn("export would serve ALL that this box shows: train for more --epochs, or on more images")
     if cost > DEAR:
