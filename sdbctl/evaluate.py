@@ -311,7 +311,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
         tried = bench.config.chosen.rows
         if bench.strength == 0 and any(ATTACKS[row.attack].on_key for row in tried):
             notes.append("No key: the model has none to look for, so attacks on the key were left out.")
-        if bench.strength > 0 and not any("searched" in row.attack for row in tried):
+        if bench.strength > 0 and not any(ATTACKS[row.attack].searches for row in tried):
             notes.append("Nobody searched for a pattern that opens the box, as attackers of the suite core do.")
         notes += _searches(students)
         if bench.surrogate is None and any(ATTACKS[row.attack].surrogate for row in tried):
@@ -332,7 +332,8 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
 def _searches(students: Mapping[str, Student]) -> list[str]:
     """What searches for patterns that found none say of the next one."""
     tries: dict[str, int] = {}
-    rows = [row for row in students.values() if "searched" in row.name and row.beyond is not None]
+    searching = {name for name, attack in ATTACKS.items() if attack.searches}
+    rows = [row for row in students.values() if row.name in searching and row.beyond is not None]
     for row in rows:
         # with labels and without it is the same search
         name, patterns = row.name.removesuffix("_unlabelled"), row.config.get("patterns", 1)

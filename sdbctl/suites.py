@@ -206,7 +206,7 @@ class Suite:
             or row.role in ("disturb", "authorized", "target")
             or (row.role == "reference" and row.labels)
             # whether a search finds a pattern, one seed does not tell
-            or "patterns" in ATTACKS[row.attack].grid[0]
+            or ATTACKS[row.attack].searches
         )
 
     def compared(self, row: Row) -> tuple[float, ...]:

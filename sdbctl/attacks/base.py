@@ -245,6 +245,7 @@ class Attack:
         labels: Whether it needs the labels of the transfer set; they are withheld otherwise.
         surrogate: Whether it asks about images of another data set; they are withheld otherwise.
         on_key: Whether it looks for the key.
+        searches: Whether it does so by a search through answers, which one seed may find nothing by and another may.
         twin: The attack of the floor that does the same without soft outputs. Where an attack is reported, so is its
             twin, with as many seeds.
         extra: (images of a run on the transfer set, images of another data set) → how many more its students see.
@@ -259,6 +260,7 @@ class Attack:
     labels: bool = True
     surrogate: bool = False
     on_key: bool = False
+    searches: bool = False
     twin: str = ""
     extra: Callable[[float, int], float] = lambda run, foreign: 0.0
     own: Callable[[int], int] = lambda images: 0

@@ -204,17 +204,17 @@ def searched(attacker: Attacker, config: Config) -> None:
     rounds, strengths = int(config["rounds"]), [share * attacker.strength for share in DIMMED]
     # no label is needed
     images = attacker.images.unlabelled()
-    own = images.first(SEARCHED_IMAGES).alone().pixels
-
-    few = own[:SEARCH_IMAGES].float() / 255
-    plain = attacker.ask_pixels(few).argmax(1)
-
-    def worth(some: tuple[Tensor, float]) -> tuple[float, float]:
-        z = attacker.ask_pixels(embed(few, *some))
-        share = float((deviation(z) > SHOWN).float().mean())
-        return some[1] ** 2 * share, float((z.argmax(1) == plain).float().mean())
 
     def find(generator: torch.Generator) -> Patterns:
+        own = images.first(SEARCHED_IMAGES).alone().pixels
+        few = own[:SEARCH_IMAGES].float() / 255
+        plain = attacker.ask_pixels(few).argmax(1)
+
+        def worth(some: tuple[Tensor, float]) -> tuple[float, float]:
+            z = attacker.ask_pixels(embed(few, *some))
+            share = float((deviation(z) > SHOWN).float().mean())
+            return some[1] ** 2 * share, float((z.argmax(1) == plain).float().mean())
+
         found = [search(attacker.ask_pixels, own, lam, rounds, generator) for lam in strengths]
         return [max(product(found, strengths), key=worth)]
 
@@ -354,6 +354,7 @@ SEARCHED_KEY = Attack(
     searched,
     _grid(rounds=50),
     on_key=True,
+    searches=True,
 )
 SEARCHED_PATTERN = Attack(
     "search for any pattern by answers",
@@ -361,6 +362,7 @@ SEARCHED_PATTERN = Attack(
     searched_any,
     _grid(steps=1250, patterns=3),
     on_key=True,
+    searches=True,
     twin="dist_hard",
 )
 PRETRAINED_SEARCHED = replace(
