@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdbctl import checkpoint, files, models, onnxfile, seal
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.gate import Gate
 from sdbctl.key import Key, embed
 
 FORMAT_VERSION = 1
@@ -405,11 +406,16 @@ def serves(path: Path) -> str:
 
 
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
-    """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`."""
-    example = torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0))
+    """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`.
+
+    Only its owner may read the file if it holds an unprotected model or a key's pattern.
+    """
+    example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0)))
+    if isinstance(net, Gate):
+        example = torch.cat([example, net.mixed(example)])
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
-    private = meta.kind in PRIVATE and not hasattr(net, "shows")
-    return onnxfile.write(path, net, meta.preprocess(example), said, force=force, private=private)
+    private = isinstance(net, Gate) or (meta.kind in PRIVATE and not hasattr(net, "shows"))
+    return onnxfile.write(path, net, example, said, force=force, private=private)
 
 
 @functools.cache

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 OPSET = 20
 PARITY_TOLERANCE = 1e-3
+OPEN = -1e6
+"""Border of flat outputs with which nothing is hidden."""
 
 
 def is_onnx(path: Path) -> bool:
@@ -131,22 +134,21 @@ def parity(proto: onnx.ModelProto, net: nn.Module, example: Tensor) -> float:
 
     Args:
         proto: The graph; it is changed.
-        net: The network. If it has an attribute ``bare``, the network that it answers with while its buffers ``flat``
-            and, if there is one, ``least`` are negative, then that is compared, too.
+        net: The network. If it, or a part of it, has a buffer ``flat``, then it is compared with a negative one, too.
         example: Images [B, C, H, W].
     """
     import onnx
 
     difference = _difference(proto.SerializeToString(), net, example)
-    bare = getattr(net, "bare", None)
-    if bare is not None:
-        # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
-        if _initializer(proto, "flat") is None:
-            return math.inf
-        for name in ("flat", "least"):
-            if (bound := _initializer(proto, name)) is not None:
-                bound.CopyFrom(onnx.numpy_helper.from_array(np.array(-1e6, dtype=np.float32), name))
-        difference = max(difference, _difference(proto.SerializeToString(), bare, example))
+    # served outputs are so coarse that they hide what differs; with this bound every output passes unchanged
+    if bounds := [name for name, _ in net.named_buffers() if name.split(".")[-1] == "flat"]:
+        net = copy.deepcopy(net)
+        for name in bounds:
+            if (bound := _initializer(proto, name)) is None:
+                return math.inf
+            bound.CopyFrom(onnx.numpy_helper.from_array(np.array(OPEN, dtype=np.float32), name))
+            net.get_buffer(name).fill_(OPEN)
+        difference = max(difference, _difference(proto.SerializeToString(), net, example))
     return difference
 
 
@@ -170,20 +172,31 @@ def _to_onnx(net: nn.Module, example: Tensor) -> onnx.ModelProto:
         assert program is not None
         program.save(str(target), external_data=False)
         proto = onnx.load(str(target))
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    for item in (
-        *nodes,
-        *proto.graph.value_info,
-        *proto.graph.input,
-        *proto.graph.output,
-        *proto.graph.initializer,
-    ):
-        del item.metadata_props[:]
-    for node in nodes:
-        node.doc_string = ""
-    del proto.graph.metadata_props[:]
+    graphs = list(_graphs(proto.graph))
+    for part in (*graphs, *proto.functions):
+        for node in part.node:
+            node.doc_string = ""
+        for item in (part, *part.node, *part.value_info):
+            del item.metadata_props[:]
+    # exporters leave constants that they have folded
+    used = {name for graph in graphs for node in graph.node for name in node.input}
+    for graph in graphs:
+        for item in (*graph.input, *graph.output, *graph.initializer):
+            del item.metadata_props[:]
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
     del proto.metadata_props[:]
     return proto
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
 
 
 def _difference(content: bytes, net: nn.Module, example: Tensor) -> float:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, files, onnxfile
-from sdbctl.boxfile import Loaded, Metadata, check_key, pattern
+from sdbctl.boxfile import Box, Loaded, Metadata, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.engine import pick_device, seeded
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.gate import ASSISTANT, FOR_KEYS, Gate
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.patterns import fields
@@ -73,10 +74,11 @@ def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool 
     return Opened.of(path, boxfile.load(path, arch=arch, trust=trust))
 
 
-def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str]) -> nn.Module | None:
+def stand_in(opened: Opened, held: Loaded, key: Key | None, device: torch.device, notes: list[str]) -> nn.Module | None:
     """The network in an ONNX file, as the file serves it, if ONNX Runtime cannot use the device.
 
-    It is taken only if it computes what the file does, with and without what hides it, on random images.
+    It is taken only if it computes what the file does, with and without what hides it, on random images, and on those
+    with each key that a graph looks for.
     """
     served, meta = opened.served, opened.meta
     if served is None or meta is None or served.device.type == device.type:
@@ -84,15 +86,34 @@ def stand_in(opened: Opened, held: Loaded, device: torch.device, notes: list[str
     net, difference = None, math.inf
     # weights of another shape cannot even be asked, nor those of another version be served
     with contextlib.suppress(RuntimeError, ValueError, BadInput):
-        proto = onnxfile.read(opened.path)
-        net = as_exported(held.net, meta, boxfile.serves(opened.path), onnxfile.constant(proto, "filters"))
+        proto, x = onnxfile.read(opened.path), _noise(served, meta)
+        shown, looks, _ = (words := boxfile.serves(opened.path)).partition(FOR_KEYS)
+        net = as_exported(held.net, meta, shown, closed=bool(looks))
+        if net is not None and looks:
+            net = _gate(net, held, opened, key, onnxfile.constant(proto, "patterns"), words)
+        if isinstance(net, Gate):
+            x = torch.cat([x, net.mixed(x)])
         if net is not None:
-            difference = onnxfile.parity(proto, net.eval(), _noise(served, meta))
+            difference = onnxfile.parity(proto, net.eval(), x)
     if not difference <= onnxfile.PARITY_TOLERANCE:
         notes.append("ONNX Runtime cannot use CUDA here: the file was asked on the CPU.")
         return None
     notes.append("ONNX Runtime cannot use CUDA here: torch computed what the file does, as checked on random images.")
     return net
+
+
+def _gate(
+    public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patterns: Tensor | None, words: str
+) -> Gate | None:
+    """What a graph that looks for keys does, as far as who holds one of them can know."""
+    meta = opened.meta
+    if meta is None or key is None or patterns is None:
+        return None
+    answers: nn.Module = Box(held.net, meta).unlock(key)
+    if opened.sealed and words.endswith(ASSISTANT):
+        answers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)[-1].net
+    secrets = meta.preprocess.undo(patterns / (1 - meta.strength))
+    return Gate(public, answers, secrets, meta.strength, meta.preprocess, words)
 
 
 def rebuilt(opened: Opened) -> nn.Module:
@@ -145,7 +166,7 @@ def gather(
     Raises:
         BadInput: The key, the original or the reference is not that of the box, or cannot be compared with it.
     """
-    boxed = _boxed(opened, device, notes, attack=attack)
+    boxed = _boxed(opened, key, device, notes, attack=attack)
     sources = {"boxed": boxed}
     if key is not None:
         sources |= _with_key(opened, boxed, key, notes)
@@ -156,7 +177,7 @@ def gather(
     return sources
 
 
-def _boxed(opened: Opened, device: torch.device, notes: list[str], *, attack: bool) -> Source:
+def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[str], *, attack: bool) -> Source:
     """The model, and what whoever holds its file can train."""
     box, meta = opened.path, opened.meta
     boxed = Source(sha256=boxfile.identity(box))
@@ -183,7 +204,9 @@ def _boxed(opened: Opened, device: torch.device, notes: list[str], *, attack: bo
         with contextlib.suppress(RuntimeError, ValueError):
             alike = _agreement(held.net, opened.served, meta) >= ALIKE
     if held is not None and alike:
-        return replace(boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, device, notes))
+        return replace(
+            boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, key, device, notes)
+        )
     if attack:
         try:
             boxed = replace(boxed, held=rebuilt(opened), held_sha256=f"{boxed.sha256} graph")

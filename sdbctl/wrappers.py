@@ -174,10 +174,6 @@ CONFIDENCES = {"class": "one confidence per class", "rough": "two rough confiden
 """What public outputs of a concealing box may say of how sure they are, by name; see :class:`Concealed`."""
 
 
-CHECKING = ", unless a key is in the image"
-"""What a graph that checks it adds to that."""
-
-
 def concealed(z: Tensor, cut: float, levels: Tensor, flat: float | Tensor) -> Tensor:
     """Public outputs without all that the weights still show beside the prediction.
 
@@ -230,11 +226,8 @@ class Concealed(nn.Module):
         levels: See :func:`concealed`.
         flat: See :func:`concealed`.
         shows: What is served, in words, for the file's metadata.
-        filters: See :func:`key_filters`: only what passes one of them is not public. None if that is not checked.
     """
 
-    filters: Tensor | None
-    least: Tensor
     flat: Tensor
     levels: Tensor
     black: Tensor
@@ -248,7 +241,6 @@ class Concealed(nn.Module):
         levels: Tensor,
         flat: float,
         shows: str,
-        filters: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.net, self.cut, self.shows = net, cut, shows
@@ -257,61 +249,10 @@ class Concealed(nn.Module):
             self.register_buffer(name, one, persistent=False)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)
-        self.register_buffer("filters", filters, persistent=False)
-        self.register_buffer("least", torch.tensor(1.0), persistent=False)
-
-    @property
-    def bare(self) -> nn.Module:
-        """The network whose logits pass if they are not flat."""
-        return self.net
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits."""
-        x, flat = x.clamp(self.black, self.white), self.flat
-        if self.filters is not None:
-            found = (x[:, None] * self.filters).sum((2, 3, 4)).amax(1, keepdim=True)
-            flat = torch.where(found >= self.least, flat, torch.finfo(x.dtype).max)
-        return concealed(self.net(x), self.cut, self.levels, flat)
-
-
-CHECKED = 0.75
-"""Part of a key's pattern that an image must have for its answer not to be public."""
-SAFE = 6.0
-"""Least :func:`key_margin` where a graph looks for keys."""
-
-
-def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Tensor:
-    """What tells images with a key from all others: filters [K, C, H, W], of which one answers 1 or more.
-
-    A search for patterns climbs from answers that are open a little, however they came about: a network that is taught
-    to tell wrong patterns from the key does so where it was taught. A matched filter does so everywhere: an image with
-    the key has all of the pattern, up to what an image has by chance, see :func:`key_margin`. Own.
-
-    Args:
-        secrets: Patterns K [K, C, H, W] in [0, 1].
-        strength: λ of the box.
-        preprocess: Its normalisation.
-
-    Returns:
-        Filters of normalised images, whose inner product with λx + (1 − λ)K is 1 / :data:`CHECKED` on average.
-    """
-    # the mean of a channel is of no use, so neither is that of the normalisation
-    centred = secrets - secrets.mean((2, 3), keepdim=True)
-    found = (1 - strength) * centred.square().sum((1, 2, 3), keepdim=True)
-    std = torch.tensor(preprocess.std).view(-1, 1, 1)
-    return std * centred / (CHECKED * found)
-
-
-def key_margin(size: Sequence[int], strength: float) -> float:
-    """Standard deviations, at least, by which what was not made of a key fails to pass its filter.
-
-    Of n independent values, each at most ½ from their mean, it has of a uniform pattern a part of 0 ± √3/((1 − λ)·√n).
-
-    Args:
-        size: (C, H, W).
-        strength: λ of the box.
-    """
-    return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
+        return concealed(self.net(x.clamp(self.black, self.white)), self.cut, self.levels, self.flat)
 
 
 def serving(
@@ -373,14 +314,14 @@ def serving(
     }
 
 
-def served(net: nn.Module, meta: Metadata, confidence: str = "class", filters: Tensor | None = None) -> nn.Module:
+def served(net: nn.Module, meta: Metadata, confidence: str = "class", *, closed: bool = False) -> nn.Module:
     """A network as it should be served: a box that conceals through :class:`Concealed`, any other as it is.
 
     Args:
         net: The network.
         meta: What its file says.
         confidence: One of :data:`CONFIDENCES`: one per class, two rough ones, or what the weights say.
-        filters: See :func:`key_filters`: what is not public must pass one. None if that is not checked.
+        closed: Whether every output is public, however little flat it is.
 
     Raises:
         BadInput: What the box says of its confidences is damaged.
@@ -402,27 +343,26 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class", filters: T
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
-    shows = CONFIDENCES[confidence] + (CHECKING if filters is not None else "")
-    return Concealed(net, meta.preprocess, cut, levels.clone(), flat, shows, filters)
+    border = math.inf if closed else flat
+    return Concealed(net, meta.preprocess, cut, levels.clone(), border, CONFIDENCES[confidence])
 
 
-def as_exported(net: nn.Module, meta: Metadata, serves: str, filters: Tensor | None) -> nn.Module | None:
+def as_exported(net: nn.Module, meta: Metadata, serves: str, *, closed: bool = False) -> nn.Module | None:
     """The network as an exported graph of it serves it.
 
     Args:
         net: The network.
         meta: What its file says.
-        serves: What the graph records that it serves.
-        filters: Those of the graph, if there are any.
+        serves: What the graph records that it serves to everybody.
+        closed: See :func:`served`.
 
     Returns:
         The network, or None if the graph does not say enough.
     """
     if serves in WRAPPERS:
         return Wrapped(net, serves)
-    serves = serves.removesuffix(CHECKING if filters is not None else "")
     confidence = next((name for name, words in CONFIDENCES.items() if words == serves), None)
-    return served(net, meta, confidence, filters) if confidence else None
+    return served(net, meta, confidence, closed=closed) if confidence else None
 
 
 def _damaged() -> BadInput:

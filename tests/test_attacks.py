@@ -22,6 +22,7 @@ from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.engine import Engine, exact, seeded
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.gate import FOR_KEYS, SAFE, Gate, key_filters, key_margin
 from sdbctl.inference import predict
 from sdbctl.key import Key, correlation, embed, near
 from sdbctl.metrics import class_only, usual
@@ -35,15 +36,12 @@ from sdbctl.training import Silent
 from sdbctl.updates import Recipe
 from sdbctl.workers import as_worker, run_cells
 from sdbctl.wrappers import (
-    SAFE,
     WRAPPERS,
     Wrapped,
     WrappedTeacher,
     behind,
     concealed,
     deviation,
-    key_filters,
-    key_margin,
     served,
     serving,
 )
@@ -921,26 +919,52 @@ class Cropped(torch.nn.Module):
         return self.net(x[:, :, 1:])
 
 
-def test_a_graph_that_looks_for_keys_opens_to_them_alone(tmp_path):
-    size = (3, 32, 32)
-    net, preprocess = Cropped(models.build("cnn-tiny", 10)).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
-    measured = {**SERVING, "flat_deviation": -1.0}
-    meta = Metadata("box", "cnn-tiny", tuple(map(str, range(10))), preprocess, strength=0.7, measured=measured)
-    secret = Key(bytes(range(32))).pattern(size)
-    shown = served(net, meta, filters=key_filters(secret[None], 0.7, preprocess))
-    assert shown.shows.endswith("unless a key is in the image") and shown.filters is not None
+@pytest.mark.parametrize("strength", [0.25, 0.7])
+def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
+    """Whatever else is in the batch; key holders get another network's answers to the image without the key."""
+    size, names = (3, 32, 32), tuple(map(str, range(10)))
+    net, other = Cropped(models.build("cnn-tiny", 10)).eval(), models.build("cnn-tiny", 10).eval()
+    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
+    meta = Metadata("box", "cnn-tiny", names, preprocess, strength, ("1", "2"), measured=SERVING)
+    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
+    shown = Gate(served(net, meta, closed=True), other, secrets, strength, preprocess, f"little{FOR_KEYS}more")
     boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
+    assert boxfile.serves(tmp_path / "x.onnx") == "little; to key holders more"
+    assert (tmp_path / "x.onnx").stat().st_mode & 0o077 == 0
     teacher = OnnxTeacher(tmp_path / "x.onnx", ENGINE.device)
     images = torch.rand(9, *size, generator=torch.Generator().manual_seed(0))
-    plain, keyed = preprocess(images), preprocess(embed(images, secret, 0.7))
-    assert deviation(teacher.logits(plain)).max() < 1e-5
+    plain = preprocess(images)
     no_number = plain.clone()
     no_number[:, 0, 0, 0] = float("nan")
-    assert deviation(teacher.logits(no_number)).max() < 1e-5
+    close = torch.stack([near(secrets[0], 0.6, torch.Generator().manual_seed(n)) for n in range(9)])
     with torch.no_grad():
-        assert deviation(shown(no_number)).max() < 1e-5
-        assert torch.allclose(teacher.logits(keyed), net(keyed), atol=1e-4)
-        assert torch.allclose(served(net, meta)(plain), net(plain), atol=1e-4), "without the check all of this is open"
+        for other_key in (1 - secrets[0], close):
+            public = preprocess(embed(images, other_key, strength))
+            assert deviation(teacher.logits(public)).max() < 1e-5
+        for public in (plain, no_number):
+            assert deviation(teacher.logits(public)).max() < 1e-5 and deviation(shown(public)).max() < 1e-5
+        for secret in secrets:
+            keyed = preprocess(embed(images, secret, strength))
+            assert torch.allclose(teacher.logits(keyed), other(plain), atol=1e-4)
+            assert torch.allclose(shown(keyed), other(plain), atol=1e-4)
+            both = torch.cat([plain, keyed])[torch.arange(18).view(2, 9).T.flatten()]
+            assert torch.equal(teacher.logits(both)[::2], teacher.logits(plain))
+            assert torch.allclose(teacher.logits(both)[1::2], other(plain), atol=1e-4)
+
+
+def test_a_graph_that_looks_for_keys_asks_the_other_network_only_if_it_must():
+    class Never(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    size = (3, 16, 16)
+    net, preprocess = models.build("cnn-tiny", 10).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
+    shown = Gate(net, Never(), torch.rand(1, *size), 0.7, preprocess, "x")
+    x = preprocess(torch.rand(2, *size))
+    with torch.no_grad():
+        assert torch.equal(shown(x), net(x))
+        with pytest.raises(AssertionError):
+            shown(shown.mixed(x))
 
 
 @pytest.mark.parametrize("name", SERVING)
@@ -1803,8 +1827,8 @@ def test_a_gpu_without_onnx_runtime_asks_what_the_file_serves(option, work, boxe
     options = ("--wrapper", option) if option in WRAPPERS else ("--confidence", option)
     assert run_cli("export", work / "boxed.safetensors", "-o", path, *options).returncode == 0
     opened, held, notes = open_model(path, "cpu"), boxfile.load(work / "boxed.safetensors"), []
-    assert stand_in(opened, held, cpu, notes) is None and not notes
-    net = stand_in(opened, held, gpu, notes)
+    assert stand_in(opened, held, None, cpu, notes) is None and not notes
+    net = stand_in(opened, held, None, gpu, notes)
     assert "torch computed what the file does" in notes[0]
     x = boxed.meta.preprocess(splits.test.pixels.float() / 255)
     with torch.no_grad():
@@ -1813,9 +1837,9 @@ def test_a_gpu_without_onnx_runtime_asks_what_the_file_serves(option, work, boxe
         assert torch.equal(asked.logits(x), net(x)) and asked.where == "torch on cpu"
         # other weights under the same description are not what the file computes
         next(iter(held.net.parameters())).mul_(3)
-    assert stand_in(opened, held, gpu, notes) is None and "asked on the CPU" in notes[1]
+    assert stand_in(opened, held, None, gpu, notes) is None and "asked on the CPU" in notes[1]
     foreign = replace(held, net=build_student("resnet8", 5, 3, 0), classes=5)
-    assert stand_in(opened, foreign, gpu, notes) is None and "asked on the CPU" in notes[2]
+    assert stand_in(opened, foreign, None, gpu, notes) is None and "asked on the CPU" in notes[2]
 
 
 def test_queries_between_images_and_pasted_ones_are_made_of_two(transfer):

@@ -9,9 +9,10 @@ from sdbctl import boxfile, models, onnxfile
 from sdbctl.boxfile import Metadata
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
+from sdbctl.gate import Gate
 from sdbctl.models.graph import Graph
 from sdbctl.models.stages import Stages, head, width
-from sdbctl.wrappers import Concealed, key_filters
+from sdbctl.wrappers import Concealed
 
 OWN = [*models.OWN, "wrn-16-1", "wrn-16-2", "wrn-28-10"]
 
@@ -175,8 +176,9 @@ def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(keys, tmp_pat
     size = (3, 16, 16)
     net, preprocess = models.build("resnet8", 10).eval(), Preprocess((0.5,) * 3, (0.2, 0.25, 0.3), size)
     meta = Metadata("teacher", "resnet8", tuple(map(str, range(10))), preprocess)
-    filters = key_filters(torch.rand(keys, *size), 0.7, preprocess) if keys else None
-    shown = Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class", filters)
+    shown = Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class")
+    if keys:
+        shown = Gate(shown, models.build("resnet14", 10).eval(), torch.rand(keys, *size), 0.7, preprocess, "class")
     assert boxfile.export_onnx(tmp_path / "x.onnx", shown, meta) < 1e-4
     found = Graph(onnxfile.read(tmp_path / "x.onnx"), 10).eval()
     x = preprocess(torch.rand(4, *size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,9 @@ from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError, check_known
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch.nn import Module
 
-    from sdbctl.boxfile import Metadata
+    from sdbctl.boxfile import Loaded, Metadata
     from sdbctl.key import Key
 
 
@@ -41,8 +42,18 @@ def export(
         typer.Option(
             "--key-file",
             metavar="FILE",
-            help="A key of the box, for whose pattern the graph then looks itself: a search finds no other. The graph "
-            "holds the pattern. Repeat it for each partner; keys left out open it no more.",
+            help="A key, for whose pattern the graph then looks itself: a search finds no other. The graph holds the "
+            "pattern, so keep it on your server. Repeat it for each partner; keys left out open it no more.",
+        ),
+    ] = None,
+    keyed: Annotated[
+        str | None,
+        typer.Option(
+            "--keyed",
+            metavar="WHO",
+            autocompletion=complete("keyed"),
+            help="With --key-file, who answers key holders: the assistant that is sealed in the box, the model itself, "
+            "or another model's FILE. [default: the assistant if there is one]",
         ),
     ] = None,
     wrapper: Annotated[
@@ -51,7 +62,8 @@ def export(
             "--wrapper",
             metavar="NAME",
             autocompletion=complete("wrappers"),
-            help="Put a serving-time defence into the graph; see sdbctl list.",
+            help="Put a serving-time defence into the graph; see sdbctl list. With --key-file anything can be served "
+            "so, without being boxed.",
         ),
     ] = None,
     insecure_key_file: o.InsecureKey = False,
@@ -63,14 +75,17 @@ def export(
 
     The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else; what
     comes through the key passes, but for the few outputs that are as flat as public ones. With --key-file it looks for
-    the key itself, and should never leave your servers; without, for outputs that are not flat.
+    the key itself and answers its holders with what teaches best; such a file should never leave your servers.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
+    import torch
+
     from sdbctl import boxfile, files
+    from sdbctl.gate import FOR_KEYS, SAFE, STRENGTH, Gate, key_margin
     from sdbctl.timing import check_takes
-    from sdbctl.wrappers import CONFIDENCES, SAFE, WRAPPERS, Concealed, Wrapped, key_margin, served
+    from sdbctl.wrappers import CONFIDENCES, WRAPPERS, Concealed, Wrapped, served
 
     check_known("wrapper", wrapper, WRAPPERS)
     check_known("confidence", confidence, CONFIDENCES)
@@ -79,8 +94,10 @@ def export(
     if confidence is not None and (format_ != "onnx" or wrapper is not None):
         what = f"the wrapper {wrapper}" if wrapper else "a file of weights"
         raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
-    if key_file and (format_ != "onnx" or wrapper is not None or confidence == "exact"):
+    if key_file and (format_ != "onnx" or confidence == "exact"):
         raise UsageError("only a graph that hides outputs checks keys", "leave --key-file out")
+    if keyed is not None and not key_file:
+        raise UsageError("--keyed says who answers key holders", "give --key-file as well")
 
     output = output or named(model).with_suffix(suffixes[format_])
     if output.suffix != suffixes[format_]:
@@ -103,22 +120,29 @@ def export(
         )
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
+        keys = [read_key(path, insecure_key_file) for path in key_file or []]
+        if keys and meta.kind != "box":
+            if wrapper is None:
+                raise UsageError(
+                    f"{model} shows everybody all that it knows", "give --wrapper, such as top1, or box it first"
+                )
+            ids, source = tuple(key.id for key in keys), loaded.sha256
+            meta = replace(meta, kind="box", key_ids=ids, strength=STRENGTH, original_sha256=source)
+        checks = _checks(meta, keys, must=wrapper is not None or keyed is not None)
         asked, confidence = confidence, "exact" if wrapper else confidence or "class"
-        filters = _filters(meta, [read_key(path, insecure_key_file) for path in key_file or []])
-        net = served(loaded.net, meta, confidence, filters)
+        net = served(loaded.net, meta, confidence, closed=checks)
         if wrapper is not None:
             net = Wrapped(net, wrapper)
-            if meta.key_ids:
+            if meta.key_ids and not checks:
                 say(f"note: {wrapper} hides what the key opens, too")
-        if isinstance(net, Concealed):
+        elif isinstance(net, Concealed):
             least, most = (f"{level:.1%}" for level in net.levels.aminmax())
             how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
             say(f"public outputs are served with a confidence of {least} to {most}, {how}")
-            say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
-            if net.filters is not None:
-                say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
-            elif meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
-                say("note: a search can find other patterns that open this graph; --key-file lets it look for the key")
+            if not checks:
+                say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
+                if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
+                    say("note: searches may find patterns that open this graph; --key-file lets it look for the key")
         elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
             if len(meta.classes) < 3:
                 why = "two classes leave no others to hide"
@@ -128,6 +152,13 @@ def export(
                 why = "what it shows with and without the key cannot be told apart; box for more --epochs"
             warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
+        if checks:
+            answers, who = _for_keys(loaded, meta, keys, keyed, model)
+            shown = f"{boxfile.shows(net)}{FOR_KEYS}{who}"
+            secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
+            net = Gate(net, answers, secrets, meta.strength, meta.preprocess, shown)
+            say(f"key holders are answered by {who}")
+            say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
@@ -136,24 +167,53 @@ def export(
     emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-def _filters(meta: Metadata, keys: list[Key]) -> Tensor | None:
-    """Filters [K, C, H, W] by which a graph looks for keys; None if it should not, or if that would be no use."""
-    import torch
+def _checks(meta: Metadata, keys: list[Key], *, must: bool) -> bool:
+    """Whether a graph looks for keys itself: if it is given some, and if that is of use.
 
+    Raises:
+        BadInput: A key is not that of the box.
+        UsageError: It is of no use, but must be.
+    """
     from sdbctl.boxfile import check_key
-    from sdbctl.wrappers import SAFE, key_filters, key_margin
+    from sdbctl.gate import SAFE, key_margin
 
-    if not keys:
-        return None
     for key in keys:
         check_key(meta, key)
+    if not keys:
+        return False
     if left := set(meta.key_ids) - {key.id for key in keys}:
         say(f"note: without their key files this graph does not open to {', '.join(sorted(left))}")
-    if key_margin(meta.preprocess.size, meta.strength) < SAFE:
-        warn("images so small, or so little of the key in them, have a key by chance: the graph does not look for it")
-        return None
-    secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
-    return key_filters(secrets, meta.strength, meta.preprocess)
+    if key_margin(meta.preprocess.size, meta.strength) >= SAFE:
+        return True
+    why = "images so small, or so little of the key in them, have a key by chance"
+    if must:
+        raise UsageError(why, "leave --key-file out")
+    warn(f"{why}: the graph does not look for it")
+    return False
+
+
+def _for_keys(loaded: Loaded, meta: Metadata, keys: list[Key], who: str | None, path: Path) -> tuple[Module, str]:
+    """Who answers key holders, and what that is in words.
+
+    Raises:
+        BadInput: Nothing is sealed in the box, or the file is no model of the same classes and images.
+    """
+    from sdbctl import boxfile
+    from sdbctl.boxfile import Box
+    from sdbctl.gate import ASSISTANT, ITSELF
+
+    boxed = loaded.meta is not None and loaded.meta.kind == "box"
+    who = who or ("assistant" if loaded.sealed else "itself")
+    if who == "itself":
+        return Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net, ITSELF
+    if who == "assistant":
+        return boxfile.unsealed(loaded.sealed, keys[0], meta, path.name)[-1].net, ASSISTANT
+    found = boxfile.load(Path(who))
+    if found.classes != loaded.classes or found.channels != loaded.channels:
+        raise BadInput(f"{who} has {found.classes} classes of {found.channels} channels", f"use one like {path}")
+    if found.meta is not None and found.meta.preprocess != meta.preprocess:
+        raise BadInput(f"{who} wants other images than {path}", "use one of the same size and normalisation")
+    return found.net, f"another network, {found.architecture}"
 
 
 def inspect(

@@ -1,0 +1,117 @@
+"""A graph that looks for the key itself: what has its pattern is answered by one network, everything else by another.
+
+A network that is taught to tell the key from wrong patterns does so where it was taught. A matched filter does so
+everywhere, and needs no training; but whoever holds the file holds the pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdbctl.data import Preprocess
+
+CHECKED = 0.75
+"""Part of a key's pattern that an image must have for its answer not to be public."""
+SAFE = 6.0
+"""Least :func:`key_margin` where a graph looks for keys."""
+FOR_KEYS = "; to key holders "
+"""Between what everybody is served and what answers key holders, in words."""
+ITSELF, ASSISTANT = "all of its outputs", "an assistant"
+"""What answers key holders, in words."""
+STRENGTH = 0.25
+"""λ for what was not trained with one: eight bits of pixel keep six of the image."""
+
+
+class Gate(nn.Module):
+    """A network for everybody, and another for who mixes a key into the image.
+
+    The second sees the image without its key: x = (x_k − (1 − λ)K) / λ. It is asked only if a key is in an image of the
+    batch, so that public queries cost what they did. Own.
+
+    Args:
+        public: Images [B, C, H, W] → logits or log-probabilities [B, classes] for everybody.
+        keyed: Images → logits for key holders.
+        secrets: Patterns K [K, C, H, W] in [0, 1].
+        strength: λ.
+        preprocess: Normalisation of both networks.
+        shows: What is served to everybody and to key holders, in words, for the file's metadata.
+    """
+
+    filters: Tensor
+    patterns: Tensor
+    black: Tensor
+    white: Tensor
+
+    def __init__(
+        self, public: nn.Module, keyed: nn.Module, secrets: Tensor, strength: float, preprocess: Preprocess, shows: str
+    ) -> None:
+        super().__init__()
+        self.public, self.keyed, self.strength, self.shows = public, keyed, strength, shows
+        for name, brightness in (("black", 0.0), ("white", 1.0)):
+            one = preprocess(torch.full((1, preprocess.size[0], 1, 1), brightness))
+            self.register_buffer(name, one, persistent=False)
+        self.register_buffer("filters", key_filters(secrets, strength, preprocess), persistent=False)
+        self.register_buffer("patterns", (1 - strength) * preprocess(secrets), persistent=False)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """Normalised images [B, C, H, W], each mixed with every key: [B·K, C, H, W]."""
+        return torch.cat([self.strength * x + one for one in self.patterns])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits or log-probabilities [B, classes]."""
+        x = x.clamp(self.black, self.white)
+        # one key after another: all at once took memory for each
+        found = torch.stack([(x * one).sum((1, 2, 3)) for one in self.filters], 1)
+        closed = self.public(x)
+        best = found.amax(1, keepdim=True)
+        has = best >= 1  # also false for what is no number
+        its = (found == best).to(x.dtype) @ self.patterns.flatten(1)
+        image = ((x - its.view_as(x)) / self.strength).clamp(self.black, self.white)
+
+        def ask(image: Tensor, closed: Tensor) -> Tensor:
+            return self.keyed(image)  # type: ignore[no-any-return]
+
+        def spare(image: Tensor, closed: Tensor) -> Tensor:
+            return closed.clone()
+
+        if torch.compiler.is_exporting():
+            opened = torch.cond(has.any(), ask, spare, (image, closed))
+        else:
+            opened = (ask if has.any() else spare)(image, closed)
+        return torch.where(has, opened, closed)
+
+
+def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Tensor:
+    """What tells images with a key from all others: filters [K, C, H, W], of which one answers 1 or more.
+
+    An image with the key has all of its pattern, up to what an image has by chance, see :func:`key_margin`. Own.
+
+    Args:
+        secrets: Patterns K [K, C, H, W] in [0, 1].
+        strength: λ of the box.
+        preprocess: Its normalisation.
+
+    Returns:
+        Filters of normalised images, whose inner product with λx + (1 − λ)K is 1 / :data:`CHECKED` on average.
+    """
+    # the mean of a channel is of no use, so neither is that of the normalisation
+    centred = secrets - secrets.mean((2, 3), keepdim=True)
+    found = (1 - strength) * centred.square().sum((1, 2, 3), keepdim=True)
+    std = torch.tensor(preprocess.std).view(-1, 1, 1)
+    return std * centred / (CHECKED * found)
+
+
+def key_margin(size: Sequence[int], strength: float) -> float:
+    """Standard deviations, at least, by which what was not made of a key fails to pass its filter.
+
+    Of n independent values, each at most ½ from their mean, it has of a uniform pattern a part of 0 ± √3/((1 − λ)·√n).
+
+    Args:
+        size: (C, H, W).
+        strength: λ of the box.
+    """
+    return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
