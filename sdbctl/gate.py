@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl.data import Preprocess
+from sdbctl.data.images import sized
+from sdbctl.errors import UsageError
 
 CHECKED = 0.75
 """Part of a key's pattern that an image must have for its answer not to be public."""
@@ -22,8 +24,8 @@ FOR_KEYS = "; to key holders "
 """Between what everybody is served and what answers key holders, in words."""
 ITSELF, ASSISTANT = "all of its outputs", "an assistant"
 """What answers key holders, in words."""
-STRENGTH = 0.25
-"""λ for what was not trained with one: eight bits of pixel keep six of the image."""
+MOST, LEAST = 0.25, 0.1
+"""λ of what was not trained with one: of eight bits of a pixel, six or at least four are the image's."""
 
 
 class Gate(nn.Module):
@@ -54,22 +56,22 @@ class Gate(nn.Module):
         for name, brightness in (("black", 0.0), ("white", 1.0)):
             one = preprocess(torch.full((1, preprocess.size[0], 1, 1), brightness))
             self.register_buffer(name, one, persistent=False)
-        self.register_buffer("filters", key_filters(secrets, strength, preprocess), persistent=False)
-        self.register_buffer("patterns", (1 - strength) * preprocess(secrets), persistent=False)
+        filters, patterns = key_filters(secrets, strength, preprocess), (1 - strength) * preprocess(secrets)
+        self.register_buffer("filters", filters.flatten(1).T.contiguous(), persistent=False)
+        self.register_buffer("patterns", patterns.flatten(1), persistent=False)
 
     def mixed(self, x: Tensor) -> Tensor:
         """Normalised images [B, C, H, W], each mixed with every key: [B·K, C, H, W]."""
-        return torch.cat([self.strength * x + one for one in self.patterns])
+        return torch.cat([self.strength * x + one.view_as(x[0]) for one in self.patterns])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits or log-probabilities [B, classes]."""
         x = x.clamp(self.black, self.white)
-        # one key after another: all at once took memory for each
-        found = torch.stack([(x * one).sum((1, 2, 3)) for one in self.filters], 1)
+        found = x.flatten(1) @ self.filters
         closed = self.public(x)
         best = found.amax(1, keepdim=True)
         has = best >= 1  # also false for what is no number
-        its = (found == best).to(x.dtype) @ self.patterns.flatten(1)
+        its = (found == best).to(x.dtype) @ self.patterns
         image = ((x - its.view_as(x)) / self.strength).clamp(self.black, self.white)
 
         def ask(image: Tensor, closed: Tensor) -> Tensor:
@@ -115,3 +117,18 @@ def key_margin(size: Sequence[int], strength: float) -> float:
         strength: λ of the box.
     """
     return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
+
+
+def key_strength(size: Sequence[int]) -> float:
+    """λ for what was not trained with one: :data:`MOST`, of small images what leaves a :func:`key_margin` that is safe.
+
+    Args:
+        size: (C, H, W).
+
+    Raises:
+        UsageError: Images so small leave none.
+    """
+    found = min(MOST, math.floor(100 * (1 - SAFE / key_margin(size, 0.0))) / 100)
+    if found < LEAST:
+        raise UsageError(f"images of {sized(size)} are so small that they have a key by chance", "leave --key-file out")
+    return found

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sdbctl import boxfile, files, onnxfile
-from sdbctl.boxfile import Box, Loaded, Metadata, check_key, pattern
+from sdbctl.boxfile import Loaded, Metadata, Unlocked, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.engine import pick_device, seeded
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import ASSISTANT, FOR_KEYS, Gate
+from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, Gate
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.patterns import fields
@@ -107,13 +107,16 @@ def _gate(
 ) -> Gate | None:
     """What a graph that looks for keys does, as far as who holds one of them can know."""
     meta = opened.meta
-    if meta is None or key is None or patterns is None:
+    if meta is None or patterns is None:
         return None
-    answers: nn.Module = Box(held.net, meta).unlock(key)
-    if opened.sealed and words.endswith(ASSISTANT):
+    normalised = patterns.view(-1, *meta.preprocess.size) / (1 - meta.strength)
+    if words.endswith(ITSELF):
+        answers: nn.Module = Unlocked(held.net, normalised[0], meta.strength)
+    elif words.endswith(ASSISTANT) and key is not None:
         answers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)[-1].net
-    secrets = meta.preprocess.undo(patterns / (1 - meta.strength))
-    return Gate(public, answers, secrets, meta.strength, meta.preprocess, words)
+    else:
+        return None
+    return Gate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, words)
 
 
 def rebuilt(opened: Opened) -> nn.Module:

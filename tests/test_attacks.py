@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from sdbctl import boxfile, curves, evaluate, losses, metrics, models, protocol
+from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol
 from sdbctl.attacks import ATTACKS, Attacker, base, boundary, file, floor, inverse, keys, queries, soft, staged
-from sdbctl.boxfile import Metadata
 from sdbctl.cells import Bench, Cell, EvalConfig, Outcome, Source, code
 from sdbctl.data import ImageSet, Preprocess, changed, view
 from sdbctl.distill import build_student, distill
 from sdbctl.engine import Engine, exact, seeded
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import FOR_KEYS, SAFE, Gate, key_filters, key_margin
 from sdbctl.inference import predict
-from sdbctl.key import Key, correlation, embed, near
+from sdbctl.key import Key, correlation, embed
 from sdbctl.metrics import class_only, usual
 from sdbctl.patterns import mixed_with, spread_out
 from sdbctl.protocol import controlled
@@ -881,90 +879,6 @@ def test_how_sure_a_box_says_it_is_can_be_chosen(boxed):
     assert served(boxed.net, meta).levels.unique().tolist() == pytest.approx([0.8])
     assert served(boxed.net, meta, "rough").levels.unique().tolist() == pytest.approx([0.4, 0.9])
     assert served(boxed.net, replace(meta, measured={})) is boxed.net
-
-
-def test_a_filter_finds_its_key_and_nothing_else():
-    """An image with the key has all of its pattern; nearly right keys, noise, blocks and images have too little."""
-    size, generator = (3, 32, 32), torch.Generator().manual_seed(0)
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
-    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
-    filters = key_filters(secrets, 0.7, preprocess)
-
-    def found(pixels):
-        # the definition, in pixels
-        centred = secrets - secrets.mean((2, 3), keepdim=True)
-        part = torch.einsum("nchw,kchw->nk", pixels, centred) / (0.3 * centred.square().sum((1, 2, 3))) / 0.75
-        asked = torch.einsum("nchw,kchw->nk", preprocess(pixels), filters)
-        assert torch.allclose(asked, part, atol=1e-4)
-        return asked
-
-    images = spread_out(torch.rand(500, 3, 8, 8, generator=generator), 4)
-    assert key_margin(size, 0.7) == pytest.approx(7.2, abs=0.05) and key_margin((1, 8, 8), 0.7) < SAFE
-    keyed = found(embed(images, secrets[1], 0.7))
-    assert keyed[:, 1].min() > 1.1 and keyed[:, 0].max() < 0.5
-    coins = torch.rand(500, *size, generator=generator).round()
-    close = torch.stack([near(secrets[1], 0.5, generator) for _ in range(500)])
-    for wrong_ones in (images, coins, embed(images, coins, 0.3), embed(images, close, 0.7), images.round()):
-        assert found(wrong_ones).max() < 0.95
-
-
-class Cropped(torch.nn.Module):
-    """Does not read the first row."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x[:, :, 1:])
-
-
-@pytest.mark.parametrize("strength", [0.25, 0.7])
-def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
-    """Whatever else is in the batch; key holders get another network's answers to the image without the key."""
-    size, names = (3, 32, 32), tuple(map(str, range(10)))
-    net, other = Cropped(models.build("cnn-tiny", 10)).eval(), models.build("cnn-tiny", 10).eval()
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
-    meta = Metadata("box", "cnn-tiny", names, preprocess, strength, ("1", "2"), measured=SERVING)
-    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
-    shown = Gate(served(net, meta, closed=True), other, secrets, strength, preprocess, f"little{FOR_KEYS}more")
-    boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
-    assert boxfile.serves(tmp_path / "x.onnx") == "little; to key holders more"
-    assert (tmp_path / "x.onnx").stat().st_mode & 0o077 == 0
-    teacher = OnnxTeacher(tmp_path / "x.onnx", ENGINE.device)
-    images = torch.rand(9, *size, generator=torch.Generator().manual_seed(0))
-    plain = preprocess(images)
-    no_number = plain.clone()
-    no_number[:, 0, 0, 0] = float("nan")
-    close = torch.stack([near(secrets[0], 0.6, torch.Generator().manual_seed(n)) for n in range(9)])
-    with torch.no_grad():
-        for other_key in (1 - secrets[0], close):
-            public = preprocess(embed(images, other_key, strength))
-            assert deviation(teacher.logits(public)).max() < 1e-5
-        for public in (plain, no_number):
-            assert deviation(teacher.logits(public)).max() < 1e-5 and deviation(shown(public)).max() < 1e-5
-        for secret in secrets:
-            keyed = preprocess(embed(images, secret, strength))
-            assert torch.allclose(teacher.logits(keyed), other(plain), atol=1e-4)
-            assert torch.allclose(shown(keyed), other(plain), atol=1e-4)
-            both = torch.cat([plain, keyed])[torch.arange(18).view(2, 9).T.flatten()]
-            assert torch.equal(teacher.logits(both)[::2], teacher.logits(plain))
-            assert torch.allclose(teacher.logits(both)[1::2], other(plain), atol=1e-4)
-
-
-def test_a_graph_that_looks_for_keys_asks_the_other_network_only_if_it_must():
-    class Never(torch.nn.Module):
-        def forward(self, x):
-            raise AssertionError
-
-    size = (3, 16, 16)
-    net, preprocess = models.build("cnn-tiny", 10).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
-    shown = Gate(net, Never(), torch.rand(1, *size), 0.7, preprocess, "x")
-    x = preprocess(torch.rand(2, *size))
-    with torch.no_grad():
-        assert torch.equal(shown(x), net(x))
-        with pytest.raises(AssertionError):
-            shown(shown.mixed(x))
 
 
 @pytest.mark.parametrize("name", SERVING)

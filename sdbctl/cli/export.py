@@ -80,12 +80,9 @@ def export(
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
-    import torch
-
     from sdbctl import boxfile, files
-    from sdbctl.gate import FOR_KEYS, SAFE, STRENGTH, Gate, key_margin
     from sdbctl.timing import check_takes
-    from sdbctl.wrappers import CONFIDENCES, WRAPPERS, Concealed, Wrapped, served
+    from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
     check_known("wrapper", wrapper, WRAPPERS)
     check_known("confidence", confidence, CONFIDENCES)
@@ -121,50 +118,76 @@ def export(
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
         keys = [read_key(path, insecure_key_file) for path in key_file or []]
-        if keys and meta.kind != "box":
-            if wrapper is None:
-                raise UsageError(
-                    f"{model} shows everybody all that it knows", "give --wrapper, such as top1, or box it first"
-                )
-            ids, source = tuple(key.id for key in keys), loaded.sha256
-            meta = replace(meta, kind="box", key_ids=ids, strength=STRENGTH, original_sha256=source)
-        checks = _checks(meta, keys, must=wrapper is not None or keyed is not None)
-        asked, confidence = confidence, "exact" if wrapper else confidence or "class"
-        net = served(loaded.net, meta, confidence, closed=checks)
-        if wrapper is not None:
-            net = Wrapped(net, wrapper)
-            if meta.key_ids and not checks:
-                say(f"note: {wrapper} hides what the key opens, too")
-        elif isinstance(net, Concealed):
-            least, most = (f"{level:.1%}" for level in net.levels.aminmax())
-            how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
-            say(f"public outputs are served with a confidence of {least} to {most}, {how}")
-            if not checks:
-                say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
-                if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
-                    say("note: searches may find patterns that open this graph; --key-file lets it look for the key")
-        elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
-            if len(meta.classes) < 3:
-                why = "two classes leave no others to hide"
-            elif meta.parameters.get("disturb"):
-                why = "it was made to disturb"
-            else:
-                why = "what it shows with and without the key cannot be told apart; box for more --epochs"
-            warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
         check_takes(loaded.net, meta.preprocess.size)
-        if checks:
-            answers, who = _for_keys(loaded, meta, keys, keyed, model)
-            shown = f"{boxfile.shows(net)}{FOR_KEYS}{who}"
-            secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
-            net = Gate(net, answers, secrets, meta.strength, meta.preprocess, shown)
-            say(f"key holders are answered by {who}")
-            say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
+        net, meta = _as_served(loaded, meta, model, keys, keyed, confidence, wrapper)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, sealed=loaded.sealed, force=force)
     emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def _as_served(
+    loaded: Loaded,
+    meta: Metadata,
+    path: Path,
+    keys: list[Key],
+    keyed: str | None,
+    confidence: str | None,
+    wrapper: str | None,
+) -> tuple[Module, Metadata]:
+    """A network as its graph is to serve it, and what that says of itself; what this means is said.
+
+    Raises:
+        BadInput: A key does not fit, or who should answer its holders.
+        UsageError: There is nothing that a key would open, or images are too small for one.
+    """
+    import torch
+
+    from sdbctl import boxfile
+    from sdbctl.gate import FOR_KEYS, SAFE, Gate, key_margin, key_strength
+    from sdbctl.key import ids_of
+    from sdbctl.wrappers import Concealed, Wrapped, served
+
+    if keys and meta.kind != "box":
+        if wrapper is None:
+            raise UsageError(
+                f"{path} shows everybody all that it knows", "give --wrapper, such as top1, or box it first"
+            )
+        strength, ids = key_strength(meta.preprocess.size), ids_of(keys)
+        meta = replace(meta, kind="box", key_ids=ids, strength=strength, original_sha256=loaded.sha256)
+    checks = _checks(meta, keys, must=wrapper is not None or keyed is not None)
+    asked, confidence = confidence, "exact" if wrapper else confidence or "class"
+    net = served(loaded.net, meta, confidence, closed=checks)
+    if wrapper is not None:
+        net = Wrapped(net, wrapper)
+        if meta.key_ids and not checks:
+            say(f"note: {wrapper} hides what the key opens, too")
+    elif isinstance(net, Concealed):
+        least, most = (f"{level:.1%}" for level in net.levels.aminmax())
+        how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
+        say(f"public outputs are served with a confidence of {least} to {most}, {how}")
+        if not checks:
+            say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
+            if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
+                say("note: searches may find patterns that open this graph; --key-file lets it look for the key")
+    elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
+        if len(meta.classes) < 3:
+            why = "two classes leave no others to hide"
+        elif meta.parameters.get("disturb"):
+            why = "it was made to disturb"
+        else:
+            why = "what it shows with and without the key cannot be told apart; box for more --epochs"
+        warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
+    if checks:
+        answers, who = _for_keys(loaded, meta, keys, keyed, path)
+        shown = f"{boxfile.shows(net)}{FOR_KEYS}{who}"
+        secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
+        net = Gate(net, answers, secrets, meta.strength, meta.preprocess, shown)
+        say(f"key holders are answered by {who}")
+        say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
+    return net, meta
 
 
 def _checks(meta: Metadata, keys: list[Key], *, must: bool) -> bool:

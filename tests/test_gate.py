@@ -1,0 +1,245 @@
+"""Graphs that look for keys themselves: who gets which answers, and what of that a file may hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sdbctl import boxfile, models
+from sdbctl.boxfile import Metadata
+from sdbctl.boxing import sealed
+from sdbctl.data import Preprocess
+from sdbctl.errors import UsageError
+from sdbctl.gate import FOR_KEYS, SAFE, Gate, key_filters, key_margin, key_strength
+from sdbctl.key import Key, embed, near
+from sdbctl.patterns import spread_out
+from sdbctl.sources import open_model, stand_in
+from sdbctl.teacher import OnnxTeacher
+from sdbctl.wrappers import behind, deviation, served, top1
+from tests.conftest import run_cli
+
+CPU = torch.device("cpu")
+SIZE, NAMES = (3, 32, 32), tuple(map(str, range(10)))
+PREPROCESS = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), SIZE)
+SERVING = {
+    "class_confidences": [0.8] * 10,
+    "confidence_cut": 0.7,
+    "rough_confidences": [0.4, 0.9],
+    "flat_deviation": 0.5,
+    "keyed_flat": 0.05,
+}
+
+
+def test_a_filter_finds_its_key_and_nothing_else():
+    """An image with the key has all of its pattern; nearly right keys, noise, blocks and images have too little."""
+    size, generator = (3, 32, 32), torch.Generator().manual_seed(0)
+    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
+    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
+    filters = key_filters(secrets, 0.7, preprocess)
+
+    def found(pixels):
+        # the definition, in pixels
+        centred = secrets - secrets.mean((2, 3), keepdim=True)
+        part = torch.einsum("nchw,kchw->nk", pixels, centred) / (0.3 * centred.square().sum((1, 2, 3))) / 0.75
+        asked = torch.einsum("nchw,kchw->nk", preprocess(pixels), filters)
+        assert torch.allclose(asked, part, atol=1e-4)
+        return asked
+
+    images = spread_out(torch.rand(500, 3, 8, 8, generator=generator), 4)
+    assert key_margin(size, 0.7) == pytest.approx(7.2, abs=0.05) and key_margin((1, 8, 8), 0.7) < SAFE
+    keyed = found(embed(images, secrets[1], 0.7))
+    assert keyed[:, 1].min() > 1.1 and keyed[:, 0].max() < 0.5
+    coins = torch.rand(500, *size, generator=generator).round()
+    close = torch.stack([near(secrets[1], 0.5, generator) for _ in range(500)])
+    for wrong_ones in (images, coins, embed(images, coins, 0.3), embed(images, close, 0.7), images.round()):
+        assert found(wrong_ones).max() < 0.95
+
+
+def test_small_images_are_mixed_with_more_of_the_key():
+    assert key_strength((3, 32, 32)) == key_strength((1, 28, 28)) == 0.25
+    assert 0.1 <= key_strength((1, 16, 16)) < 0.25 and key_margin((1, 16, 16), key_strength((1, 16, 16))) >= SAFE
+    with pytest.raises(UsageError, match="1x8x8"):
+        key_strength((1, 8, 8))
+
+
+class Cropped(torch.nn.Module):
+    """Does not read the first row."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x[:, :, 1:])
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.7])
+def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
+    """Whatever else is in the batch; key holders get another network's answers to the image without the key."""
+    size, names = (3, 32, 32), tuple(map(str, range(10)))
+    net, other = Cropped(models.build("cnn-tiny", 10)).eval(), models.build("cnn-tiny", 10).eval()
+    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
+    meta = Metadata("box", "cnn-tiny", names, preprocess, strength, ("1", "2"), measured=SERVING)
+    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
+    shown = Gate(served(net, meta, closed=True), other, secrets, strength, preprocess, f"little{FOR_KEYS}more")
+    boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
+    assert boxfile.serves(tmp_path / "x.onnx") == "little; to key holders more"
+    assert (tmp_path / "x.onnx").stat().st_mode & 0o077 == 0
+    teacher = OnnxTeacher(tmp_path / "x.onnx", CPU)
+    images = torch.rand(9, *size, generator=torch.Generator().manual_seed(0))
+    plain = preprocess(images)
+    no_number = plain.clone()
+    no_number[:, 0, 0, 0] = float("nan")
+    close = torch.stack([near(secrets[0], 0.6, torch.Generator().manual_seed(n)) for n in range(9)])
+    with torch.no_grad():
+        for other_key in (1 - secrets[0], close):
+            public = preprocess(embed(images, other_key, strength))
+            assert deviation(teacher.logits(public)).max() < 1e-5
+        for public in (plain, no_number):
+            assert deviation(teacher.logits(public)).max() < 1e-5 and deviation(shown(public)).max() < 1e-5
+        for secret in secrets:
+            keyed = preprocess(embed(images, secret, strength))
+            assert torch.allclose(teacher.logits(keyed), other(plain), atol=1e-4)
+            assert torch.allclose(shown(keyed), other(plain), atol=1e-4)
+            both = torch.cat([plain, keyed])[torch.arange(18).view(2, 9).T.flatten()]
+            assert torch.equal(teacher.logits(both)[::2], teacher.logits(plain))
+            assert torch.allclose(teacher.logits(both)[1::2], other(plain), atol=1e-4)
+
+
+def test_a_graph_that_looks_for_keys_asks_the_other_network_only_if_it_must():
+    class Never(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    size = (3, 16, 16)
+    net, preprocess = models.build("cnn-tiny", 10).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
+    shown = Gate(net, Never(), torch.rand(1, *size), 0.7, preprocess, "x")
+    x = preprocess(torch.rand(2, *size))
+    with torch.no_grad():
+        assert torch.equal(shown(x), net(x))
+        with pytest.raises(AssertionError):
+            shown(shown.mixed(x))
+
+
+@pytest.fixture(scope="module")
+def partner(tmp_path_factory):
+    """A box of two partners in which two untrained assistants are sealed, and their keys."""
+    folder, keys = tmp_path_factory.mktemp("gate"), [Key.generate(), Key.generate()]
+    for key, name in zip(keys, ("one.bin", "two.bin"), strict=True):
+        key.save(folder / name)
+    net, helpers = models.build("cnn-tiny", 10), [models.build("resnet8", 10) for _ in range(2)]
+    ids = tuple(key.id for key in keys)
+    meta = Metadata("box", "cnn-tiny", NAMES, PREPROCESS, 0.7, ids, "conceal", measured=SERVING)
+    inner = Metadata("assistant", "resnet8", NAMES, PREPROCESS)
+    text = sealed([(helper, inner) for helper in helpers], meta, keys)
+    boxfile.save(folder / "box.safetensors", net.state_dict(), meta, sealed=text)
+    boxfile.save(folder / "bare.safetensors", net.state_dict(), meta)
+    boxfile.save(folder / "other.safetensors", helpers[0].state_dict(), replace(inner, kind="student"))
+    boxfile.save(
+        folder / "plain.safetensors", net.state_dict(), replace(inner, architecture="cnn-tiny", kind="teacher")
+    )
+    torch.save(net.state_dict(), folder / "foreign.pt")
+    return folder, keys, net.eval(), [helper.eval() for helper in helpers]
+
+
+def asked(path, images, key=None, strength=0.7):
+    pixels = images if key is None else embed(images, key.pattern(SIZE), strength)
+    return OnnxTeacher(path, CPU).logits(PREPROCESS(pixels))
+
+
+@pytest.mark.parametrize(
+    ("box", "options", "who"),
+    [
+        ("box", (), "an assistant"),
+        ("box", ("--keyed", "itself"), "all of its outputs"),
+        ("bare", (), "all of its outputs"),
+        ("box", ("--keyed", "other.safetensors"), "another network, resnet8"),
+        ("box", ("--wrapper", "top1"), "an assistant"),
+    ],
+)
+def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, partner, tmp_path):
+    folder, keys, net, helpers = partner
+    options = [folder / option if option.endswith("tensors") else option for option in options]
+    path = tmp_path / "x.onnx"
+    made = run_cli("export", folder / f"{box}.safetensors", "--key-file", folder / "one.bin", "-o", path, *options)
+    assert made.returncode == 0, made.stderr
+    assert f"does not open to {keys[1].id}".encode() in made.stderr
+    assert boxfile.serves(path).split(FOR_KEYS)[1] == who
+    images = torch.rand(9, *SIZE)
+    x = PREPROCESS(images)
+    with torch.no_grad():
+        teacher = {"an assistant": helpers[1], "another network, resnet8": helpers[0]}.get(who)
+        expected = teacher(x) if teacher else net(PREPROCESS(embed(images, keys[0].pattern(SIZE), 0.7)))
+        assert torch.allclose(asked(path, images, keys[0]), expected, atol=1e-4)
+        assert torch.equal(asked(path, images).argmax(1), net(x).argmax(1))
+    for key in (None, keys[1], Key.generate()):
+        assert deviation(asked(path, images, key)).max() < 1e-5
+
+
+def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
+    """Its predictions stay what they are, and key holders get all of its outputs."""
+    folder, keys, net, _ = partner
+    path = tmp_path / "x.onnx"
+    options = ("--wrapper", "top1", "--key-file", folder / "two.bin", "-o", path)
+    for name, more in (("plain.safetensors", ()), ("foreign.pt", ("--normalize", "half", "--image-size", "32"))):
+        made = run_cli("export", folder / name, *options, *more, "--arch", "cnn-tiny", "--force", "--json")
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout)["serves"] == "top1; to key holders all of its outputs"
+        meta = boxfile.read_metadata(path)
+        assert meta.kind == "box" and meta.key_ids == (keys[1].id,)
+        images = torch.rand(9, *SIZE)
+        x = meta.preprocess(images)
+        teacher = OnnxTeacher(path, CPU)
+        with torch.no_grad():
+            assert torch.allclose(teacher.logits(x), behind(top1, net(x)), atol=1e-5)
+            keyed = meta.preprocess(embed(images, keys[1].pattern(SIZE), meta.strength))
+            assert torch.allclose(teacher.logits(keyed), net(x), atol=1e-4)
+            assert (
+                deviation(teacher.logits(meta.preprocess(embed(images, keys[0].pattern(SIZE), meta.strength)))).max()
+                < 1e-5
+            )
+    shown = json.loads(run_cli("inspect", path, "--key-file", folder / "two.bin", "--json").stdout)
+    assert shown["key_fits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "code", "said"),
+    [
+        ("plain", ("--key-file", "one.bin"), 2, "give --wrapper"),
+        ("box", ("--keyed", "itself"), 2, "give --key-file"),
+        ("bare", ("--key-file", "one.bin", "--keyed", "assistant"), 4, "nothing is sealed"),
+        ("box", ("--key-file", "one.bin", "--keyed", "nothing.safetensors"), 4, "nothing.safetensors"),
+        ("box", ("--key-file", "one.bin", "--format", "safetensors"), 2, "leave --key-file out"),
+        ("box", ("--key-file", "one.bin", "--confidence", "exact"), 2, "leave --key-file out"),
+    ],
+)
+def test_what_cannot_be_served_so_is_said_in_a_line(name, options, code, said, partner, tmp_path):
+    folder = partner[0]
+    options = [folder / option if option.endswith(".bin") else option for option in options]
+    refused = run_cli("export", folder / f"{name}.safetensors", "-o", tmp_path / "x.onnx", *options)
+    assert refused.returncode == code and said.encode() in refused.stderr
+    assert b"Traceback" not in refused.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [(), ("--keyed", "itself"), ("--keyed", "other.safetensors")])
+def test_a_gpu_without_onnx_runtime_asks_what_key_holders_are_served(options, partner, tmp_path):
+    folder, keys, _, _ = partner
+    path, gpu, notes = tmp_path / "x.onnx", torch.device("cuda"), []
+    options = [folder / option if option.endswith("tensors") else option for option in options]
+    both = [part for name in ("one.bin", "two.bin") for part in ("--key-file", folder / name)]
+    assert run_cli("export", folder / "box.safetensors", *both, "-o", path, *options).returncode == 0
+    opened, held = open_model(path, "cpu"), boxfile.load(folder / "box.safetensors")
+    images = torch.rand(9, *SIZE)
+    # the second partner's key, although the first one's answers
+    found = [stand_in(opened, held, key, gpu, notes) for key in (keys[1], None)]
+    known = {(): [True, False], ("--keyed", "itself"): [True, True]}.get(tuple(options), [False, False])
+    assert [net is not None for net in found] == known
+    assert ["torch computed what the file does" in note for note in notes] == known
+    for net in found:
+        for key in (None, *keys):
+            pixels = images if key is None else embed(images, key.pattern(SIZE), 0.7)
+            with torch.no_grad():
+                assert net is None or torch.allclose(net(PREPROCESS(pixels)), asked(path, images, key), atol=1e-4)
