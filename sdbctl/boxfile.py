@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdbctl import checkpoint, files, models, onnxfile, seal
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import Gate
+from sdbctl.gate import KeyGate
 from sdbctl.key import Key, embed
 
 FORMAT_VERSION = 1
@@ -408,13 +408,13 @@ def serves(path: Path) -> str:
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
     """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`.
 
-    Only its owner may read the file if it holds an unprotected model or a key's pattern.
+    Only its owner may read the file if it holds a key's pattern, or an unprotected model that shows all that it knows.
     """
     example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0)))
-    if isinstance(net, Gate):
+    if isinstance(net, KeyGate):
         example = torch.cat([example, net.mixed(example)])
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
-    private = isinstance(net, Gate) or (meta.kind in PRIVATE and not hasattr(net, "shows"))
+    private = isinstance(net, KeyGate) or (meta.kind in PRIVATE and not hasattr(net, "shows"))
     return onnxfile.write(path, net, example, said, force=force, private=private)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from sdbctl.data import Preprocess
 from sdbctl.data.images import sized
@@ -22,13 +23,13 @@ SAFE = 6.0
 """Least :func:`key_margin` where a graph looks for keys."""
 FOR_KEYS = "; to key holders "
 """Between what everybody is served and what answers key holders, in words."""
-ITSELF, ASSISTANT = "all of its outputs", "an assistant"
-"""What answers key holders, in words."""
+ITSELF, ASSISTANT = "all of its outputs", "all outputs of an assistant"
+"""What key holders get, in words."""
 MOST, LEAST = 0.25, 0.1
 """λ of what was not trained with one: of eight bits of a pixel, six or at least four are the image's."""
 
 
-class Gate(nn.Module):
+class KeyGate(nn.Module):
     """A network for everybody, and another for who mixes a key into the image.
 
     The second sees the image without its key: x = (x_k − (1 − λ)K) / λ. It is asked only if a key is in an image of the
@@ -53,8 +54,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self.public, self.keyed, self.strength, self.shows = public, keyed, strength, shows
-        for name, brightness in (("black", 0.0), ("white", 1.0)):
-            one = preprocess(torch.full((1, preprocess.size[0], 1, 1), brightness))
+        for name, one in zip(("black", "white"), preprocess.limits, strict=True):
             self.register_buffer(name, one, persistent=False)
         filters, patterns = key_filters(secrets, strength, preprocess), (1 - strength) * preprocess(secrets)
         self.register_buffer("filters", filters.flatten(1).T.contiguous(), persistent=False)
@@ -69,9 +69,8 @@ class Gate(nn.Module):
         x = x.clamp(self.black, self.white)
         found = x.flatten(1) @ self.filters
         closed = self.public(x)
-        best = found.amax(1, keepdim=True)
-        has = best >= 1  # also false for what is no number
-        its = (found == best).to(x.dtype) @ self.patterns
+        has = found.amax(1, keepdim=True) >= 1  # also false for what is no number
+        its = one_hot(found.argmax(1), found.shape[1]).to(x.dtype) @ self.patterns
         image = ((x - its.view_as(x)) / self.strength).clamp(self.black, self.white)
 
         def ask(image: Tensor, closed: Tensor) -> Tensor:

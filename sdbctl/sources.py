@@ -15,7 +15,7 @@ from sdbctl.boxfile import Loaded, Metadata, Unlocked, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.engine import pick_device, seeded
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, Gate
+from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.patterns import fields
@@ -91,7 +91,7 @@ def stand_in(opened: Opened, held: Loaded, key: Key | None, device: torch.device
         net = as_exported(held.net, meta, shown, closed=bool(looks))
         if net is not None and looks:
             net = _gate(net, held, opened, key, onnxfile.constant(proto, "patterns"), words)
-        if isinstance(net, Gate):
+        if isinstance(net, KeyGate):
             x = torch.cat([x, net.mixed(x)])
         if net is not None:
             difference = onnxfile.parity(proto, net.eval(), x)
@@ -104,19 +104,19 @@ def stand_in(opened: Opened, held: Loaded, key: Key | None, device: torch.device
 
 def _gate(
     public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patterns: Tensor | None, words: str
-) -> Gate | None:
+) -> KeyGate | None:
     """What a graph that looks for keys does, as far as who holds one of them can know."""
     meta = opened.meta
     if meta is None or patterns is None:
         return None
     normalised = patterns.view(-1, *meta.preprocess.size) / (1 - meta.strength)
     if words.endswith(ITSELF):
-        answers: nn.Module = Unlocked(held.net, normalised[0], meta.strength)
+        answers: nn.Module = Unlocked(held.net, normalised[0], meta.strength) if meta.objective else held.net
     elif words.endswith(ASSISTANT) and key is not None:
         answers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)[-1].net
     else:
         return None
-    return Gate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, words)
+    return KeyGate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, words)
 
 
 def rebuilt(opened: Opened) -> nn.Module:
@@ -194,15 +194,19 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
         why = "is not what was exported"
         with contextlib.suppress(BadInput):
             held = boxfile.load(beside)
-    unboxed = meta is None or meta.kind != "box"
     assert opened.served is not None
     if opened.served.unasked:
         notes.append(
             f"The file has other outputs ({', '.join(opened.served.unasked)}), which nobody asked for here; "
             "attackers may."
         )
+    if FOR_KEYS in boxfile.serves(box):
+        notes.append(
+            "The file holds the pattern of its key and what answers key holders: whoever has it has those, too, which "
+            "attacks on the file did not use."
+        )
     alike = False
-    if held is not None and (held.meta == meta or (unboxed and held.meta is None)):
+    if held is not None and _described(meta, held):
         # weights of another shape cannot even be asked
         with contextlib.suppress(RuntimeError, ValueError):
             alike = _agreement(held.net, opened.served, meta) >= ALIKE
@@ -220,6 +224,16 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
         except UsageError as error:
             notes.append(f"Attacks on the file were left out: {error.message}, and {beside.name} {why}.")
     return boxed
+
+
+def _described(meta: Metadata | None, held: Loaded) -> bool:
+    """Whether what an ONNX file says of itself fits weights."""
+    # a graph that looks for keys may be of what has none, or open to some of a box's only
+    if meta is not None and meta.kind == "box" and not meta.objective:
+        return held.sha256 == meta.original_sha256
+    if meta is None or held.meta is None:
+        return held.meta is None and (meta is None or meta.kind != "box")
+    return held.meta == replace(meta, key_ids=held.meta.key_ids)
 
 
 def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict[str, Source]:

@@ -244,8 +244,7 @@ class Concealed(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.cut, self.shows = net, cut, shows
-        for name, brightness in (("black", 0.0), ("white", 1.0)):
-            one = preprocess(torch.full((1, preprocess.size[0], 1, 1), brightness))
+        for name, one in zip(("black", "white"), preprocess.limits, strict=True):
             self.register_buffer(name, one, persistent=False)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("flat", torch.tensor(flat), persistent=False)

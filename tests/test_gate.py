@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sdbctl import boxfile, models
+from sdbctl import boxfile, models, onnxfile
 from sdbctl.boxfile import Metadata
 from sdbctl.boxing import sealed
 from sdbctl.data import Preprocess
-from sdbctl.errors import UsageError
-from sdbctl.gate import FOR_KEYS, SAFE, Gate, key_filters, key_margin, key_strength
+from sdbctl.errors import ParityMismatch, UsageError
+from sdbctl.gate import FOR_KEYS, SAFE, KeyGate, key_filters, key_margin, key_strength
 from sdbctl.key import Key, embed, near
 from sdbctl.patterns import spread_out
 from sdbctl.sources import open_model, stand_in
 from sdbctl.teacher import OnnxTeacher
-from sdbctl.wrappers import behind, deviation, served, top1
+from sdbctl.wrappers import Wrapped, behind, deviation, served, top1
 from tests.conftest import run_cli
 
 CPU = torch.device("cpu")
@@ -76,37 +77,70 @@ class Cropped(torch.nn.Module):
         return self.net(x[:, :, 1:])
 
 
+def spread(net):
+    """An untrained network whose predictions differ from image to image."""
+    net.eval()
+    with torch.no_grad():
+        z = net(PREPROCESS(torch.rand(200, *SIZE)))
+        last = list(net.children())[-1]
+        last.bias -= z.mean(0)
+        last.weight *= 3 / z.std()
+        last.bias *= 3 / z.std()
+    return net
+
+
 @pytest.mark.parametrize("strength", [0.25, 0.7])
 def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
     """Whatever else is in the batch; key holders get another network's answers to the image without the key."""
-    size, names = (3, 32, 32), tuple(map(str, range(10)))
-    net, other = Cropped(models.build("cnn-tiny", 10)).eval(), models.build("cnn-tiny", 10).eval()
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
-    meta = Metadata("box", "cnn-tiny", names, preprocess, strength, ("1", "2"), measured=SERVING)
-    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
-    shown = Gate(served(net, meta, closed=True), other, secrets, strength, preprocess, f"little{FOR_KEYS}more")
-    boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
-    assert boxfile.serves(tmp_path / "x.onnx") == "little; to key holders more"
-    assert (tmp_path / "x.onnx").stat().st_mode & 0o077 == 0
-    teacher = OnnxTeacher(tmp_path / "x.onnx", CPU)
-    images = torch.rand(9, *size, generator=torch.Generator().manual_seed(0))
-    plain = preprocess(images)
-    no_number = plain.clone()
-    no_number[:, 0, 0, 0] = float("nan")
+    net, other = Cropped(spread(models.build("resnet8", 10))).eval(), spread(models.build("resnet8", 10))
+    meta = Metadata("box", "resnet8", NAMES, PREPROCESS, strength, ("1", "2"), measured=SERVING)
+    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(SIZE) for start in range(2)])
+    shown = KeyGate(served(net, meta, closed=True), other, secrets, strength, PREPROCESS, f"little{FOR_KEYS}more")
+    path = tmp_path / "x.onnx"
+    boxfile.export_onnx(path, shown, meta)
+    assert boxfile.serves(path) == "little; to key holders more"
+    assert path.stat().st_mode & 0o077 == 0
+    teacher, generator = OnnxTeacher(path, CPU), torch.Generator().manual_seed(0)
+    images = torch.rand(9, *SIZE, generator=generator)
+    plain = PREPROCESS(images)
     close = torch.stack([near(secrets[0], 0.6, torch.Generator().manual_seed(n)) for n in range(9)])
+    public = [plain, *(PREPROCESS(embed(images, wrong, strength)) for wrong in (1 - secrets[0], close))]
+    for scale in (10.0, 1e3, 3e38):
+        # a filter is linear, images are not
+        public += [scale * plain, scale * torch.randn(9, *SIZE, generator=generator), scale * (plain - plain.mean())]
+    for odd in (float("nan"), float("inf"), -float("inf")):
+        public.append(plain.clone())
+        public[-1][:, 0, 0, 0] = odd
     with torch.no_grad():
-        for other_key in (1 - secrets[0], close):
-            public = preprocess(embed(images, other_key, strength))
-            assert deviation(teacher.logits(public)).max() < 1e-5
-        for public in (plain, no_number):
-            assert deviation(teacher.logits(public)).max() < 1e-5 and deviation(shown(public)).max() < 1e-5
+        keyed = PREPROCESS(embed(images, secrets[1], strength))
+        for some in public:
+            assert deviation(teacher.logits(some)).max() < 1e-5 and deviation(shown(some)).max() < 1e-5
+            both = teacher.logits(torch.cat([some, keyed])[torch.arange(18).view(2, 9).T.flatten()])
+            assert torch.equal(both[::2], teacher.logits(some)) and torch.allclose(both[1::2], other(plain), atol=1e-3)
         for secret in secrets:
-            keyed = preprocess(embed(images, secret, strength))
-            assert torch.allclose(teacher.logits(keyed), other(plain), atol=1e-4)
-            assert torch.allclose(shown(keyed), other(plain), atol=1e-4)
-            both = torch.cat([plain, keyed])[torch.arange(18).view(2, 9).T.flatten()]
-            assert torch.equal(teacher.logits(both)[::2], teacher.logits(plain))
-            assert torch.allclose(teacher.logits(both)[1::2], other(plain), atol=1e-4)
+            keyed = PREPROCESS(embed(images, secret, strength))
+            assert torch.allclose(teacher.logits(keyed), other(plain), atol=1e-3)
+            assert torch.allclose(shown(keyed), other(plain), atol=1e-3)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_answers_key_holders_is_checked_too(wrapped, tmp_path, monkeypatch):
+    net, other = spread(models.build("resnet8", 10)), spread(models.build("resnet8", 10))
+    meta = Metadata("box", "resnet8", NAMES, PREPROCESS, 0.7, ("1",), measured=SERVING)
+    public = Wrapped(net, "top1") if wrapped else served(net, meta, closed=True)
+    shown = KeyGate(public, other, torch.rand(1, *SIZE), 0.7, PREPROCESS, "x")
+    export = onnxfile._to_onnx
+
+    def slightly_off(net, example):
+        wrong = copy.deepcopy(net)
+        with torch.no_grad():
+            list(wrong.keyed.parameters())[-2].mul_(1.01)
+        return export(wrong, example)
+
+    boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
+    monkeypatch.setattr(onnxfile, "_to_onnx", slightly_off)
+    with pytest.raises(ParityMismatch):
+        boxfile.export_onnx(tmp_path / "y.onnx", shown, meta)
 
 
 def test_a_graph_that_looks_for_keys_asks_the_other_network_only_if_it_must():
@@ -114,10 +148,9 @@ def test_a_graph_that_looks_for_keys_asks_the_other_network_only_if_it_must():
         def forward(self, x):
             raise AssertionError
 
-    size = (3, 16, 16)
-    net, preprocess = models.build("cnn-tiny", 10).eval(), Preprocess((0.5,) * 3, (0.25,) * 3, size)
-    shown = Gate(net, Never(), torch.rand(1, *size), 0.7, preprocess, "x")
-    x = preprocess(torch.rand(2, *size))
+    net = models.build("cnn-tiny", 10).eval()
+    shown = KeyGate(net, Never(), torch.rand(1, *SIZE), 0.7, PREPROCESS, "x")
+    x = PREPROCESS(torch.rand(2, *SIZE))
     with torch.no_grad():
         assert torch.equal(shown(x), net(x))
         with pytest.raises(AssertionError):
@@ -130,19 +163,27 @@ def partner(tmp_path_factory):
     folder, keys = tmp_path_factory.mktemp("gate"), [Key.generate(), Key.generate()]
     for key, name in zip(keys, ("one.bin", "two.bin"), strict=True):
         key.save(folder / name)
-    net, helpers = models.build("cnn-tiny", 10), [models.build("resnet8", 10) for _ in range(2)]
+    net, *helpers = (spread(models.build("resnet8", 10)) for _ in range(3))
     ids = tuple(key.id for key in keys)
-    meta = Metadata("box", "cnn-tiny", NAMES, PREPROCESS, 0.7, ids, "conceal", measured=SERVING)
+    meta = Metadata("box", "resnet8", NAMES, PREPROCESS, 0.7, ids, "conceal", measured=SERVING)
     inner = Metadata("assistant", "resnet8", NAMES, PREPROCESS)
     text = sealed([(helper, inner) for helper in helpers], meta, keys)
     boxfile.save(folder / "box.safetensors", net.state_dict(), meta, sealed=text)
     boxfile.save(folder / "bare.safetensors", net.state_dict(), meta)
     boxfile.save(folder / "other.safetensors", helpers[0].state_dict(), replace(inner, kind="student"))
-    boxfile.save(
-        folder / "plain.safetensors", net.state_dict(), replace(inner, architecture="cnn-tiny", kind="teacher")
-    )
+    # as after a training of its own
+    said = {"objective": "kd", "parameters": {"sealed": True}, "measured": {"top1": 50.0}}
+    boxfile.save(folder / "plain.safetensors", net.state_dict(), replace(inner, kind="student", **said))
+    boxfile.save(folder / "sdb.safetensors", net.state_dict(), replace(meta, objective="sdb", measured={}))
+    turned = replace(inner, kind="student", classes=NAMES[::-1])
+    boxfile.save(folder / "turned.safetensors", net.state_dict(), turned)
+    narrow = Preprocess((0.5,) * 3, (0.25,) * 3, SIZE)
+    boxfile.save(folder / "narrow.safetensors", net.state_dict(), replace(inner, kind="student", preprocess=narrow))
+    small = replace(inner, kind="student", preprocess=replace(PREPROCESS, size=(3, 16, 16)))
+    boxfile.save(folder / "small.safetensors", net.state_dict(), small)
+    torch.save(models.build("squeezenet1_1", 10).state_dict(), folder / "squeezenet.pt")
     torch.save(net.state_dict(), folder / "foreign.pt")
-    return folder, keys, net.eval(), [helper.eval() for helper in helpers]
+    return folder, keys, net, helpers
 
 
 def asked(path, images, key=None, strength=0.7):
@@ -153,11 +194,11 @@ def asked(path, images, key=None, strength=0.7):
 @pytest.mark.parametrize(
     ("box", "options", "who"),
     [
-        ("box", (), "an assistant"),
+        ("box", (), "all outputs of an assistant"),
         ("box", ("--keyed", "itself"), "all of its outputs"),
         ("bare", (), "all of its outputs"),
-        ("box", ("--keyed", "other.safetensors"), "another network, resnet8"),
-        ("box", ("--wrapper", "top1"), "an assistant"),
+        ("box", ("--keyed", "other.safetensors"), "all outputs of another network, resnet8"),
+        ("box", ("--wrapper", "top1"), "all outputs of an assistant"),
     ],
 )
 def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, partner, tmp_path):
@@ -171,9 +212,13 @@ def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, par
     images = torch.rand(9, *SIZE)
     x = PREPROCESS(images)
     with torch.no_grad():
-        teacher = {"an assistant": helpers[1], "another network, resnet8": helpers[0]}.get(who)
+        teacher = {
+            "all outputs of an assistant": helpers[1],
+            "all outputs of another network, resnet8": helpers[0],
+        }.get(who)
         expected = teacher(x) if teacher else net(PREPROCESS(embed(images, keys[0].pattern(SIZE), 0.7)))
-        assert torch.allclose(asked(path, images, keys[0]), expected, atol=1e-4)
+        assert torch.allclose(asked(path, images, keys[0]), expected, atol=1e-3)
+        assert net(x).argmax(1).unique().numel() > 2
         assert torch.equal(asked(path, images).argmax(1), net(x).argmax(1))
     for key in (None, keys[1], Key.generate()):
         assert deviation(asked(path, images, key)).max() < 1e-5
@@ -185,31 +230,41 @@ def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
     path = tmp_path / "x.onnx"
     options = ("--wrapper", "top1", "--key-file", folder / "two.bin", "-o", path)
     for name, more in (("plain.safetensors", ()), ("foreign.pt", ("--normalize", "half", "--image-size", "32"))):
-        made = run_cli("export", folder / name, *options, *more, "--arch", "cnn-tiny", "--force", "--json")
+        made = run_cli("export", folder / name, *options, *more, "--force", "--json")
         assert made.returncode == 0, made.stderr
         assert json.loads(made.stdout)["serves"] == "top1; to key holders all of its outputs"
         meta = boxfile.read_metadata(path)
-        assert meta.kind == "box" and meta.key_ids == (keys[1].id,)
+        assert meta.kind == "box" and meta.key_ids == (keys[1].id,) and path.stat().st_mode & 0o077 == 0
+        assert (meta.objective, dict(meta.parameters), dict(meta.measured)) == ("", {}, {})
         images = torch.rand(9, *SIZE)
         x = meta.preprocess(images)
         teacher = OnnxTeacher(path, CPU)
         with torch.no_grad():
-            assert torch.allclose(teacher.logits(x), behind(top1, net(x)), atol=1e-5)
+            assert torch.allclose(teacher.logits(x), behind(top1, net(x)), atol=1e-4)
             keyed = meta.preprocess(embed(images, keys[1].pattern(SIZE), meta.strength))
-            assert torch.allclose(teacher.logits(keyed), net(x), atol=1e-4)
+            assert torch.allclose(teacher.logits(keyed), net(x), atol=1e-3)
             assert (
                 deviation(teacher.logits(meta.preprocess(embed(images, keys[0].pattern(SIZE), meta.strength)))).max()
                 < 1e-5
             )
     shown = json.loads(run_cli("inspect", path, "--key-file", folder / "two.bin", "--json").stdout)
-    assert shown["key_fits"]
+    assert shown["key_fits"] and shown["sealed"] == "nothing"
+    revoked = run_cli("inspect", path, "--key-file", folder / "one.bin", "--json")
+    assert not json.loads(revoked.stdout)["key_fits"]
 
 
 @pytest.mark.parametrize(
     ("name", "options", "code", "said"),
     [
         ("plain", ("--key-file", "one.bin"), 2, "give --wrapper"),
+        ("sdb", ("--key-file", "one.bin"), 2, "give --wrapper"),
         ("box", ("--keyed", "itself"), 2, "give --key-file"),
+        ("box", ("--key-file", "one.bin", "--key-file", "one.bin"), 2, "given twice"),
+        ("plain", ("--key-file", "one.bin", "--key-file", "one.bin", "--wrapper", "top1"), 2, "given twice"),
+        ("box", ("--key-file", "one.bin", "--keyed", "bare.safetensors"), 4, "is a box"),
+        ("box", ("--key-file", "one.bin", "--keyed", "turned.safetensors"), 4, "other classes"),
+        ("box", ("--key-file", "one.bin", "--keyed", "narrow.safetensors"), 4, "normalisation"),
+        ("small", ("--key-file", "one.bin", "--wrapper", "top1", "--keyed", "squeezenet.pt"), 2, "16x16"),
         ("bare", ("--key-file", "one.bin", "--keyed", "assistant"), 4, "nothing is sealed"),
         ("box", ("--key-file", "one.bin", "--keyed", "nothing.safetensors"), 4, "nothing.safetensors"),
         ("box", ("--key-file", "one.bin", "--format", "safetensors"), 2, "leave --key-file out"),
@@ -218,7 +273,7 @@ def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
 )
 def test_what_cannot_be_served_so_is_said_in_a_line(name, options, code, said, partner, tmp_path):
     folder = partner[0]
-    options = [folder / option if option.endswith(".bin") else option for option in options]
+    options = [folder / option if "." in option else option for option in options]
     refused = run_cli("export", folder / f"{name}.safetensors", "-o", tmp_path / "x.onnx", *options)
     assert refused.returncode == code and said.encode() in refused.stderr
     assert b"Traceback" not in refused.stderr and not list(tmp_path.iterdir())
@@ -242,4 +297,4 @@ def test_a_gpu_without_onnx_runtime_asks_what_key_holders_are_served(options, pa
         for key in (None, *keys):
             pixels = images if key is None else embed(images, key.pattern(SIZE), 0.7)
             with torch.no_grad():
-                assert net is None or torch.allclose(net(PREPROCESS(pixels)), asked(path, images, key), atol=1e-4)
+                assert net is None or torch.allclose(net(PREPROCESS(pixels)), asked(path, images, key), atol=1e-3)

@@ -9,7 +9,7 @@ from sdbctl import boxfile, models, onnxfile
 from sdbctl.boxfile import Metadata
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import Gate
+from sdbctl.gate import KeyGate
 from sdbctl.models.graph import Graph
 from sdbctl.models.stages import Stages, head, width
 from sdbctl.wrappers import Concealed
@@ -178,7 +178,7 @@ def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(keys, tmp_pat
     meta = Metadata("teacher", "resnet8", tuple(map(str, range(10))), preprocess)
     shown = Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), 1.0, "class")
     if keys:
-        shown = Gate(shown, models.build("resnet14", 10).eval(), torch.rand(keys, *size), 0.7, preprocess, "class")
+        shown = KeyGate(shown, models.build("resnet14", 10).eval(), torch.rand(keys, *size), 0.7, preprocess, "class")
     assert boxfile.export_onnx(tmp_path / "x.onnx", shown, meta) < 1e-4
     found = Graph(onnxfile.read(tmp_path / "x.onnx"), 10).eval()
     x = preprocess(torch.rand(4, *size))

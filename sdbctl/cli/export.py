@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from sdbctl.boxfile import Loaded, Metadata
+    from sdbctl.gate import KeyGate
     from sdbctl.key import Key
 
 
@@ -119,7 +120,10 @@ def export(
     if format_ == "onnx":
         keys = [read_key(path, insecure_key_file) for path in key_file or []]
         check_takes(loaded.net, meta.preprocess.size)
-        net, meta = _as_served(loaded, meta, model, keys, keyed, confidence, wrapper)
+        meta, checks = _for_keys(meta, keys, loaded.sha256, must=wrapper is not None or keyed is not None)
+        net = _public(loaded.net, meta, confidence, wrapper, checks=checks)
+        if checks:
+            net = _gate(net, loaded, meta, keys, keyed, trust=trust)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
@@ -128,115 +132,128 @@ def export(
     emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-def _as_served(
-    loaded: Loaded,
-    meta: Metadata,
-    path: Path,
-    keys: list[Key],
-    keyed: str | None,
-    confidence: str | None,
-    wrapper: str | None,
-) -> tuple[Module, Metadata]:
-    """A network as its graph is to serve it, and what that says of itself; what this means is said.
+def _for_keys(meta: Metadata, keys: list[Key], source: str, *, must: bool) -> tuple[Metadata, bool]:
+    """What a graph says of itself, and whether it looks for keys: if it is given some, and if that is of use.
 
     Raises:
-        BadInput: A key does not fit, or who should answer its holders.
-        UsageError: There is nothing that a key would open, or images are too small for one.
+        BadInput: A key is not that of the box.
+        UsageError: A key is given twice, or looking for it is of no use, but must be.
     """
-    import torch
-
-    from sdbctl import boxfile
-    from sdbctl.gate import FOR_KEYS, SAFE, Gate, key_margin, key_strength
+    from sdbctl.boxfile import check_key
+    from sdbctl.gate import SAFE, key_margin, key_strength
     from sdbctl.key import ids_of
+
+    if not keys:
+        return meta, False
+    ids, size = ids_of(keys), meta.preprocess.size
+    if meta.kind != "box":
+        plain = replace(meta, objective="", parameters={}, measured={}, reference_sha256="", original_sha256=source)
+        return replace(plain, kind="box", key_ids=ids, strength=key_strength(size)), True
+    for key in keys:
+        check_key(meta, key)
+    if key_margin(size, meta.strength) < SAFE:
+        why = "images so small, or so little of the key in them, have a key by chance"
+        if must:
+            raise UsageError(why, "leave --key-file out")
+        warn(f"{why}: the graph does not look for it")
+        return meta, False
+    if left := [name for name in meta.key_ids if name not in ids]:
+        say(f"note: without their key files this graph does not open to {', '.join(left)}")
+    return replace(meta, key_ids=ids), True
+
+
+def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | None, *, checks: bool) -> Module:
+    """A network as its graph is to serve it to everybody; what this means is said.
+
+    Raises:
+        UsageError: It shows everybody what a key is to open.
+    """
+    from sdbctl.gate import SAFE, key_margin
     from sdbctl.wrappers import Concealed, Wrapped, served
 
-    if keys and meta.kind != "box":
-        if wrapper is None:
-            raise UsageError(
-                f"{path} shows everybody all that it knows", "give --wrapper, such as top1, or box it first"
-            )
-        strength, ids = key_strength(meta.preprocess.size), ids_of(keys)
-        meta = replace(meta, kind="box", key_ids=ids, strength=strength, original_sha256=loaded.sha256)
-    checks = _checks(meta, keys, must=wrapper is not None or keyed is not None)
-    asked, confidence = confidence, "exact" if wrapper else confidence or "class"
-    net = served(loaded.net, meta, confidence, closed=checks)
     if wrapper is not None:
-        net = Wrapped(net, wrapper)
         if meta.key_ids and not checks:
             say(f"note: {wrapper} hides what the key opens, too")
-    elif isinstance(net, Concealed):
-        least, most = (f"{level:.1%}" for level in net.levels.aminmax())
-        how = "one for each predicted class" if confidence == "class" else "one if it is unsure, one if it is sure"
+        return Wrapped(net, wrapper)
+    shown = served(net, meta, confidence or "class", closed=checks)
+    if isinstance(shown, Concealed):
+        least, most = (f"{level:.1%}" for level in shown.levels.aminmax())
+        how = "one if it is unsure, one if it is sure" if confidence == "rough" else "one for each predicted class"
         say(f"public outputs are served with a confidence of {least} to {most}, {how}")
         if not checks:
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
             if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
                 say("note: searches may find patterns that open this graph; --key-file lets it look for the key")
-    elif meta.kind == "box" and confidence != "exact" and (asked or meta.objective == DEFAULT):
-        if len(meta.classes) < 3:
-            why = "two classes leave no others to hide"
-        elif meta.parameters.get("disturb"):
-            why = "it was made to disturb"
-        else:
-            why = "what it shows with and without the key cannot be told apart; box for more --epochs"
-        warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
+        return shown
+    if len(meta.classes) < 3:
+        why = "two classes leave no others to hide"
+    elif meta.parameters.get("disturb"):
+        why = "it was made to disturb"
+    elif meta.objective == DEFAULT:
+        why = "what it shows with and without the key cannot be told apart; box for more --epochs"
+    else:
+        why = "nothing was done to conceal it"
     if checks:
-        answers, who = _for_keys(loaded, meta, keys, keyed, path)
-        shown = f"{boxfile.shows(net)}{FOR_KEYS}{who}"
-        secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
-        net = Gate(net, answers, secrets, meta.strength, meta.preprocess, shown)
-        say(f"key holders are answered by {who}")
-        say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
-    return net, meta
+        raise UsageError(f"everybody would be shown ALL that this model knows: {why}", "give --wrapper, such as top1")
+    if meta.kind == "box" and confidence != "exact" and (confidence or meta.objective == DEFAULT):
+        warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
+    return shown
 
 
-def _checks(meta: Metadata, keys: list[Key], *, must: bool) -> bool:
-    """Whether a graph looks for keys itself: if it is given some, and if that is of use.
-
-    Raises:
-        BadInput: A key is not that of the box.
-        UsageError: It is of no use, but must be.
-    """
-    from sdbctl.boxfile import check_key
-    from sdbctl.gate import SAFE, key_margin
-
-    for key in keys:
-        check_key(meta, key)
-    if not keys:
-        return False
-    if left := set(meta.key_ids) - {key.id for key in keys}:
-        say(f"note: without their key files this graph does not open to {', '.join(sorted(left))}")
-    if key_margin(meta.preprocess.size, meta.strength) >= SAFE:
-        return True
-    why = "images so small, or so little of the key in them, have a key by chance"
-    if must:
-        raise UsageError(why, "leave --key-file out")
-    warn(f"{why}: the graph does not look for it")
-    return False
-
-
-def _for_keys(loaded: Loaded, meta: Metadata, keys: list[Key], who: str | None, path: Path) -> tuple[Module, str]:
-    """Who answers key holders, and what that is in words.
+def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: str | None, *, trust: bool) -> KeyGate:
+    """A graph that looks for keys, and answers their holders.
 
     Raises:
         BadInput: Nothing is sealed in the box, or the file is no model of the same classes and images.
     """
-    from sdbctl import boxfile
-    from sdbctl.boxfile import Box
-    from sdbctl.gate import ASSISTANT, ITSELF
+    import torch
 
-    boxed = loaded.meta is not None and loaded.meta.kind == "box"
+    from sdbctl import boxfile
+    from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate
+
     who = who or ("assistant" if loaded.sealed else "itself")
     if who == "itself":
-        return Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net, ITSELF
-    if who == "assistant":
-        return boxfile.unsealed(loaded.sealed, keys[0], meta, path.name)[-1].net, ASSISTANT
-    found = boxfile.load(Path(who))
-    if found.classes != loaded.classes or found.channels != loaded.channels:
-        raise BadInput(f"{who} has {found.classes} classes of {found.channels} channels", f"use one like {path}")
-    if found.meta is not None and found.meta.preprocess != meta.preprocess:
-        raise BadInput(f"{who} wants other images than {path}", "use one of the same size and normalisation")
-    return found.net, f"another network, {found.architecture}"
+        boxed = loaded.meta is not None and loaded.meta.kind == "box"
+        answers, words = boxfile.Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net, ITSELF
+    elif who == "assistant":
+        answers, words = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")[-1].net, ASSISTANT
+    else:
+        found = _another(Path(who), loaded, meta, trust=trust)
+        answers, words = found.net, f"all outputs of another network, {found.architecture}"
+    say(f"key holders are served {words}")
+    say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
+    secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
+    shown = f"{boxfile.shows(public)}{FOR_KEYS}{words}"
+    return KeyGate(public, answers, secrets, meta.strength, meta.preprocess, shown)
+
+
+def _another(path: Path, loaded: Loaded, meta: Metadata, *, trust: bool) -> Loaded:
+    """Another network that is to answer in place of a first one.
+
+    Raises:
+        BadInput: It is a box, or of other classes or images.
+        UsageError: It cannot take such images.
+    """
+    from sdbctl import boxfile
+    from sdbctl.timing import check_takes
+
+    found = boxfile.load(path, trust=trust)
+    if found.meta is not None and found.meta.kind == "box":
+        raise BadInput(f"{path} is a box, which hides from everybody who has no key to it", "name an ordinary model")
+    if (found.classes, found.channels) != (loaded.classes, loaded.channels):
+        raise BadInput(
+            f"{path} has {found.classes} classes and {found.channels} channels, not {loaded.classes} and "
+            f"{loaded.channels}",
+            "name a model of the same data",
+        )
+    if found.meta is None:
+        say(f"note: {path} does not say how it wants its images; it is given them as the other network is")
+    elif found.meta.preprocess != meta.preprocess:
+        raise BadInput(f"{path} wants images of another size or normalisation", "name a model that wants the same")
+    elif loaded.meta is not None and found.meta.classes != meta.classes:
+        raise BadInput(f"{path} has other classes, or in another order", "name a model of the same data")
+    check_takes(found.net, meta.preprocess.size)
+    return found
 
 
 def inspect(

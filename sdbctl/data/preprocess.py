@@ -76,6 +76,12 @@ class Preprocess:
         mean, std = (_per_channel(values, x.device, x.dtype) for values in (self.mean, self.std))
         return x * std + mean
 
+    @property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """Black and white, normalised: two of [1, C, 1, 1]."""
+        dark, bright = (self(torch.full((1, self.size[0], 1, 1), pixel)) for pixel in (0.0, 1.0))
+        return dark, bright
+
     def to_dict(self) -> dict[str, list[float]]:
         """As JSON values."""
         return {"mean": list(self.mean), "std": list(self.std), "size": list(self.size)}
