@@ -25,6 +25,7 @@ from sdbctl.data.images import cores
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine, place, synchronise
 from sdbctl.inference import unseen_batch
+from sdbctl.gate import KeyGate
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.protocol import Plan
@@ -93,8 +94,11 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         meta = Metadata("teacher", arch, names, preprocess)
         as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")
+        secret, helper = key.pattern(shape)[None], models.build(student, classes, shape[0])
+        checked = KeyGate(as_served, helper, secret, 0.7, preprocess, "class")
+        graphs = {"ONNX": net, "boxed ONNX": as_served, "boxed ONNX with a key": checked}
         onnx = {}
-        for name, shown in (("ONNX", net), ("boxed ONNX", as_served)):
+        for name, shown in graphs.items():
             boxfile.export_onnx(path := Path(folder) / "teacher.onnx", shown, meta, force=True)
             onnx[name] = OnnxTeacher(path, engine.device)
     exact = Engine(engine.device)
@@ -120,7 +124,7 @@ def measure(
     timings = [timing("train"), timing("train student")]
     for name, floor in floors.items():
         timings.append(timing(name, f"floor of {floor:.2f} training steps", "train", scale=floor))
-    alike = {"ONNX": "torch, fp32", "boxed ONNX": "ONNX"}
+    alike = {"ONNX": "torch, fp32", "boxed ONNX": "ONNX", "boxed ONNX with a key": "ONNX"}
     for name in teachers:
         other = [f"predict {alike[name]}"] if name in alike else []
         timings.append(timing(f"predict {name}", "".join(other), *other))

@@ -1287,7 +1287,8 @@ def test_bench_holds_each_step_against_its_floor(monkeypatch):
     assert all(item["images_per_second"] > 0 for item in timings.values())
     compared = {name for name, item in timings.items() if item["ratio"] is not None}
     assert set(timings) - compared == {"train", "train student", "predict torch", "predict torch, fp32"}
-    assert timings["predict boxed ONNX"]["against"] == "predict ONNX"
+    for served in ("boxed ONNX", "boxed ONNX with a key"):
+        assert timings[f"predict {served}"]["against"] == "predict ONNX"
 
 
 def test_a_profile_is_a_trace_of_training_steps(tmp_path):
