@@ -24,8 +24,8 @@ from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
 from sdbctl.data.images import cores
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine, place, synchronise
-from sdbctl.inference import unseen_batch
 from sdbctl.gate import KeyGate
+from sdbctl.inference import unseen_batch
 from sdbctl.key import Key
 from sdbctl.objectives import OBJECTIVES
 from sdbctl.protocol import Plan
