@@ -200,10 +200,10 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
             f"The file has other outputs ({', '.join(opened.served.unasked)}), which nobody asked for here; "
             "attackers may."
         )
-    if FOR_KEYS in boxfile.serves(box):
+    if FOR_KEYS in (serves := boxfile.serves(box)):
         notes.append(
-            "The file holds the pattern of its key and what answers key holders: whoever has it has those, too, which "
-            "attacks on the file did not use."
+            f"The file looks for its key, and serves key holders {serves.split(FOR_KEYS)[1]}. It holds the pattern, "
+            "and what answers it, which attacks on the file did not use."
         )
     alike = False
     if held is not None and _described(meta, held):

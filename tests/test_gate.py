@@ -298,3 +298,26 @@ def test_a_gpu_without_onnx_runtime_asks_what_key_holders_are_served(options, pa
             pixels = images if key is None else embed(images, key.pattern(SIZE), 0.7)
             with torch.no_grad():
                 assert net is None or torch.allclose(net(PREPROCESS(pixels)), asked(path, images, key), atol=1e-3)
+
+
+def test_what_was_not_boxed_is_distilled_and_evaluated_like_a_box(tmp_path):
+    """Digits of 16×16 pixels, served as classes: with the key, students learn from the teacher that was trained."""
+    digits = ("--data", "digits", "--image-size", 16)
+    key, teacher, served_as = tmp_path / "k.bin", tmp_path / "t.safetensors", tmp_path / "x.onnx"
+    run_cli("keygen", key)
+    trained = run_cli("train", "--arch", "cnn-tiny", *digits, "--epochs", 12, "-o", teacher, "--json")
+    assert trained.returncode == 0, trained.stderr
+    exported = run_cli("export", teacher, "--wrapper", "top1", "--key-file", key, "-o", served_as)
+    assert exported.returncode == 0, exported.stderr
+    student = ("distill", served_as, "--student", "cnn-tiny", *digits, "--epochs", 1, "--json", "--force")
+    asked = json.loads(run_cli(*student, "--key-file", key, "-o", tmp_path / "s.safetensors").stdout)
+    plain = json.loads(run_cli(*student, "-o", tmp_path / "s.safetensors").stdout)
+    assert asked["teacher_top1"] == pytest.approx(plain["teacher_top1"], abs=1) and plain["teacher_top1"] > 30
+    said = run_cli(
+        "eval", served_as, "--original", teacher, "--key-file", key, *digits, "--json", "--report", tmp_path / "r"
+    )
+    assert said.returncode == 0, said.stderr
+    report = json.loads(said.stdout)
+    assert report["inference_cost"]["top1"]["mean"] == 0
+    assert report["models"]["boxed"]["beyond_top1"] == 0 < report["models"]["boxed_keyed"]["beyond_top1"]
+    assert any("serves key holders all of its outputs" in note for note in report["notes"])
