@@ -200,6 +200,11 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
             f"The file has other outputs ({', '.join(opened.served.unasked)}), which nobody asked for here; "
             "attackers may."
         )
+    if not opened.served.steady:
+        notes.append(
+            "The file answers an image otherwise when it is asked again, or with others: who asks often averages that, "
+            "while each image was asked about once here."
+        )
     if FOR_KEYS in (serves := boxfile.serves(box)):
         notes.append(
             f"The file looks for its key, and serves key holders {serves.split(FOR_KEYS)[1]}. It holds the pattern, "

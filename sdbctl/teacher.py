@@ -29,7 +29,9 @@ from sdbctl.metrics import class_only
 PATIENCE = 600.0
 """Seconds that a student waits for what another one is being told."""
 PROBED = 4
-"""Images of noise by which a graph is seen to answer with probabilities."""
+"""Images of noise by which a graph is seen to answer with probabilities, and alike when asked again."""
+UNSTEADY = 1e-3
+"""Part of the largest output by which answers to the same image may differ."""
 MOST_CLASSES = 1_000_000
 
 
@@ -91,6 +93,11 @@ class OnnxTeacher:
         device: Where the queries are. On a GPU the file runs there if ONNX Runtime's CUDA provider really starts, else
             on the CPU; ``where`` says which.
 
+    Attributes:
+        shape: Of an image (C, H, W).
+        unasked: Names of further outputs of the file.
+        steady: Whether it answers images of noise alike when asked again, one by one.
+
     Raises:
         BadInput: The file is no such model.
     """
@@ -128,6 +135,8 @@ class OnnxTeacher:
         outputs = self._outputs(noise - 0.5)
         if not outputs.isfinite().all():
             raise BadInput(f"{path} answers random images with what is no number", "export it again")
+        again = torch.cat([self._outputs(one[None] - 0.5) for one in noise])
+        self.steady = bool((again - outputs).abs().max() <= UNSTEADY * outputs.abs().max())
         self._probabilities = _are_probabilities(outputs)
         self.unasked = [output.name for output in self._session.get_outputs() if output.name != self._output]
         what = ", with probabilities" if self._probabilities else ""

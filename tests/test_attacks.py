@@ -1675,6 +1675,33 @@ def test_a_file_that_answers_in_two_ways_is_not_judged_by_one_of_them(boxed, tmp
     assert any("other outputs (more)" in note for note in notes)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "steady"),
+    [
+        (lambda z: z, True),
+        (lambda z: z + 0.1 * torch.randn_like(z), False),
+        (lambda z: z + z.mean(0, keepdim=True), False),
+    ],
+)
+def test_a_file_that_answers_the_same_image_otherwise_is_said_to(change, steady, boxed, tmp_path):
+    class Changed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = boxed.net
+
+        def forward(self, x):
+            return change(self.net(x))
+
+    path, notes = tmp_path / "x.onnx", []
+    free = {"input": {0: "n"}}
+    torch.onnx.export(
+        Changed().eval(), (torch.rand(3, 1, 8, 8),), path, dynamo=False, input_names=["input"], dynamic_axes=free
+    )
+    gather(open_model(path, "cpu"), None, None, None, notes, torch.device("cpu"), attack=False)
+    assert any("asked again, or with others" in note for note in notes) != steady
+
+
 def test_who_has_nothing_but_the_onnx_file_trains_its_weights(work, teacher, boxed, transfer, splits, tmp_path):
     path, cpu = tmp_path / "x.onnx", torch.device("cpu")
     path.write_bytes((work / "boxed.onnx").read_bytes())
