@@ -24,7 +24,8 @@ SAFE = 6.0
 FOR_KEYS = "; to key holders "
 """Between what everybody is served and what answers key holders, in words."""
 ITSELF, ASSISTANT = "all of its outputs", "all outputs of an assistant"
-"""What key holders get, in words."""
+KEYED = {"assistant": ASSISTANT, "itself": ITSELF}
+"""What key holders get, in words, by the name of who answers them."""
 MOST, LEAST = 0.25, 0.1
 """λ of what was not trained with one: of eight bits of a pixel, six or at least four are the image's."""
 

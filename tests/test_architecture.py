@@ -31,7 +31,7 @@ LAYERS = [
     {"wrappers", "patterns"},
     {"teacher"},
     {"boxfile", "training", "inference"},
-    {"timing"},
+    {"timing", "gate"},
     {"updates", "state"},
     {"checkpoint", "data", "models", "onnxfile", "seal"},
     {"losses", "metrics", "key"},
@@ -84,6 +84,7 @@ def test_what_a_shell_completes_is_what_there_is():
     from sdbctl.cli.names import NAMES
     from sdbctl.data import PRESETS
     from sdbctl.engine import Engine
+    from sdbctl.gate import KEYED
     from sdbctl.wrappers import CONFIDENCES
 
     listed = {topic: list(TOPICS[topic]()) for topic in TOPICS if topic != "attacks"}
@@ -91,7 +92,7 @@ def test_what_a_shell_completes_is_what_there_is():
     listed["data"] = [name.removesuffix("PATH") for name in listed["data"]]
     precisions = get_args(get_type_hints(Engine)["precision"])
     others = {"methods": METHODS, "confidences": CONFIDENCES, "normalisations": PRESETS}
-    others |= {"teachers": ("auto", *TEACHERS), "precisions": ("auto", *precisions)}
+    others |= {"keyed": KEYED, "teachers": ("auto", *TEACHERS), "precisions": ("auto", *precisions)}
     assert listed | {kind: list(names) for kind, names in others.items()} == NAMES
 
 

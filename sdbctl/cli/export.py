@@ -209,17 +209,18 @@ def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: 
     import torch
 
     from sdbctl import boxfile
-    from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate
+    from sdbctl.gate import FOR_KEYS, KEYED, KeyGate
 
     who = who or ("assistant" if loaded.sealed else "itself")
     if who == "itself":
         boxed = loaded.meta is not None and loaded.meta.kind == "box"
-        answers, words = boxfile.Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net, ITSELF
+        answers = boxfile.Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net
     elif who == "assistant":
-        answers, words = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")[-1].net, ASSISTANT
+        answers = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")[-1].net
     else:
         found = _another(Path(who), loaded, meta, trust=trust)
-        answers, words = found.net, f"all outputs of another network, {found.architecture}"
+        answers = found.net
+    words = KEYED.get(who) or f"all outputs of another network, {found.architecture}"
     say(f"key holders are served {words}")
     say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
     secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
