@@ -400,11 +400,6 @@ def shows(net: nn.Module) -> str:
     return str(getattr(net, "shows", "all outputs"))
 
 
-def serves(path: Path) -> str:
-    """What an ONNX file of ours shows of its network: all outputs, those of a wrapper, or how confident a box is."""
-    return onnxfile.properties(path).get(SERVES_KEY, "not recorded")
-
-
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
     """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`.
 

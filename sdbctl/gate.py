@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 from sdbctl.data import Preprocess
 from sdbctl.data.images import sized
 from sdbctl.errors import UsageError
+from sdbctl.key import embed
 
 CHECKED = 0.75
 """Part of a key's pattern that an image must have for its answer not to be public."""
@@ -57,13 +58,13 @@ class KeyGate(nn.Module):
         self.public, self.keyed, self.strength, self.shows = public, keyed, strength, shows
         for name, one in zip(("black", "white"), preprocess.limits, strict=True):
             self.register_buffer(name, one, persistent=False)
-        filters, patterns = key_filters(secrets, strength, preprocess), (1 - strength) * preprocess(secrets)
-        self.register_buffer("filters", filters.flatten(1).T.contiguous(), persistent=False)
-        self.register_buffer("patterns", patterns.flatten(1), persistent=False)
+        filters = key_filters(secrets, strength, preprocess).flatten(1).T.contiguous()
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("patterns", preprocess(secrets).flatten(1), persistent=False)
 
     def mixed(self, x: Tensor) -> Tensor:
         """Normalised images [B, C, H, W], each mixed with every key: [B·K, C, H, W]."""
-        return torch.cat([self.strength * x + one.view_as(x[0]) for one in self.patterns])
+        return torch.cat([embed(x, one.view_as(x[0]), self.strength) for one in self.patterns])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits or log-probabilities [B, classes]."""
@@ -72,7 +73,7 @@ class KeyGate(nn.Module):
         closed = self.public(x)
         has = found.amax(1, keepdim=True) >= 1  # also false for what is no number
         its = one_hot(found.argmax(1), found.shape[1]).to(x.dtype) @ self.patterns
-        image = ((x - its.view_as(x)) / self.strength).clamp(self.black, self.white)
+        image = ((x - (1 - self.strength) * its.view_as(x)) / self.strength).clamp(self.black, self.white)
 
         def ask(image: Tensor, closed: Tensor) -> Tensor:
             return self.keyed(image)  # type: ignore[no-any-return]

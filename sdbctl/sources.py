@@ -40,6 +40,7 @@ class Opened:
         loaded: Its torch network, or None for an ONNX file.
         served: Its ONNX session, or None.
         sealed: What only key holders can read, or "".
+        serves: What an ONNX file of ours says that it serves, or "".
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Opened:
     loaded: Loaded | None
     served: OnnxTeacher | None
     sealed: str
+    serves: str = ""
 
     @classmethod
     def of(cls, path: Path, loaded: Loaded) -> Opened:
@@ -70,7 +72,8 @@ def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool 
         meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
         if meta and (len(meta.classes) != served.classes or served.shape != meta.preprocess.size):
             raise BadInput(f"{path} has metadata of another network's classes or images", "export it again")
-        return Opened(path, meta, served.classes, served.shape, None, served, sealed)
+        serves = said.get(boxfile.SERVES_KEY, "")
+        return Opened(path, meta, served.classes, served.shape, None, served, sealed, serves)
     return Opened.of(path, boxfile.load(path, arch=arch, trust=trust))
 
 
@@ -87,10 +90,10 @@ def stand_in(opened: Opened, held: Loaded, key: Key | None, device: torch.device
     # weights of another shape cannot even be asked, nor those of another version be served
     with contextlib.suppress(RuntimeError, ValueError, BadInput):
         proto, x = onnxfile.read(opened.path), _noise(served, meta)
-        shown, looks, _ = (words := boxfile.serves(opened.path)).partition(FOR_KEYS)
+        shown, looks, _ = opened.serves.partition(FOR_KEYS)
         net = as_exported(held.net, meta, shown, closed=bool(looks))
         if net is not None and looks:
-            net = _gate(net, held, opened, key, onnxfile.constant(proto, "patterns"), words)
+            net = _gate(net, held, opened, key, onnxfile.constant(proto, "patterns"))
         if isinstance(net, KeyGate):
             x = torch.cat([x, net.mixed(x)])
         if net is not None:
@@ -102,21 +105,19 @@ def stand_in(opened: Opened, held: Loaded, key: Key | None, device: torch.device
     return net
 
 
-def _gate(
-    public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patterns: Tensor | None, words: str
-) -> KeyGate | None:
+def _gate(public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patterns: Tensor | None) -> KeyGate | None:
     """What a graph that looks for keys does, as far as who holds one of them can know."""
     meta = opened.meta
     if meta is None or patterns is None:
         return None
-    normalised = patterns.view(-1, *meta.preprocess.size) / (1 - meta.strength)
-    if words.endswith(ITSELF):
+    normalised = patterns.view(-1, *meta.preprocess.size)
+    if opened.serves.endswith(ITSELF):
         answers: nn.Module = Unlocked(held.net, normalised[0], meta.strength) if meta.objective else held.net
-    elif words.endswith(ASSISTANT) and key is not None:
+    elif opened.serves.endswith(ASSISTANT) and key is not None:
         answers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)[-1].net
     else:
         return None
-    return KeyGate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, words)
+    return KeyGate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, opened.serves)
 
 
 def rebuilt(opened: Opened) -> nn.Module:
@@ -200,15 +201,15 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
             f"The file has other outputs ({', '.join(opened.served.unasked)}), which nobody asked for here; "
             "attackers may."
         )
-    if not opened.served.steady:
+    if not opened.served.is_steady():
         notes.append(
             "The file answers an image otherwise when it is asked again, or with others: who asks often averages that, "
             "while each image was asked about once here."
         )
-    if FOR_KEYS in (serves := boxfile.serves(box)):
+    if to_holders := opened.serves.partition(FOR_KEYS)[2]:
         notes.append(
-            f"The file looks for its key, and serves key holders {serves.split(FOR_KEYS)[1]}. It holds the pattern, "
-            "and what answers it, which attacks on the file did not use."
+            f"The file looks for its key, and serves key holders {to_holders}. It holds the pattern, and what answers "
+            "it, which attacks on the file did not use."
         )
     alike = False
     if held is not None and _described(meta, held):

@@ -96,7 +96,6 @@ class OnnxTeacher:
     Attributes:
         shape: Of an image (C, H, W).
         unasked: Names of further outputs of the file.
-        steady: Whether it answers images of noise alike when asked again, one by one.
 
     Raises:
         BadInput: The file is no such model.
@@ -131,12 +130,9 @@ class OnnxTeacher:
         self.device, self._path = device if there else torch.device("cpu"), path
         self.shape, self.classes, self._input, self._output = _signature(self._session, path)
         missing = ", which cannot use CUDA here" if device.type != self.device.type else ""
-        noise = torch.rand(PROBED, *self.shape, generator=torch.Generator().manual_seed(0))
-        outputs = self._outputs(noise - 0.5)
+        outputs = self._outputs(self._noise())
         if not outputs.isfinite().all():
             raise BadInput(f"{path} answers random images with what is no number", "export it again")
-        again = torch.cat([self._outputs(one[None] - 0.5) for one in noise])
-        self.steady = bool((again - outputs).abs().max() <= UNSTEADY * outputs.abs().max())
         self._probabilities = _are_probabilities(outputs)
         self.unasked = [output.name for output in self._session.get_outputs() if output.name != self._output]
         what = ", with probabilities" if self._probabilities else ""
@@ -150,6 +146,15 @@ class OnnxTeacher:
         if not _are_probabilities(outputs):
             raise BadInput(f"{self._path} answers some images with probabilities, others not", "export its logits")
         return outputs.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def is_steady(self) -> bool:
+        """Whether it answers images of noise alike when it is asked again, one by one."""
+        noise = self._noise()
+        outputs, again = self._outputs(noise), torch.cat([self._outputs(one[None]) for one in noise])
+        return bool((again - outputs).abs().max() <= UNSTEADY * outputs.abs().max())
+
+    def _noise(self) -> Tensor:
+        return torch.rand(PROBED, *self.shape, generator=torch.Generator().manual_seed(0)) - 0.5
 
     def _outputs(self, x: Tensor) -> Tensor:
         asked, x = x.device, x.detach().float().to(self.device).contiguous()

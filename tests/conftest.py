@@ -16,6 +16,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+SERVING = {
+    "class_confidences": [0.8] * 10,
+    "confidence_cut": 0.9,
+    "rough_confidences": [0.4, 0.9],
+    "flat_deviation": 1.0,
+    "keyed_flat": 0.05,
+}
+"""What a box says of how it is to be served."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command did."""

@@ -43,7 +43,7 @@ from sdbctl.wrappers import (
     served,
     serving,
 )
-from tests.conftest import run_cli, with_unknown_operator
+from tests.conftest import SERVING, run_cli, with_unknown_operator
 
 ENGINE = Engine(torch.device("cpu"))
 RECIPE = Recipe(epochs=2, batch_size=32)
@@ -862,15 +862,6 @@ def test_rough_confidences_are_the_accuracies_on_either_side_of_the_cut_with_the
     levels = torch.tensor(measured["rough_confidences"])[:, None].expand(2, 5)
     shown = concealed(public, 0.8, levels, measured["flat_deviation"]).softmax(1).amax(1)
     assert torch.allclose(shown, torch.where(public.softmax(1).amax(1) >= 0.8, levels[1, 0], levels[0, 0]))
-
-
-SERVING = {
-    "class_confidences": [0.8] * 10,
-    "confidence_cut": 0.9,
-    "rough_confidences": [0.4, 0.9],
-    "flat_deviation": 1.0,
-    "keyed_flat": 0.05,
-}
 
 
 def test_how_sure_a_box_says_it_is_can_be_chosen(boxed):

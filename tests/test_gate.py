@@ -20,40 +20,32 @@ from sdbctl.patterns import spread_out
 from sdbctl.sources import open_model, stand_in
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import Wrapped, behind, deviation, served, top1
-from tests.conftest import run_cli
+from tests.conftest import SERVING, run_cli
 
 CPU = torch.device("cpu")
 SIZE, NAMES = (3, 32, 32), tuple(map(str, range(10)))
 PREPROCESS = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), SIZE)
-SERVING = {
-    "class_confidences": [0.8] * 10,
-    "confidence_cut": 0.7,
-    "rough_confidences": [0.4, 0.9],
-    "flat_deviation": 0.5,
-    "keyed_flat": 0.05,
-}
 
 
 def test_a_filter_finds_its_key_and_nothing_else():
     """An image with the key has all of its pattern; nearly right keys, noise, blocks and images have too little."""
-    size, generator = (3, 32, 32), torch.Generator().manual_seed(0)
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), size)
-    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(size) for start in range(2)])
-    filters = key_filters(secrets, 0.7, preprocess)
+    generator = torch.Generator().manual_seed(0)
+    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(SIZE) for start in range(2)])
+    filters = key_filters(secrets, 0.7, PREPROCESS)
 
     def found(pixels):
         # the definition, in pixels
         centred = secrets - secrets.mean((2, 3), keepdim=True)
         part = torch.einsum("nchw,kchw->nk", pixels, centred) / (0.3 * centred.square().sum((1, 2, 3))) / 0.75
-        asked = torch.einsum("nchw,kchw->nk", preprocess(pixels), filters)
+        asked = torch.einsum("nchw,kchw->nk", PREPROCESS(pixels), filters)
         assert torch.allclose(asked, part, atol=1e-4)
         return asked
 
     images = spread_out(torch.rand(500, 3, 8, 8, generator=generator), 4)
-    assert key_margin(size, 0.7) == pytest.approx(7.2, abs=0.05) and key_margin((1, 8, 8), 0.7) < SAFE
+    assert key_margin(SIZE, 0.7) == pytest.approx(7.2, abs=0.05) and key_margin((1, 8, 8), 0.7) < SAFE
     keyed = found(embed(images, secrets[1], 0.7))
     assert keyed[:, 1].min() > 1.1 and keyed[:, 0].max() < 0.5
-    coins = torch.rand(500, *size, generator=generator).round()
+    coins = torch.rand(500, *SIZE, generator=generator).round()
     close = torch.stack([near(secrets[1], 0.5, generator) for _ in range(500)])
     for wrong_ones in (images, coins, embed(images, coins, 0.3), embed(images, close, 0.7), images.round()):
         assert found(wrong_ones).max() < 0.95
@@ -98,7 +90,7 @@ def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
     shown = KeyGate(served(net, meta, closed=True), other, secrets, strength, PREPROCESS, f"little{FOR_KEYS}more")
     path = tmp_path / "x.onnx"
     boxfile.export_onnx(path, shown, meta)
-    assert boxfile.serves(path) == "little; to key holders more"
+    assert open_model(path, "cpu").serves == "little; to key holders more"
     assert path.stat().st_mode & 0o077 == 0
     teacher, generator = OnnxTeacher(path, CPU), torch.Generator().manual_seed(0)
     images = torch.rand(9, *SIZE, generator=generator)
@@ -208,7 +200,7 @@ def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, par
     made = run_cli("export", folder / f"{box}.safetensors", "--key-file", folder / "one.bin", "-o", path, *options)
     assert made.returncode == 0, made.stderr
     assert f"does not open to {keys[1].id}".encode() in made.stderr
-    assert boxfile.serves(path).split(FOR_KEYS)[1] == who
+    assert open_model(path, "cpu").serves.split(FOR_KEYS)[1] == who
     images = torch.rand(9, *SIZE)
     x = PREPROCESS(images)
     with torch.no_grad():

@@ -214,13 +214,12 @@ def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: 
     who = who or ("assistant" if loaded.sealed else "itself")
     if who == "itself":
         boxed = loaded.meta is not None and loaded.meta.kind == "box"
-        answers = boxfile.Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net
+        answers, words = boxfile.Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net, KEYED[who]
     elif who == "assistant":
-        answers = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")[-1].net
+        answers, words = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")[-1].net, KEYED[who]
     else:
         found = _another(Path(who), loaded, meta, trust=trust)
-        answers = found.net
-    words = KEYED.get(who) or f"all outputs of another network, {found.architecture}"
+        answers, words = found.net, f"all outputs of another network, {found.architecture}"
     say(f"key holders are served {words}")
     say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
     secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
@@ -283,7 +282,7 @@ def inspect(
     if loaded is None:
         extra = {"format": "ONNX", "input": list(opened.shape or ()), "outputs": opened.classes}
         if meta is not None:
-            extra["serves"] = boxfile.serves(path)
+            extra["serves"] = opened.serves or "not recorded"
     else:
         extra = {
             "format": "torch",
