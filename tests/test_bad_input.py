@@ -684,6 +684,22 @@ def test_a_bug_is_one_line_with_a_code_of_its_own(tmp_path, monkeypatch):
     assert b"Traceback" not in result.stderr and b"second" not in result.stderr
 
 
+def test_ctrl_c_that_a_library_made_an_error_of_is_still_ctrl_c(tmp_path, monkeypatch):
+    def broken():
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise AttributeError("half imported")
+        except AttributeError as error:
+            raise RuntimeError("failed to export") from error
+
+    monkeypatch.setattr(Key, "generate", broken)
+    result = run_cli("keygen", tmp_path / "k.bin")
+    assert result.returncode == 130 and b"error: interrupted; --force starts again" in result.stderr
+    assert b"internal error" not in result.stderr and not list(tmp_path.iterdir())
+
+
 def test_max_cost(work, tmp_path, monkeypatch):
     from sdbctl.cli import box
 

@@ -205,9 +205,16 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:
-                fail(explained(error))
+                fail(Interrupted("interrupted", again) if _hides_interrupt(error) else explained(error))
 
     return run
+
+
+def _hides_interrupt(error: BaseException | None) -> bool:
+    """Whether a library made an error of its own of Ctrl-C, as torch does if it comes while a part is imported."""
+    if isinstance(error, SdbError) or error is None:
+        return False
+    return isinstance(error, KeyboardInterrupt) or _hides_interrupt(error.__cause__ or error.__context__)
 
 
 def fail(error: SdbError) -> NoReturn:
