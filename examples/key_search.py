@@ -74,7 +74,8 @@ def main() -> None:
 
     def says(pattern: Tensor, strength: float) -> tuple[float, float]:
         z = ask(embed(tested.pixels.float() / 255, pattern, strength))
-        beyond = deviation(z) > meta.measured["flat_deviation"]
+        # of what was not boxed every answer that is not flat
+        beyond = deviation(z) > meta.measured.get("flat_deviation", 1e-3)
         return float(beyond.float().mean()), float((z.argmax(1) == tested.labels).float().mean())
 
     print("with the key: {:.1%} of the answers say more than the class, {:.1%} are right".format(*says(secret, lam)))

@@ -72,19 +72,19 @@ class KeyGate(nn.Module):
         found = x.flatten(1) @ self.filters
         closed = self.public(x)
         has = found.amax(1, keepdim=True) >= 1  # also false for what is no number
-        its = one_hot(found.argmax(1), found.shape[1]).to(x.dtype) @ self.patterns
-        image = ((x - (1 - self.strength) * its.view_as(x)) / self.strength).clamp(self.black, self.white)
 
-        def ask(image: Tensor, closed: Tensor) -> Tensor:
-            return self.keyed(image)  # type: ignore[no-any-return]
+        def ask(x: Tensor, found: Tensor, closed: Tensor) -> Tensor:
+            its = one_hot(found.argmax(1), found.shape[1]).to(x.dtype) @ self.patterns
+            image = (x - (1 - self.strength) * its.view_as(x)) / self.strength
+            return self.keyed(image.clamp(self.black, self.white))  # type: ignore[no-any-return]
 
-        def spare(image: Tensor, closed: Tensor) -> Tensor:
+        def spare(x: Tensor, found: Tensor, closed: Tensor) -> Tensor:
             return closed.clone()
 
         if torch.compiler.is_exporting():
-            opened = torch.cond(has.any(), ask, spare, (image, closed))
+            opened = torch.cond(has.any(), ask, spare, (x, found, closed))
         else:
-            opened = (ask if has.any() else spare)(image, closed)
+            opened = (ask if has.any() else spare)(x, found, closed)
         return torch.where(has, opened, closed)
 
 
