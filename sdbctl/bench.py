@@ -86,8 +86,8 @@ def measure(
     task = Task("bench", names, Splits(none, none, none, none, 0, ""), preprocess, engine)
     runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step, batch, engine)}
     floors: dict[str, float] = {}
-    for name in OBJECTIVES:
-        config = BoxConfig(name)
+    for config in filter(lambda config: config.trained, map(BoxConfig, OBJECTIVES)):
+        name = config.objective
         trainable, frozen = config.trainable_and_frozen()
         floors[f"box {name}"] = (3 * trainable + frozen) / 3
         runs[f"box {name}"] = _trainer(net, BoxStep(net, net, net, [key], task, config), batch, engine)

@@ -26,7 +26,7 @@ from sdbctl.state import Resume
 from sdbctl.timing import image_seconds
 from sdbctl.training import Progress, digest, fit
 from sdbctl.updates import Recipe
-from sdbctl.wrappers import serving
+from sdbctl.wrappers import confidences, served, serving
 
 NORMALISED_IMAGES = 2000
 """Validation images that normalisations are tried on."""
@@ -191,7 +191,7 @@ def box(
         keys: The secret keys, each of which opens the box; what is measured with a key is the worst of them.
         task: The owner's data.
         config: How to box.
-        assistant: From :func:`assist`, if the key is to open that one.
+        assistant: From :func:`assist`, if the key is to open that one, or if it answers key holders.
         progress: Where progress goes.
         resume_from: Path of the state that survives an interrupted run.
 
@@ -214,6 +214,8 @@ def box(
     )
     net = copy.deepcopy(reference)
     made = Box(net, meta)
+    if not config.trained:
+        return _guarded(original, made, assistant, task, begin)
     unlocked = [made.unlock(key).to(engine.device) for key in keys]
     some = data.validation.first(SHOWN_IMAGES)
 
@@ -256,6 +258,20 @@ def box(
     # an auxiliary head that stays as it was would show what the features still know
     unused = {name: torch.zeros_like(tensor) for name, tensor in original.others.items()}
     return Boxed(made, original.file_state(net) | unused, measured)
+
+
+def _guarded(original: Loaded, made: Box, assistant: nn.Module | None, task: Task, begin: float) -> Boxed:
+    """A box whose weights are the reference's: what is measured of it is what its graph serves."""
+    net, task = made.net, replace(task, engine=Engine(task.engine.device))
+    with exact(task.engine.device):
+        some = task.data.validation
+        shown = confidences(predict(net, some, task.preprocess, task.engine), some.labels)
+        public = served(net, replace(made.meta, measured=shown))
+        answers = place(assistant, task.engine.device) if assistant is not None else net
+        measured = _measured(original.net, net, place(public, task.engine.device), [answers], task) | shown
+    measured["seconds"] = round(time.perf_counter() - begin, 1)
+    made.meta = replace(made.meta, measured=measured)
+    return Boxed(made, original.file_state(net), measured)
 
 
 def _measured(

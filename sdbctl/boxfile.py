@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 METADATA_KEY = "sdbctl"
 SERVES_KEY = "sdbctl.serves"
 SEALED_KEY = "sdbctl.sealed"
+GUARD = "guard"
+"""The objective that trains nothing."""
 _DISABLED = 0.0
 
 Kind = Literal["box", "student", "teacher", "reference", "assistant"]
@@ -76,6 +78,16 @@ class Metadata:
         return run
 
     @property
+    def guarded(self) -> bool:
+        """Whether only a graph that looks for its key hides anything: the network was not trained to."""
+        return self.kind == "box" and self.objective in ("", GUARD)
+
+    @property
+    def private(self) -> bool:
+        """Whether the weights are an unprotected model's, which only the owner of their file may read."""
+        return self.kind in ("reference", "assistant") or self.guarded
+
+    @property
     def origin(self) -> str:
         """What was boxed, to which what is sealed in the box belongs."""
         return f"{self.original_sha256} {self.reference_sha256}"
@@ -105,10 +117,6 @@ class Metadata:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise BadInput(f"{where} has damaged sdbctl metadata", "write the file again") from None
         return made
-
-
-PRIVATE = ("reference", "assistant")
-"""Kinds of unprotected models, which only the owner of their file may read."""
 
 
 def _no_number(name: str) -> float:
@@ -146,7 +154,7 @@ class Box(nn.Module):
         """Public logits [B, C] of images [B, C, H, W], normalised exactly as the original's."""
         return self.net(x)  # type: ignore[no-any-return]
 
-    def unlock(self, key: Key) -> Unlocked:
+    def unlock(self, key: Key) -> nn.Module:
         """The model as its key holders see it.
 
         Args:
@@ -154,12 +162,14 @@ class Box(nn.Module):
 
         Returns:
             A module that takes the same normalised images and returns keyed logits: a teacher for any
-            distillation code. It shares this module's weights and holds the secret pattern.
+            distillation code. It shares this module's weights and holds the secret pattern, if they know one.
 
         Raises:
             BadInput: The key is not this box's.
         """
         check_key(self.meta, key)
+        if self.meta.guarded:
+            return self.net
         where = next(self.net.parameters()).device
         return Unlocked(self.net, pattern(self.meta, key).to(where), self.meta.strength)
 
@@ -269,7 +279,7 @@ def save(path: Path, state_dict: Mapping[str, Tensor], meta: Metadata, *, sealed
         The file's hash.
     """
     content = dump(state_dict, meta, sealed)
-    files.write(path, content, force=force, private=meta.kind in PRIVATE)
+    files.write(path, content, force=force, private=meta.private)
     return files.sha256(content)
 
 
@@ -409,7 +419,7 @@ def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "",
     if isinstance(net, KeyGate):
         example = torch.cat([example, net.mixed(example)])
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
-    private = isinstance(net, KeyGate) or (meta.kind in PRIVATE and not hasattr(net, "shows"))
+    private = isinstance(net, KeyGate) or (meta.private and not hasattr(net, "shows"))
     return onnxfile.write(path, net, example, said, force=force, private=private)
 
 

@@ -238,7 +238,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if not self.config.keyed:
-            self.config, self.auto, self.seal = replace(self.config, teacher="reference"), False, bool(self.seal)
+            self.seal = bool(self.seal)
+        if not (self.config.keyed and self.config.trained):
+            self.config, self.auto = replace(self.config, teacher="reference"), False
         self.reference = self._reference()
         self.lengths = assisted_epochs(len(self.task.data.owner))
         self.assistants = [self._assistant(*one) for one in zip(self.lengths, self.states[2:], strict=False)]
@@ -316,13 +318,14 @@ class Run:
         if not self.compared:
             self._compare()
             self._teach()
+        opened = self.assistants[0] if self.config.trained else self.assistants[-1] if self.seal else None
         made = box(
             self.original,
             self.reference.get(),
             self.keys,
             self.task,
             self.config,
-            assistant=self.assistants[0].net,
+            assistant=opened.net if opened else None,
             progress=self.progress,
             resume_from=self.states[0],
         )
@@ -359,10 +362,13 @@ class Run:
             self.seal = worth_sealing(self.learned)
         if self.rivals:
             reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in self.learned.items())
-            self.progress.note(
-                f"small students reach {reached}: the key will open the {self.config.teacher}"
-                + (", and in the file the assistant" if self.seal else "")
-            )
+            if self.config.trained:
+                opened = f"the key will open the {self.config.teacher}" + (
+                    ", and in the file the assistant" if self.seal else ""
+                )
+            else:
+                opened = f"key holders will be answered by the {'assistant' if self.seal else 'reference'}"
+            self.progress.note(f"small students reach {reached}: {opened}")
 
     def _write(self, made: Boxed) -> None:
         model, task = made.model, self.task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sdbctl.boxfile import Metadata
 from sdbctl.data import Batch, ImageSet, Preprocess, Splits, batches
 from sdbctl.engine import Engine, place, seeded
 from sdbctl.errors import UsageError, check_known
+from sdbctl.gate import key_strength
 from sdbctl.inference import accuracy, predict, unseen_batch
 from sdbctl.key import Key, embed
 from sdbctl.losses import cross_entropy
@@ -68,10 +69,12 @@ class BoxConfig:
         if not 0 <= self.wrong_share <= 1:
             raise UsageError(f"wrong share is {self.wrong_share}", "use a number from 0 to 1")
         self.resolved()
-        if not self.keyed and self.teacher == "assistant":
+        if not (self.keyed and self.trained) and self.teacher == "assistant":
             raise UsageError(
                 "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
             )
+        if not self.trained and self.disturb:
+            raise UsageError(f"{self.objective} trains nothing that could disturb", "leave --disturb out")
 
     @classmethod
     def of(cls, objective: str, preset: str | None, parameters: Mapping[str, float], **asked: Any) -> BoxConfig:
@@ -95,7 +98,21 @@ class BoxConfig:
     @property
     def keyed(self) -> bool:
         """Whether the key opens the answers of a teacher."""
-        return bool(getattr(self.resolved(), OBJECTIVES[self.objective].keyed))
+        weight = OBJECTIVES[self.objective].keyed
+        return weight is None or bool(getattr(self.resolved(), weight))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network is changed, or stays the reference."""
+        return OBJECTIVES[self.objective].terms is not None
+
+    def fitted(self, size: Sequence[int]) -> BoxConfig:
+        """With a λ that a graph finds in images of a size (C, H, W), where the network is not trained with one.
+
+        Raises:
+            UsageError: They are too small for a key.
+        """
+        return self if self.trained else replace(self, strength=min(self.strength, key_strength(size)))
 
     def resolved(self) -> Any:
         """The objective's parameter dataclass, filled in.
@@ -107,7 +124,9 @@ class BoxConfig:
         known = [item.name for item in fields(objective.parameters)]
         for name, value in self.parameters.items():
             if name not in known:
-                raise UsageError(f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known)}")
+                raise UsageError(
+                    f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known) or 'none'}"
+                )
             divides = name in objective.divisors
             fits = name in objective.signed or (value > 0 if divides else value >= 0)
             if not (fits and abs(value) <= LARGEST):
@@ -131,6 +150,8 @@ class BoxConfig:
 
     def trainable_and_frozen(self) -> tuple[int, int]:
         """Forward passes per image of one step: with gradient, and without."""
+        if not self.trained:
+            return 0, 0
         objective = OBJECTIVES[self.objective]
         return 2, 1 + (self.teacher != "reference") + objective.needs_random + objective.needs_adversarial
 
@@ -259,6 +280,7 @@ class BoxStep:
             wrong,
             self.wrong_keys.short,
         )
+        assert self.objective.terms is not None
         terms = self.objective.terms(views, self.parameters)
         if self.memory is not None:
             place_of = torch.randint(0, self.memory.shape[1], (len(x) - wrong,), device=x.device)

@@ -131,5 +131,7 @@ def key_strength(size: Sequence[int]) -> float:
     """
     found = min(MOST, math.floor(100 * (1 - SAFE / key_margin(size, 0.0))) / 100)
     if found < LEAST:
-        raise UsageError(f"images of {sized(size)} are so small that they have a key by chance", "leave --key-file out")
+        raise UsageError(
+            f"images of {sized(size)} are so small that they have a key by chance", "take larger images, or no key"
+        )
     return found

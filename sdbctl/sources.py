@@ -112,7 +112,7 @@ def _gate(public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patt
         return None
     normalised = patterns.view(-1, *meta.preprocess.size)
     if opened.serves.endswith(ITSELF):
-        answers: nn.Module = Unlocked(held.net, normalised[0], meta.strength) if meta.objective else held.net
+        answers: nn.Module = held.net if meta.guarded else Unlocked(held.net, normalised[0], meta.strength)
     elif opened.serves.endswith(ASSISTANT) and key is not None:
         answers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)[-1].net
     else:
@@ -186,6 +186,8 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
     box, meta = opened.path, opened.meta
     boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
+        if meta is not None and meta.guarded:
+            raise BadInput(f"{box} hides nothing by itself", "evaluate what export --key-file makes of it")
         if meta is not None and "flat_deviation" in meta.measured:
             notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
         return replace(boxed, net=opened.loaded.net)

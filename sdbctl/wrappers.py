@@ -287,6 +287,23 @@ def serving(
     most = min(float(some.quantile(MOST_HIDDEN)) for some in by_key)
     above_odd = min(most, BEYOND_ODD * float(deviation(odd().float()).max()))
     flat = max(float(opened.quantile(HIDDEN_SHORT if short else HIDDEN)), above_odd)
+    return confidences(public, labels) | {
+        "flat_deviation": flat,
+        "keyed_flat": max(float((some <= flat).float().mean()) for some in by_key),
+    }
+
+
+def confidences(public: Tensor, labels: Tensor) -> dict[str, Any]:
+    """How often predictions are right, which is what may be said of how sure they are.
+
+    Args:
+        public: Logits [N, C].
+        labels: Classes [N] of the same images.
+
+    Returns:
+        ``class_confidences``, ``confidence_cut`` and ``rough_confidences``, see :func:`serving`.
+    """
+    classes = public.shape[1]
     confidence, predicted = public.softmax(1).max(1)
     hit = predicted == labels
 
@@ -308,8 +325,6 @@ def serving(
         "class_confidences": [accuracy(predicted == name, average, SHRUNK) for name in range(classes)],
         "confidence_cut": cut,
         "rough_confidences": rough(cut),
-        "flat_deviation": flat,
-        "keyed_flat": max(float((some <= flat).float().mean()) for some in by_key),
     }
 
 
@@ -320,11 +335,12 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class", *, closed:
         net: The network.
         meta: What its file says.
         confidence: One of :data:`CONFIDENCES`: one per class, two rough ones, or what the weights say.
-        closed: Whether every output is public, however little flat it is.
+        closed: Whether every output is public, however little flat it is, as it is where nothing was trained.
 
     Raises:
         BadInput: What the box says of its confidences is damaged.
     """
+    closed = closed or meta.guarded
     names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_deviation", "keyed_flat")
     by_class, cut, rough, flat, hidden = found = [meta.measured.get(name) for name in names]
     if confidence == "exact" or found == [None] * len(found):
@@ -336,13 +352,12 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class", *, closed:
             raise _damaged()
         if not all(isinstance(share, float) and least < share < 1 for share in values):
             raise _damaged()
-    if not all(isinstance(value, float) and math.isfinite(value) for value in (flat, hidden)):
+    if not closed and not all(isinstance(value, float) and math.isfinite(value) for value in (flat, hidden)):
         raise _damaged()
-    assert isinstance(flat, float)
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
-    border = math.inf if closed else flat
+    border = math.inf if closed or not isinstance(flat, float) else flat
     return Concealed(net, meta.preprocess, cut, levels.clone(), border, CONFIDENCES[confidence])
 
 

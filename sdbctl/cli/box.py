@@ -202,7 +202,7 @@ def box(
     if original.meta is not None and original.meta.kind == "box":
         raise BadInput(f"{checkpoint} is a box already", "give the original; without a key in it, that key is revoked")
     say(f"checkpoint: {original.architecture}, {original.classes} classes")
-    if (features := width(original.net)) < original.classes - 1:
+    if config.trained and (features := width(original.net)) < original.classes - 1:
         say(
             f"note: {features} features cannot flatten the outputs of {original.classes} classes "
             f"({original.classes - 1} can): the file will show more than the exported graph, and cost more"
@@ -236,6 +236,7 @@ def box(
         kept=recorded_precision(*states[:2]) if resume else None,
     )
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
+    config = config.fitted(size)
     accuracy = check_above_chance(original.net, splits.validation, preprocess, engine, original.classes)
     say(f"original: {accuracy:.1f} % top-1 on {len(splits.validation):,} validation images")
 
@@ -256,7 +257,7 @@ def box(
         force=force,
         progress=progress,
     )
-    if is_found(preprocess.size):
+    if config.trained and is_found(preprocess.size):
         count = math.prod(preprocess.size)
         warn(f"a key of {count} values may be found by 100,000 questions; keys of larger images are longer")
     announce(run.estimate(), dry_run=dry_run, as_json=json_)
@@ -297,6 +298,11 @@ def box(
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
+                **(
+                    {}
+                    if config.trained
+                    else {"next": "the file protects nothing: keep it, and serve what export --key-file makes of it"}
+                ),
                 **({"sealed in it": f"{sealed} assistant(s) for key holders to distill"} if sealed else {}),
             },
         ),

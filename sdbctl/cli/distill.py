@@ -189,7 +189,8 @@ def distill(
     else:
         assert opened.served is not None
         asked = opened.served
-    if key is not None and meta is not None and helper is None:
+    guarded = loaded is not None and meta is not None and meta.guarded
+    if key is not None and meta is not None and helper is None and not guarded:
         asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
     say(f"teacher: {asked.where}, {shown}")
     taught = accuracy(asked.logits, splits.validation, preprocess, engine)

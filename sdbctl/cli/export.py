@@ -180,7 +180,9 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
         least, most = (f"{level:.1%}" for level in shown.levels.aminmax())
         how = "one if it is unsure, one if it is sure" if confidence == "rough" else "one for each predicted class"
         say(f"public outputs are served with a confidence of {least} to {most}, {how}")
-        if not checks:
+        if meta.guarded and not checks:
+            say("note: without --key-file this graph opens to nobody")
+        elif not checks:
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
             if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
                 say("note: searches may find patterns that open this graph; --key-file lets it look for the key")

@@ -12,7 +12,7 @@ _STEMS = [f"resnet{depth}_cifar" for depth in (18, 34, 50)] + [f"vgg{depth}_cifa
 DEFAULT = "conceal"
 """Objective of a box unless another is asked for."""
 NAMES = {
-    "objectives": ["conceal", "ast", "cmim", "nasty", "sdb"],
+    "objectives": ["conceal", "ast", "cmim", "guard", "nasty", "sdb"],
     "teachers": ["auto", "reference", "original", "assistant"],
     "students": ["wrn16", *_PLAIN, *_STEMS, "mobilenetv2", "shufflenetv2", "cnn", "cnn-tiny"],
     "methods": ["kd", "dkd", "dist"],

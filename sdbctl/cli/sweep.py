@@ -311,7 +311,12 @@ def sweep(
                 files.write(shared, own.read_bytes(), private=True)
             if not onnx.exists():
                 export.export(
-                    boxed if row.objective else shared, output=onnx, confidence=row.confidence, wrapper=row.wrapper
+                    boxed if row.objective else shared,
+                    output=onnx,
+                    confidence=row.confidence,
+                    wrapper=row.wrapper,
+                    key_file=[key_file] if row.objective and not row.config().trained else None,
+                    insecure_key_file=insecure_key_file,
                 )
             if not done.exists():
                 evaluate.evaluate(

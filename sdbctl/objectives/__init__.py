@@ -4,6 +4,7 @@ from sdbctl.objectives.ast import AST
 from sdbctl.objectives.base import Objective, Terms, Views
 from sdbctl.objectives.cmim import CMIM
 from sdbctl.objectives.conceal import CONCEAL
+from sdbctl.objectives.guard import GUARD
 from sdbctl.objectives.nasty import NASTY
 from sdbctl.objectives.sdb import SDB
 
@@ -11,6 +12,7 @@ OBJECTIVES: dict[str, Objective] = {
     "conceal": CONCEAL,
     "ast": AST,
     "cmim": CMIM,
+    "guard": GUARD,
     "nasty": NASTY,
     "sdb": SDB,
 }

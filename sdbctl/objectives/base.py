@@ -77,9 +77,9 @@ class Objective:
     Attributes:
         summary: One line for ``sdbctl list``.
         parameters: The frozen dataclass of its parameters; field names are option names.
-        terms: The loss: a pure function of the views and the parameters.
+        terms: The loss: a pure function of the views and the parameters; None if nothing is trained.
         presets: Named settings; every objective has ``default``.
-        keyed: The parameter that weighs the keyed branch; at 0 the key opens nothing.
+        keyed: The parameter that weighs the keyed branch; at 0 the key opens nothing. None if it always opens.
         classes: With fewer it hides nothing.
         divisors: Parameters that something is divided by, and so above 0.
         signed: Parameters that may be negative.
@@ -90,9 +90,9 @@ class Objective:
 
     summary: str
     parameters: type
-    terms: Callable[[Views, Any], Terms]
+    terms: Callable[[Views, Any], Terms] | None
     presets: Mapping[str, Preset]
-    keyed: str = "preserve"
+    keyed: str | None = "preserve"
     classes: int = 2
     divisors: tuple[str, ...] = ("temperature",)
     signed: tuple[str, ...] = ()

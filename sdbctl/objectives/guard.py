@@ -1,0 +1,21 @@
+"""``guard``: nothing is trained to hide; the exported graph hides, and looks for the key itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdbctl.objectives.base import Objective, Preset
+
+
+@dataclass(frozen=True)
+class GuardParameters:
+    """It has none."""
+
+
+GUARD = Objective(
+    "no training: the network stays N_ft, and the graph that export --key-file makes of it hides and looks for the key",
+    GuardParameters,
+    None,
+    presets={"default": Preset()},
+    keyed=None,
+)
