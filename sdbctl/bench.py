@@ -27,7 +27,7 @@ from sdbctl.engine import Engine, place, synchronise
 from sdbctl.gate import KeyGate
 from sdbctl.inference import unseen_batch
 from sdbctl.key import Key
-from sdbctl.objectives import OBJECTIVES
+from sdbctl.objectives import LOSSES
 from sdbctl.protocol import Plan
 from sdbctl.teacher import OnnxTeacher, Oracle, Teacher, TorchTeacher
 from sdbctl.timing import image_seconds
@@ -86,8 +86,8 @@ def measure(
     task = Task("bench", names, Splits(none, none, none, none, 0, ""), preprocess, engine)
     runs: dict[str, Callable[[], object]] = {"train": _trainer(net, plain_step, batch, engine)}
     floors: dict[str, float] = {}
-    for config in filter(lambda config: config.trained, map(BoxConfig, OBJECTIVES)):
-        name = config.objective
+    for name in LOSSES:
+        config = BoxConfig(name)
         trainable, frozen = config.trainable_and_frozen()
         floors[f"box {name}"] = (3 * trainable + frozen) / 3
         runs[f"box {name}"] = _trainer(net, BoxStep(net, net, net, [key], task, config), batch, engine)

@@ -19,7 +19,7 @@ from sdbctl.gate import key_strength
 from sdbctl.inference import accuracy, predict, unseen_batch
 from sdbctl.key import Key, embed
 from sdbctl.losses import cross_entropy
-from sdbctl.objectives import OBJECTIVES, Views
+from sdbctl.objectives import LOSSES, OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.patterns import WrongKeys
 from sdbctl.updates import Recipe, scaled
@@ -104,7 +104,7 @@ class BoxConfig:
     @property
     def trained(self) -> bool:
         """Whether the network is changed, or stays the reference."""
-        return OBJECTIVES[self.objective].terms is not None
+        return self.objective in LOSSES
 
     def fitted(self, size: Sequence[int]) -> BoxConfig:
         """With a λ that a graph finds in images of a size (C, H, W), where the network is not trained with one.

@@ -62,6 +62,14 @@ def pytest_xdist_auto_num_workers(config):
     return min(cores, 4) if torch.cuda.is_available() else cores
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_timing():
+    """Time estimates, and the choice of a precision, of a few steps: every command that trains begins with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdbctl.timing.STEADY_SECONDS", 0.02)
+        yield
+
+
 @pytest.fixture
 def short_trials(monkeypatch):
     """For tests of what `box` does with the small students that it compares teachers by, not of how good they are."""

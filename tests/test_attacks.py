@@ -680,8 +680,11 @@ def test_who_trains_most_begins_first(work, splits, boxed, pattern, monkeypatch)
     assert order[0] == "fine_tuned" and order[-1] in ("cross_entropy", "label_smoothing", "class_constant")
 
 
+SLOW = [pytest.param(suite, marks=pytest.mark.slow) for suite in ("file", "standard", "strong")]
+
+
 @pytest.mark.usefixtures("short_searches")
-@pytest.mark.parametrize("suite", ["quick", "core", "strong", pytest.param("file", marks=pytest.mark.slow), "standard"])
+@pytest.mark.parametrize("suite", ["quick", "core", *SLOW])
 def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, pattern, tmp_path):
     foreign = splits.test.take(range(60, 85)) if suite == "strong" else None
     (folder := tmp_path / "students").mkdir()

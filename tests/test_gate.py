@@ -313,3 +313,62 @@ def test_what_was_not_boxed_is_distilled_and_evaluated_like_a_box(tmp_path):
     assert report["inference_cost"]["top1"]["mean"] == 0
     assert report["models"]["boxed"]["beyond_top1"] == 0 < report["models"]["boxed_keyed"]["beyond_top1"]
     assert any("serves key holders all of its outputs" in note for note in report["notes"])
+
+
+def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(tmp_path):
+    """Its weights are the reference's, which its file does not hide; its graph serves classes, and an assistant."""
+    digits = ("--data", "digits", "--image-size", 16, "--owner-size", 200)
+    key, teacher, box = tmp_path / "k.bin", tmp_path / "t.safetensors", tmp_path / "t.boxed.safetensors"
+    run_cli("keygen", key)
+    assert run_cli("train", "--arch", "cnn-tiny", *digits, "--epochs", 12, "-o", teacher).returncode == 0
+    command = ("box", teacher, "--key-file", key, "--objective", "guard", *digits, "--epochs", 1)
+    for wrong, said in (
+        (("--disturb", "0.5"), b"trains nothing"),
+        (("--teacher", "assistant"), b"no keyed branch"),
+        (("--set", "hide=1"), b"it has: none"),
+        (("--image-size", "8"), b"1x8x8"),
+    ):
+        refused = run_cli(*command, *wrong)
+        assert refused.returncode == 2 and said in refused.stderr, refused.stderr
+    made = run_cli(*command, "--seal", "--json")
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout)
+    assert told["cost_top1"] == 0 and told["sealed"] and told["residual"] < 1e-6 < told["keyed_residual"]
+    assert not told["warnings"] and box.stat().st_mode & 0o077 == 0
+    opened, secret = boxfile.load_box(box), Key.load(key)
+    reference = boxfile.load(tmp_path / "t.boxed.reference.safetensors")
+    assert opened.meta.strength == key_strength((1, 16, 16))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(9, 1, 16, 16, generator=generator)
+    x, keyed = opened.meta.preprocess(pixels), opened.meta.preprocess(
+        embed(pixels, secret.pattern((1, 16, 16)), opened.meta.strength)
+    )  # fmt: skip
+    with torch.no_grad():
+        helper, plain = opened.unseal(secret)[-1](x), reference.net(x)
+        assert torch.equal(opened.unlock(secret)(x), plain) and not torch.allclose(helper, plain, atol=0.1)
+    for options, public, answers in (
+        ((), "one confidence per class", None),
+        (("--key-file", key, "--keyed", "itself", "--confidence", "rough"), "two rough confidences", plain),
+        (("--key-file", key), "one confidence per class", helper),
+    ):
+        exported = run_cli("export", box, *options, "--force")
+        assert exported.returncode == 0, exported.stderr
+        assert (b"opens to nobody" in exported.stderr) == (answers is None)
+        found = open_model(graph := tmp_path / "t.boxed.onnx", "cpu")
+        assert found.serves.partition(FOR_KEYS)[0] == public
+        assert deviation(found.served.logits(x)).max() < 1e-5
+        assert torch.equal(found.served.logits(x).argmax(1), plain.argmax(1))
+        if answers is None:
+            assert deviation(found.served.logits(keyed)).max() < 1e-5
+        else:
+            assert torch.allclose(found.served.logits(keyed), answers, atol=1e-3)
+            assert stand_in(found, boxfile.load(box), secret, torch.device("cuda"), []) is not None
+    evaluated = ("--original", teacher, "--key-file", key, *digits[:4], "--report", tmp_path / "r")
+    refused = run_cli("eval", box, *evaluated)
+    assert refused.returncode == 4 and b"hides nothing by itself" in refused.stderr
+    report = json.loads(run_cli("eval", graph, *evaluated, "--json").stdout)
+    assert report["inference_cost"]["top1"]["mean"] == 0 and report["models"]["boxed"]["beyond_top1"] == 0
+    student = ("distill", box, "--student", "cnn-tiny", *digits[:4], "--epochs", 1, "-o", tmp_path / "s.safetensors")
+    asked = run_cli(*student, "--key-file", key, "--no-sealed", "--json")
+    measured = opened.meta.measured
+    assert json.loads(asked.stdout)["teacher_top1"] == pytest.approx(measured["reference_top1"], abs=8)

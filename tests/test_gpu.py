@@ -15,7 +15,7 @@ from sdbctl.distill import build_student, distill
 from sdbctl.engine import Engine, place
 from sdbctl.key import Key
 from sdbctl.losses import cross_entropy
-from sdbctl.objectives import OBJECTIVES
+from sdbctl.objectives import LOSSES
 from sdbctl.state import State
 from sdbctl.teacher import Access, OnnxTeacher, TorchTeacher
 from sdbctl.updates import WARM_STEPS, Recipe, Updater, recording
@@ -59,7 +59,7 @@ def updated(step, net, batch, *, record, rate=0.01, steps=STEPS):
 
 
 @pytest.mark.parametrize("disturb", [0.0, 0.8])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_recorded_box_step_is_the_step(name, disturb):
     t, config = task(), BoxConfig(name, disturb=disturb, wrong_share=0.0)
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_a_recorded_box_step_is_the_step(name, disturb):
     )
     assert update.recorded and not usual.recorded
     assert plain[0] != plain[-1]
-    if OBJECTIVES[name].needs_memory:
+    if LOSSES[name].needs_memory:
         # it draws a temperature for each step, and a recorded step draws others
         assert seen[0] != seen[-1]
         return

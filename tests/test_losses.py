@@ -15,7 +15,7 @@ from sdbctl.attacks.kd import soft_labels
 from sdbctl.attacks.queries import vector_scaling
 from sdbctl.boxstep import BoxConfig
 from sdbctl.errors import UsageError
-from sdbctl.objectives import OBJECTIVES, Views
+from sdbctl.objectives import LOSSES, OBJECTIVES, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.teacher import Access
 
@@ -136,7 +136,7 @@ def views(scale=1.0, classes=6, batch=4, seed=0, permutation=None):
     )
 
 
-PRESETS = [(name, preset) for name, objective in OBJECTIVES.items() for preset in objective.presets]
+PRESETS = [(name, preset) for name, objective in LOSSES.items() for preset in objective.presets]
 
 
 def test_presets_train_as_long_as_what_was_released():
@@ -165,7 +165,7 @@ def test_objectives_stay_finite_and_bounded_below_whatever_the_logits(which, sca
     assert torch.isfinite(v.keyed.grad).all()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_objectives_do_not_depend_on_the_order_of_classes(name):
     objective = OBJECTIVES[name]
     plain = objective.terms(views(), objective.parameters())
@@ -230,7 +230,7 @@ def test_sdb_terms_against_numpy():
         objective.parameters(released=0.5)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_public_image_of_a_default_box_teaches_it(name):
     """Where images with a wrong key have no loss there are none."""
     objective, default = OBJECTIVES[name], OBJECTIVES[name].presets["default"]

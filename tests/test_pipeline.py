@@ -39,7 +39,7 @@ from sdbctl.engine import Engine, seeded
 from sdbctl.errors import BadInput, ParityMismatch, SdbError, UsageError
 from sdbctl.inference import predict
 from sdbctl.key import Key, embed
-from sdbctl.objectives import OBJECTIVES
+from sdbctl.objectives import LOSSES, OBJECTIVES
 from sdbctl.report import Report
 from sdbctl.seal import seal
 from sdbctl.sources import gather, open_model
@@ -809,7 +809,7 @@ def test_the_box_step_counts_its_forward_passes(work, digits, splits):
         if type(module).__name__ == "Cnn":
             seen.append(len(args[0]))
 
-    for objective, teacher in itertools.product(OBJECTIVES, TEACHERS):
+    for objective, teacher in itertools.product(LOSSES, TEACHERS):
         seen.clear()
         config = BoxConfig(objective, teacher=teacher)
         reference, random = (copy.deepcopy(original.net) for _ in range(2))
@@ -1267,7 +1267,7 @@ def test_who_resumes_beside_a_finished_box_is_told_how(work, tmp_path, monkeypat
 
 @pytest.mark.usefixtures("short_trials")
 def test_published_presets_add_nothing_of_ours(work, tmp_path, monkeypatch):
-    published = [p for o in OBJECTIVES.values() for name, p in o.presets.items() if name != "default"]
+    published = [p for o in LOSSES.values() for name, p in o.presets.items() if name != "default"]
     assert {preset.wrong_share for preset in published} == {0.0}
     out = tmp_path / "x.safetensors"
     command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
@@ -1279,7 +1279,7 @@ def test_published_presets_add_nothing_of_ours(work, tmp_path, monkeypatch):
 
 
 def test_bench_holds_each_step_against_its_floor(monkeypatch):
-    monkeypatch.setattr("sdbctl.bench.OBJECTIVES", {"conceal": OBJECTIVES["conceal"]})
+    monkeypatch.setattr("sdbctl.bench.LOSSES", {"conceal": LOSSES["conceal"]})
     small = ("--arch", "cnn-tiny", "--student", "cnn-tiny", "--image-size", 8, "--batch-size", 8, "--rounds", 1)
     done = run_cli("bench", *small, "--precision", "fp32", "--json")
     assert done.returncode == 0, done.stderr

@@ -17,4 +17,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sdb": SDB,
 }
 
-__all__ = ["OBJECTIVES", "Objective", "Terms", "Views"]
+LOSSES = {name: objective for name, objective in OBJECTIVES.items() if objective.terms is not None}
+"""Those that train a network."""
+
+__all__ = ["LOSSES", "OBJECTIVES", "Objective", "Terms", "Views"]

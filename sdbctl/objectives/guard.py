@@ -18,4 +18,5 @@ GUARD = Objective(
     None,
     presets={"default": Preset()},
     keyed=None,
+    divisors=(),
 )
