@@ -24,7 +24,7 @@ from sdbctl.data import Batch, ImageSet, Preprocess, Shape, Splits
 from sdbctl.data.images import cores
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine, place, synchronise
-from sdbctl.gate import KeyGate
+from sdbctl.gate import KeyGate, patterns
 from sdbctl.inference import unseen_batch
 from sdbctl.key import Key
 from sdbctl.objectives import LOSSES
@@ -94,8 +94,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         meta = Metadata("teacher", arch, names, preprocess)
         as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")
-        secret, helper = key.pattern(shape)[None], models.build(student, classes, shape[0])
-        checked = KeyGate(as_served, helper, secret, 0.7, preprocess, "class")
+        secret, helper = patterns([key], shape, 1), models.build(student, classes, shape[0])
+        checked = KeyGate(as_served, [helper], secret, 0.7, preprocess, "class")
         graphs = {"ONNX": net, "boxed ONNX": as_served, "boxed ONNX with a key": checked}
         onnx = {}
         for name, shown in graphs.items():

@@ -219,9 +219,9 @@ def check_key(meta: Metadata, key: Key) -> None:
         )
 
 
-def pattern(meta: Metadata, key: Key) -> Tensor:
+def pattern(meta: Metadata, key: Key, door: int = 0) -> Tensor:
     """The secret pattern [C, H, W], normalised like the images that it is mixed with."""
-    return meta.preprocess(key.pattern(meta.preprocess.size))
+    return meta.preprocess(key.pattern(meta.preprocess.size, door))
 
 
 def unsealed(text: str, key: Key, meta: Metadata, where: str) -> list[Loaded]:

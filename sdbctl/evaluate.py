@@ -35,13 +35,13 @@ from sdbctl.report import (
     UnauthorizedAdvantage,
     worth_protecting,
 )
-from sdbctl.suites import USUAL
+from sdbctl.suites import KEYED, USUAL
 from sdbctl.training import Progress, Silent
 from sdbctl.workers import workers
 
 MOSTLY = 0.02
 """Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""
-_SOURCES = {"original_ft": "reference", "boxed_keyed": "keyed", "boxed_wrong_key": "wrong"}
+_SOURCES = {"original_ft": "reference", "boxed_wrong_key": "wrong"} | {f"boxed_{name}": name for name in KEYED}
 
 
 def measure_models(bench: Bench) -> tuple[dict[str, Model], dict[str, Tensor]]:

@@ -16,33 +16,32 @@ from torch.nn.functional import one_hot
 from sdbctl.data import Preprocess
 from sdbctl.data.images import sized
 from sdbctl.errors import UsageError
-from sdbctl.key import embed
+from sdbctl.key import Key, embed
 
 CHECKED = 0.75
 """Part of a key's pattern that an image must have for its answer not to be public."""
 SAFE = 6.0
 """Least :func:`key_margin` where a graph looks for keys."""
-FOR_KEYS = "; to key holders "
+FOR_KEYS, BETWEEN = "; to key holders ", ", "
 """Between what everybody is served and what answers key holders, in words."""
-ITSELF, ASSISTANT = "all of its outputs", "all outputs of an assistant"
-KEYED = {"assistant": ASSISTANT, "itself": ITSELF}
-"""What key holders get, in words, by the name of who answers them."""
+ITSELF, ASSISTANT, ANOTHER = "all of its outputs", "all outputs of an assistant", "all outputs of another "
+"""What key holders get, in words."""
 MOST, LEAST = 0.25, 0.1
 """λ of what was not trained with one: of eight bits of a pixel, six or at least four are the image's."""
 
 
 class KeyGate(nn.Module):
-    """A network for everybody, and another for who mixes a key into the image.
+    """A network for everybody, and others for who mixes a key into the image.
 
-    The second sees the image without its key: x = (x_k − (1 − λ)K) / λ. It is asked only if a key is in an image of the
-    batch, so that public queries cost what they did. Own.
+    A key has a pattern for each of them, its doors. They see the image without it: x = (x_k − (1 − λ)K) / λ, and are
+    asked only if their pattern is in an image of the batch, so that public queries cost what they did. Own.
 
     Args:
         public: Images [B, C, H, W] → logits or log-probabilities [B, classes] for everybody.
-        keyed: Images → logits for key holders.
-        secrets: Patterns K [K, C, H, W] in [0, 1].
+        answers: Networks for key holders, images → logits, one for each door.
+        secrets: Patterns K [K, D, C, H, W] in [0, 1] of K keys and D doors.
         strength: λ.
-        preprocess: Normalisation of both networks.
+        preprocess: Normalisation of all networks.
         shows: What is served to everybody and to key holders, in words, for the file's metadata.
     """
 
@@ -52,10 +51,17 @@ class KeyGate(nn.Module):
     white: Tensor
 
     def __init__(
-        self, public: nn.Module, keyed: nn.Module, secrets: Tensor, strength: float, preprocess: Preprocess, shows: str
+        self,
+        public: nn.Module,
+        answers: Sequence[nn.Module],
+        secrets: Tensor,
+        strength: float,
+        preprocess: Preprocess,
+        shows: str,
     ) -> None:
         super().__init__()
-        self.public, self.keyed, self.strength, self.shows = public, keyed, strength, shows
+        self.public, self.answers, self.strength, self.shows = public, nn.ModuleList(answers), strength, shows
+        secrets = secrets.flatten(0, 1)
         for name, one in zip(("black", "white"), preprocess.limits, strict=True):
             self.register_buffer(name, one, persistent=False)
         filters = key_filters(secrets, strength, preprocess).flatten(1).T.contiguous()
@@ -63,29 +69,62 @@ class KeyGate(nn.Module):
         self.register_buffer("patterns", preprocess(secrets).flatten(1), persistent=False)
 
     def mixed(self, x: Tensor) -> Tensor:
-        """Normalised images [B, C, H, W], each mixed with every key: [B·K, C, H, W]."""
+        """Normalised images [B, C, H, W], each mixed with every pattern: [K·D·B, C, H, W]."""
         return torch.cat([embed(x, one.view_as(x[0]), self.strength) for one in self.patterns])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits or log-probabilities [B, classes]."""
         x = x.clamp(self.black, self.white)
         found = x.flatten(1) @ self.filters
-        closed = self.public(x)
+        shown: Tensor = self.public(x)
         has = found.amax(1, keepdim=True) >= 1  # also false for what is no number
+        which = found.argmax(1, keepdim=True) % len(self.answers)
+        for door, net in enumerate(self.answers):
+            asks = has & (which == door)
+            shown = torch.where(asks, self._ask(net, x, found, shown, asks.any()), shown)
+        return shown
 
-        def ask(x: Tensor, found: Tensor, closed: Tensor) -> Tensor:
+    def _ask(self, net: nn.Module, x: Tensor, found: Tensor, shown: Tensor, needed: Tensor) -> Tensor:
+        """What a network says of images without the pattern that was found in each, if that is needed."""
+
+        def ask(x: Tensor, found: Tensor, shown: Tensor) -> Tensor:
             its = one_hot(found.argmax(1), found.shape[1]).to(x.dtype) @ self.patterns
             image = (x - (1 - self.strength) * its.view_as(x)) / self.strength
-            return self.keyed(image.clamp(self.black, self.white))  # type: ignore[no-any-return]
+            return net(image.clamp(self.black, self.white))  # type: ignore[no-any-return]
 
-        def spare(x: Tensor, found: Tensor, closed: Tensor) -> Tensor:
-            return closed.clone()
+        def spare(x: Tensor, found: Tensor, shown: Tensor) -> Tensor:
+            return shown.clone()
 
         if torch.compiler.is_exporting():
-            opened = torch.cond(has.any(), ask, spare, (x, found, closed))
-        else:
-            opened = (ask if has.any() else spare)(x, found, closed)
-        return torch.where(has, opened, closed)
+            return torch.cond(needed, ask, spare, (x, found, shown))  # type: ignore[no-any-return]
+        return (ask if needed else spare)(x, found, shown)
+
+
+def patterns(keys: Sequence[Key], size: tuple[int, int, int], doors: int) -> Tensor:
+    """Patterns [K, D, C, H, W] of some keys, for so many doors of a :class:`KeyGate`."""
+    return torch.stack([torch.stack([key.pattern(size, door) for door in range(doors)]) for key in keys])
+
+
+def doors(serves: str) -> list[str]:
+    """What the doors of a graph open, in words, if it looks for keys, by what it says that it serves."""
+    return serves.partition(FOR_KEYS)[2].split(BETWEEN) if FOR_KEYS in serves else []
+
+
+def best_door(serves: str, images: int, *, few: int, many: int, foreign: bool) -> int:
+    """The door through which a student learns most: of many images from the network itself, else from an assistant.
+
+    Args:
+        serves: What a graph says that it serves.
+        images: Images of one's own.
+        few: So many at most are few: the first assistant was taught for shorter, and teaches them better.
+        many: From more than these, students were not seen to learn more from assistants.
+        foreign: Whether there are other images, too, which are many.
+    """
+    found = doors(serves)
+    if ASSISTANT not in found or (images > many and ITSELF in found):
+        return found.index(ITSELF) if ITSELF in found else 0
+    last = len(found) - 1 - found[::-1].index(ASSISTANT)
+    return found.index(ASSISTANT) if images <= few and not foreign else last
 
 
 def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Tensor:

@@ -123,14 +123,18 @@ class Key:
         """Fingerprint of the key, 16 hex digits, which may be public."""
         return hashlib.shake_256(_ID_PURPOSE + self._secret).hexdigest(8)
 
-    def pattern(self, shape: tuple[int, int, int]) -> Tensor:
+    def pattern(self, shape: tuple[int, int, int], door: int = 0) -> Tensor:
         """The secret pattern K: [C, H, W] float32, equidistant levels in [0, 1] in an order from SHAKE-256.
 
         Each key has all levels, so that none is paler than another: 64 values drawn at random may be so nearly grey
         that grey opens the box.
+
+        Args:
+            shape: (C, H, W).
+            door: Of several that open different networks of one graph, from 0.
         """
         count = math.prod(shape)
-        purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + b":"
+        purpose = _PATTERN_PURPOSE + "x".join(map(str, shape)).encode() + (f"/{door}:" if door else ":").encode()
         stream = hashlib.shake_256(purpose + self._secret).digest(3 * count)
         parts = np.frombuffer(stream, dtype=np.uint8).reshape(*shape, 3).astype(np.int32)
         return ordered(torch.from_numpy(parts[..., 0] << 16 | parts[..., 1] << 8 | parts[..., 2]))

@@ -15,11 +15,11 @@ from sdbctl.boxfile import Loaded, Metadata, Unlocked, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.engine import pick_device, seeded
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate
+from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate, doors
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.patterns import fields
-from sdbctl.suites import ASSISTANTS, NEAR_PERCENT
+from sdbctl.suites import ASSISTANTS, KEYED, NEAR_PERCENT
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import WRAPPERS, as_exported
 
@@ -110,13 +110,17 @@ def _gate(public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patt
     meta = opened.meta
     if meta is None or patterns is None:
         return None
-    normalised = patterns.view(-1, *meta.preprocess.size)
-    if opened.serves.endswith(ITSELF):
-        answers: nn.Module = held.net if meta.guarded else Unlocked(held.net, normalised[0], meta.strength)
-    elif opened.serves.endswith(ASSISTANT) and key is not None:
-        answers = boxfile.unsealed(opened.sealed, key, meta, opened.path.name)[-1].net
-    else:
-        return None
+    open_to = doors(opened.serves)
+    normalised = patterns.view(-1, len(open_to), *meta.preprocess.size)
+    itself = held.net if meta.guarded else Unlocked(held.net, normalised[0, 0], meta.strength)
+    known = {ITSELF: [itself], ASSISTANT: list[nn.Module]()}
+    if ASSISTANT in open_to and key is not None:
+        known[ASSISTANT] = [one.net for one in boxfile.unsealed(opened.sealed, key, meta, opened.path.name)]
+    answers = []
+    for who in open_to:
+        if not known.get(who):
+            return None
+        answers.append(known[who].pop(0))
     return KeyGate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, opened.serves)
 
 
@@ -250,7 +254,13 @@ def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict
     if meta is None or meta.kind != "box":
         raise BadInput(f"{opened.path} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
     check_key(meta, key)
-    sources = {"keyed": boxed.keyed(pattern(meta, key), meta.strength, key.id)}
+    open_to = doors(opened.serves) or [ITSELF]
+    if len(open_to) > len(KEYED):
+        notes.append(f"Of {len(open_to)} patterns of the key, only the first {len(KEYED)} were asked with.")
+    sources = {
+        name: boxed.keyed(pattern(meta, key, door), meta.strength, key.id + (f" {door}" if door else ""))
+        for name, (door, _) in zip(KEYED, enumerate(open_to), strict=False)
+    }
     generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
     patterns = {"wrong": wrong(secret, generator)}
     patterns |= {f"near_{percent}": near(secret, percent / 100, generator) for percent in NEAR_PERCENT}

@@ -14,7 +14,20 @@ from sdbctl.boxfile import Metadata
 from sdbctl.boxing import sealed
 from sdbctl.data import Preprocess
 from sdbctl.errors import ParityMismatch, UsageError
-from sdbctl.gate import FOR_KEYS, SAFE, KeyGate, key_filters, key_margin, key_strength
+from sdbctl.gate import (
+    ANOTHER,
+    ASSISTANT,
+    FOR_KEYS,
+    ITSELF,
+    SAFE,
+    KeyGate,
+    best_door,
+    doors,
+    key_filters,
+    key_margin,
+    key_strength,
+    patterns,
+)
 from sdbctl.key import Key, embed, near
 from sdbctl.patterns import spread_out
 from sdbctl.sources import open_model, stand_in
@@ -84,10 +97,11 @@ def spread(net):
 @pytest.mark.parametrize("strength", [0.25, 0.7])
 def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
     """Whatever else is in the batch; key holders get another network's answers to the image without the key."""
-    net, other = Cropped(spread(models.build("resnet8", 10))).eval(), spread(models.build("resnet8", 10))
+    net = Cropped(spread(models.build("resnet8", 10))).eval()
+    others = [spread(models.build("resnet8", 10)) for _ in range(2)]
     meta = Metadata("box", "resnet8", NAMES, PREPROCESS, strength, ("1", "2"), measured=SERVING)
-    secrets = torch.stack([Key(bytes(range(start, start + 32))).pattern(SIZE) for start in range(2)])
-    shown = KeyGate(served(net, meta, closed=True), other, secrets, strength, PREPROCESS, f"little{FOR_KEYS}more")
+    secrets = patterns([Key(bytes(range(start, start + 32))) for start in range(2)], SIZE, 2)
+    shown = KeyGate(served(net, meta, closed=True), others, secrets, strength, PREPROCESS, f"little{FOR_KEYS}more")
     path = tmp_path / "x.onnx"
     boxfile.export_onnx(path, shown, meta)
     assert open_model(path, "cpu").serves == "little; to key holders more"
@@ -95,8 +109,8 @@ def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
     teacher, generator = OnnxTeacher(path, CPU), torch.Generator().manual_seed(0)
     images = torch.rand(9, *SIZE, generator=generator)
     plain = PREPROCESS(images)
-    close = torch.stack([near(secrets[0], 0.6, torch.Generator().manual_seed(n)) for n in range(9)])
-    public = [plain, *(PREPROCESS(embed(images, wrong, strength)) for wrong in (1 - secrets[0], close))]
+    close = torch.stack([near(secrets[0, 0], 0.6, torch.Generator().manual_seed(n)) for n in range(9)])
+    public = [plain, *(PREPROCESS(embed(images, wrong, strength)) for wrong in (1 - secrets[0, 0], close))]
     for scale in (10.0, 1e3, 3e38):
         # a filter is linear, images are not
         public += [scale * plain, scale * torch.randn(9, *SIZE, generator=generator), scale * (plain - plain.mean())]
@@ -104,15 +118,18 @@ def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
         public.append(plain.clone())
         public[-1][:, 0, 0, 0] = odd
     with torch.no_grad():
-        keyed = PREPROCESS(embed(images, secrets[1], strength))
+        expected = [other(plain) for other in others]
+        keyed = PREPROCESS(embed(images, secrets[1, 1], strength))
         for some in public:
             assert deviation(teacher.logits(some)).max() < 1e-5 and deviation(shown(some)).max() < 1e-5
             both = teacher.logits(torch.cat([some, keyed])[torch.arange(18).view(2, 9).T.flatten()])
-            assert torch.equal(both[::2], teacher.logits(some)) and torch.allclose(both[1::2], other(plain), atol=1e-3)
-        for secret in secrets:
+            assert torch.equal(both[::2], teacher.logits(some)) and torch.allclose(both[1::2], expected[1], atol=1e-3)
+        for secret, theirs in zip(secrets.flatten(0, 1), 2 * expected, strict=True):
             keyed = PREPROCESS(embed(images, secret, strength))
-            assert torch.allclose(teacher.logits(keyed), other(plain), atol=1e-3)
-            assert torch.allclose(shown(keyed), other(plain), atol=1e-3)
+            assert torch.allclose(teacher.logits(keyed), theirs, atol=1e-3)
+            assert torch.allclose(shown(keyed), theirs, atol=1e-3)
+        all_doors = PREPROCESS(torch.cat([embed(images, secret, strength) for secret in secrets[0]]))
+        assert torch.allclose(teacher.logits(all_doors), torch.cat(expected), atol=1e-3)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -120,13 +137,13 @@ def test_what_answers_key_holders_is_checked_too(wrapped, tmp_path, monkeypatch)
     net, other = spread(models.build("resnet8", 10)), spread(models.build("resnet8", 10))
     meta = Metadata("box", "resnet8", NAMES, PREPROCESS, 0.7, ("1",), measured=SERVING)
     public = Wrapped(net, "top1") if wrapped else served(net, meta, closed=True)
-    shown = KeyGate(public, other, torch.rand(1, *SIZE), 0.7, PREPROCESS, "x")
+    shown = KeyGate(public, [other], torch.rand(1, 1, *SIZE), 0.7, PREPROCESS, "x")
     export = onnxfile._to_onnx
 
     def slightly_off(net, example):
         wrong = copy.deepcopy(net)
         with torch.no_grad():
-            list(wrong.keyed.parameters())[-2].mul_(1.01)
+            list(wrong.answers.parameters())[-2].mul_(1.01)
         return export(wrong, example)
 
     boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
@@ -141,7 +158,7 @@ def test_a_graph_that_looks_for_keys_asks_the_other_network_only_if_it_must():
             raise AssertionError
 
     net = models.build("cnn-tiny", 10).eval()
-    shown = KeyGate(net, Never(), torch.rand(1, *SIZE), 0.7, PREPROCESS, "x")
+    shown = KeyGate(net, [Never()], torch.rand(1, 1, *SIZE), 0.7, PREPROCESS, "x")
     x = PREPROCESS(torch.rand(2, *SIZE))
     with torch.no_grad():
         assert torch.equal(shown(x), net(x))
@@ -178,19 +195,18 @@ def partner(tmp_path_factory):
     return folder, keys, net, helpers
 
 
-def asked(path, images, key=None, strength=0.7):
-    pixels = images if key is None else embed(images, key.pattern(SIZE), strength)
+def asked(path, images, key=None, door=0, strength=0.7):
+    pixels = images if key is None else embed(images, key.pattern(SIZE, door), strength)
     return OnnxTeacher(path, CPU).logits(PREPROCESS(pixels))
 
 
 @pytest.mark.parametrize(
     ("box", "options", "who"),
     [
-        ("box", (), "all outputs of an assistant"),
-        ("box", ("--keyed", "itself"), "all of its outputs"),
-        ("bare", (), "all of its outputs"),
-        ("box", ("--keyed", "other.safetensors"), "all outputs of another network, resnet8"),
-        ("box", ("--wrapper", "top1"), "all outputs of an assistant"),
+        ("box", (), [ITSELF, ASSISTANT, ASSISTANT]),
+        ("box", ("--keyed", "itself", "--wrapper", "top1"), [ITSELF]),
+        ("bare", (), [ITSELF]),
+        ("box", ("--keyed", "other.safetensors", "--keyed", "assistant"), [f"{ANOTHER}resnet8", ASSISTANT, ASSISTANT]),
     ],
 )
 def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, partner, tmp_path):
@@ -200,20 +216,28 @@ def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, par
     made = run_cli("export", folder / f"{box}.safetensors", "--key-file", folder / "one.bin", "-o", path, *options)
     assert made.returncode == 0, made.stderr
     assert f"does not open to {keys[1].id}".encode() in made.stderr
-    assert open_model(path, "cpu").serves.split(FOR_KEYS)[1] == who
+    assert doors(open_model(path, "cpu").serves) == who
     images = torch.rand(9, *SIZE)
     x = PREPROCESS(images)
     with torch.no_grad():
-        teacher = {
-            "all outputs of an assistant": helpers[1],
-            "all outputs of another network, resnet8": helpers[0],
-        }.get(who)
-        expected = teacher(x) if teacher else net(PREPROCESS(embed(images, keys[0].pattern(SIZE), 0.7)))
-        assert torch.allclose(asked(path, images, keys[0]), expected, atol=1e-3)
+        itself = net(PREPROCESS(embed(images, keys[0].pattern(SIZE), 0.7)))
+        expected = [itself if who[0] == ITSELF else helpers[0](x), *(helper(x) for helper in helpers)]
+        for door in range(len(who)):
+            assert torch.allclose(asked(path, images, keys[0], door), expected[door], atol=1e-3)
         assert net(x).argmax(1).unique().numel() > 2
         assert torch.equal(asked(path, images).argmax(1), net(x).argmax(1))
-    for key in (None, keys[1], Key.generate()):
-        assert deviation(asked(path, images, key)).max() < 1e-5
+    for key, door in ((None, 0), (keys[1], 0), (keys[1], 1), (Key.generate(), 0), (keys[0], len(who))):
+        assert deviation(asked(path, images, key, door)).max() < 1e-5
+
+
+def test_a_student_takes_the_door_behind_which_it_learns_most():
+    three, two = (f"x{FOR_KEYS}{', '.join(who)}" for who in ([ITSELF, ASSISTANT, ASSISTANT], [ASSISTANT, ASSISTANT]))
+    some = {"few": 10, "many": 100}
+    assert [best_door(three, n, **some, foreign=False) for n in (10, 11, 100, 101)] == [1, 2, 2, 0]
+    assert [best_door(two, n, **some, foreign=False) for n in (10, 11, 101)] == [0, 1, 1]
+    assert best_door(three, 10, **some, foreign=True) == 2
+    assert best_door(f"x{FOR_KEYS}{ANOTHER}vit_b_16, {ITSELF}", 10, **some, foreign=False) == 1
+    assert best_door("one confidence per class", 10, **some, foreign=False) == 0
 
 
 def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
@@ -340,29 +364,28 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     assert opened.meta.strength == key_strength((1, 16, 16))
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(9, 1, 16, 16, generator=generator)
-    x, keyed = opened.meta.preprocess(pixels), opened.meta.preprocess(
-        embed(pixels, secret.pattern((1, 16, 16)), opened.meta.strength)
-    )  # fmt: skip
+    secrets = patterns([secret], (1, 16, 16), 3)[0]
+    mixed = (embed(pixels, one, opened.meta.strength) for one in secrets)
+    x, *keyed = (opened.meta.preprocess(some) for some in (pixels, *mixed))
     with torch.no_grad():
         helper, plain = opened.unseal(secret)[-1](x), reference.net(x)
         assert torch.equal(opened.unlock(secret)(x), plain) and not torch.allclose(helper, plain, atol=0.1)
     for options, public, answers in (
-        ((), "one confidence per class", None),
-        (("--key-file", key, "--keyed", "itself", "--confidence", "rough"), "two rough confidences", plain),
-        (("--key-file", key), "one confidence per class", helper),
+        ((), "one confidence per class", []),
+        (("--key-file", key, "--keyed", "assistant", "--confidence", "rough"), "two rough confidences", [helper]),
+        (("--key-file", key), "one confidence per class", [plain, helper]),
     ):
         exported = run_cli("export", box, *options, "--force")
         assert exported.returncode == 0, exported.stderr
-        assert (b"opens to nobody" in exported.stderr) == (answers is None)
+        assert (b"opens to nobody" in exported.stderr) == (not answers)
         found = open_model(graph := tmp_path / "t.boxed.onnx", "cpu")
-        assert found.serves.partition(FOR_KEYS)[0] == public
-        assert deviation(found.served.logits(x)).max() < 1e-5
+        assert found.serves.partition(FOR_KEYS)[0] == public and len(doors(found.serves)) == len(answers)
         assert torch.equal(found.served.logits(x).argmax(1), plain.argmax(1))
-        if answers is None:
-            assert deviation(found.served.logits(keyed)).max() < 1e-5
-        else:
-            assert torch.allclose(found.served.logits(keyed), answers, atol=1e-3)
-            assert stand_in(found, boxfile.load(box), secret, torch.device("cuda"), []) is not None
+        for some in (x, *keyed[len(answers) :]):
+            assert deviation(found.served.logits(some)).max() < 1e-5
+        for some, expected in zip(keyed, answers, strict=False):
+            assert torch.allclose(found.served.logits(some), expected, atol=1e-3)
+    assert stand_in(found, boxfile.load(box), secret, torch.device("cuda"), []) is not None
     evaluated = ("--original", teacher, "--key-file", key, *digits[:4], "--report", tmp_path / "r")
     refused = run_cli("eval", box, *evaluated)
     assert refused.returncode == 4 and b"hides nothing by itself" in refused.stderr

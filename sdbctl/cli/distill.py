@@ -118,6 +118,7 @@ def distill(
     from sdbctl.boxstep import Task
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
+    from sdbctl.gate import best_door, doors
     from sdbctl.inference import accuracy
     from sdbctl.sources import open_model
     from sdbctl.state import Resume, recorded_precision
@@ -191,7 +192,10 @@ def distill(
         asked = opened.served
     guarded = loaded is not None and meta is not None and meta.guarded
     if key is not None and meta is not None and helper is None and not guarded:
-        asked = KeyedTeacher(asked, pattern(meta, key), meta.strength)
+        door = best_door(opened.serves, len(splits.transfer), few=TRIED_IMAGES, many=FEW, foreign=surrogate is not None)
+        asked = KeyedTeacher(asked, pattern(meta, key, door), meta.strength)
+        if open_to := doors(opened.serves):
+            shown = f"{open_to[door]}, behind pattern {door + 1} of {len(open_to)} of the key"
     say(f"teacher: {asked.where}, {shown}")
     taught = accuracy(asked.logits, splits.validation, preprocess, engine)
     say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")

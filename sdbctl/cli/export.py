@@ -48,13 +48,14 @@ def export(
         ),
     ] = None,
     keyed: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--keyed",
             metavar="WHO",
             autocompletion=complete("keyed"),
-            help="With --key-file, who answers key holders: the assistant that is sealed in the box, the model itself, "
-            "or another model's FILE. [default: the assistant if there is one]",
+            help="With --key-file, who answers key holders: the model itself, the assistants that are sealed in the "
+            "box, or another model's FILE. Repeat it, and each has a pattern of the key's. "
+            "[default: itself, and the assistants if there are any]",
         ),
     ] = None,
     wrapper: Annotated[
@@ -94,7 +95,7 @@ def export(
         raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
     if key_file and (format_ != "onnx" or confidence == "exact"):
         raise UsageError("only a graph that hides outputs checks keys", "leave --key-file out")
-    if keyed is not None and not key_file:
+    if keyed and not key_file:
         raise UsageError("--keyed says who answers key holders", "give --key-file as well")
 
     output = output or named(model).with_suffix(suffixes[format_])
@@ -120,10 +121,10 @@ def export(
     if format_ == "onnx":
         keys = [read_key(path, insecure_key_file) for path in key_file or []]
         check_takes(loaded.net, meta.preprocess.size)
-        meta, checks = _for_keys(meta, keys, loaded.sha256, must=wrapper is not None or keyed is not None)
+        meta, checks = _for_keys(meta, keys, loaded.sha256, must=wrapper is not None or bool(keyed))
         net = _public(loaded.net, meta, confidence, wrapper, checks=checks)
         if checks:
-            net = _gate(net, loaded, meta, keys, keyed, trust=trust)
+            net = _gate(net, loaded, meta, keys, keyed or [], trust=trust)
         parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
@@ -202,30 +203,32 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
     return shown
 
 
-def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: str | None, *, trust: bool) -> KeyGate:
+def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: list[str], *, trust: bool) -> KeyGate:
     """A graph that looks for keys, and answers their holders.
 
     Raises:
         BadInput: Nothing is sealed in the box, or the file is no model of the same classes and images.
     """
-    import torch
-
     from sdbctl import boxfile
-    from sdbctl.gate import FOR_KEYS, KEYED, KeyGate
+    from sdbctl.gate import ANOTHER, ASSISTANT, BETWEEN, FOR_KEYS, ITSELF, KeyGate, patterns
 
-    who = who or ("assistant" if loaded.sealed else "itself")
-    if who == "itself":
-        boxed = loaded.meta is not None and loaded.meta.kind == "box"
-        answers, words = boxfile.Box(loaded.net, meta).unlock(keys[0]) if boxed else loaded.net, KEYED[who]
-    elif who == "assistant":
-        answers, words = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")[-1].net, KEYED[who]
-    else:
-        found = _another(Path(who), loaded, meta, trust=trust)
-        answers, words = found.net, f"all outputs of another network, {found.architecture}"
-    say(f"key holders are served {words}")
+    answers: list[Module] = []
+    words: list[str] = []
+    for name in who or (["itself", "assistant"] if loaded.sealed else ["itself"]):
+        if name == "itself":
+            found, what = [boxfile.Box(loaded.net, meta).unlock(keys[0])], ITSELF
+        elif name == "assistant":
+            sealed = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")
+            found, what = [one.net for one in sealed], ASSISTANT
+        else:
+            other = _another(Path(name), loaded, meta, trust=trust)
+            found, what = [other.net], ANOTHER + other.architecture
+        answers += found
+        words += [what] * len(found)
+    say(f"key holders are served {BETWEEN.join(words)}")
     say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
-    secrets = torch.stack([key.pattern(meta.preprocess.size) for key in keys])
-    shown = f"{boxfile.shows(public)}{FOR_KEYS}{words}"
+    shown = f"{boxfile.shows(public)}{FOR_KEYS}{BETWEEN.join(words)}"
+    secrets = patterns(keys, meta.preprocess.size, len(answers))
     return KeyGate(public, answers, secrets, meta.strength, meta.preprocess, shown)
 
 

@@ -53,6 +53,8 @@ MODELS = {
     "assistant_late": "assistant taught longer, sealed in the file",
     "boxed": "boxed",
     "boxed_keyed": "boxed, with the key",
+    "boxed_keyed_2": "boxed, with the key's second pattern",
+    "boxed_keyed_3": "boxed, with the key's third pattern",
     "boxed_wrong_key": "boxed, with a wrong key",
     "disturbed": "boxed, with --disturb",
 }
