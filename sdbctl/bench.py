@@ -94,8 +94,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         meta = Metadata("teacher", arch, names, preprocess)
         as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")
-        secret, helper = patterns([key], shape, 1), models.build(student, classes, shape[0])
-        checked = KeyGate(as_served, [helper], secret, 0.7, preprocess, "class")
+        helpers = [models.build(student, classes, shape[0]) for _ in range(2)]
+        checked = KeyGate(as_served, [net, *helpers], patterns([key], shape, 3), 0.7, preprocess, "class")
         graphs = {"ONNX": net, "boxed ONNX": as_served, "boxed ONNX with a key": checked}
         onnx = {}
         for name, shown in graphs.items():

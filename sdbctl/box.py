@@ -270,8 +270,7 @@ def _guarded(original: Loaded, made: Box, assistant: nn.Module | None, task: Tas
         answers = place(assistant, task.engine.device) if assistant is not None else net
         measured = _measured(original.net, net, place(public, task.engine.device), [answers], task) | shown
     measured["seconds"] = round(time.perf_counter() - begin, 1)
-    made.meta = replace(made.meta, measured=measured)
-    return Boxed(made, original.file_state(net), measured)
+    return Boxed(Box(net, replace(made.meta, measured=measured)), original.file_state(net), measured)
 
 
 def _measured(

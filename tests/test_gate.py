@@ -369,6 +369,7 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     x, *keyed = (opened.meta.preprocess(some) for some in (pixels, *mixed))
     with torch.no_grad():
         helper, plain = opened.unseal(secret)[-1](x), reference.net(x)
+        assert deviation(opened(x)).max() < 1e-5 and torch.equal(opened(x).argmax(1), plain.argmax(1))
         assert torch.equal(opened.unlock(secret)(x), plain) and not torch.allclose(helper, plain, atol=0.1)
     for options, public, answers in (
         ((), "one confidence per class", []),

@@ -22,7 +22,7 @@ if [ "$checkpoint" = digits ]; then
     set -- "${small[@]}" --epochs 100 --batch-size 64 --student cnn-tiny --student-epochs 120 --student-batch-size 32 \
         --tune 3 --seeds 8 "$@"
 fi
-usual="--objective conceal --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim
+usual="--objective conceal --objective guard --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim
     --objective ast --wrapper top1 --wrapper class-constant --wrapper uniform-nontarget --wrapper quantised-confidence
     --wrapper rounded --wrapper reverse-sigmoid --wrapper misdirection"
 # shellcheck disable=SC2086
