@@ -191,14 +191,15 @@ def box(
         keys: The secret keys, each of which opens the box; what is measured with a key is the worst of them.
         task: The owner's data.
         config: How to box.
-        assistant: From :func:`assist`, if the key is to open that one, or if it answers key holders.
+        assistant: From :func:`assist`, if the key is to open that one.
         progress: Where progress goes.
         resume_from: Path of the state that survives an interrupted run.
 
     Raises:
-        UsageError: A key is given twice, or the assistant is missing.
+        UsageError: A key is given twice, the assistant is missing, or images are too small for what looks for a key.
     """
     begin, data, engine = time.perf_counter(), task.data, task.engine
+    config = config.fitted(task.preprocess.size)
     teacher = {"reference": reference, "original": original.net, "assistant": assistant}[config.teacher]
     if teacher is None:
         raise UsageError("the key cannot open an assistant that is not there", "make one with assist")
@@ -215,7 +216,7 @@ def box(
     net = copy.deepcopy(reference)
     made = Box(net, meta)
     if not config.trained:
-        return _guarded(original, made, assistant, task, begin)
+        return _guarded(original, made, task, begin)
     unlocked = [made.unlock(key).to(engine.device) for key in keys]
     some = data.validation.first(SHOWN_IMAGES)
 
@@ -260,17 +261,17 @@ def box(
     return Boxed(made, original.file_state(net) | unused, measured)
 
 
-def _guarded(original: Loaded, made: Box, assistant: nn.Module | None, task: Task, begin: float) -> Boxed:
+def _guarded(original: Loaded, made: Box, task: Task, begin: float) -> Boxed:
     """A box whose weights are the reference's: what is measured of it is what its graph serves."""
     net, task = made.net, replace(task, engine=Engine(task.engine.device))
     with exact(task.engine.device):
         some = task.data.validation
         shown = confidences(predict(net, some, task.preprocess, task.engine), some.labels)
-        public = served(net, replace(made.meta, measured=shown))
-        answers = place(assistant, task.engine.device) if assistant is not None else net
-        measured = _measured(original.net, net, place(public, task.engine.device), [answers], task) | shown
+        public = place(served(net, replace(made.meta, measured=shown)), task.engine.device)
+        measured = _measured(original.net, net, public, [net], task) | shown
     measured["seconds"] = round(time.perf_counter() - begin, 1)
-    return Boxed(Box(net, replace(made.meta, measured=measured)), original.file_state(net), measured)
+    made.meta = replace(made.meta, measured=measured)
+    return Boxed(made, original.file_state(net), measured)
 
 
 def _measured(

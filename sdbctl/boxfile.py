@@ -149,16 +149,16 @@ class Box(nn.Module):
     def __init__(self, net: nn.Module, meta: Metadata, sealed: str = "") -> None:
         super().__init__()
         self.net, self.meta, self.sealed = net, meta, sealed
-        self.shown: nn.Module | None = None
-        if meta.guarded:
-            # what serves networks is built on their files
-            from sdbctl.wrappers import served
-
-            self.shown = served(net, meta)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Public logits [B, C] of images [B, C, H, W], normalised exactly as the original's."""
-        return (self.shown or self.net)(x)  # type: ignore[no-any-return]
+        """Public logits [B, C] of images [B, C, H, W], normalised exactly as the original's.
+
+        Raises:
+            UsageError: These weights hide nothing, and only a graph made of them may be shown.
+        """
+        if self.meta.guarded:
+            raise UsageError("a guarded box hides nothing by itself", "ask what export --key-file makes of it")
+        return self.net(x)  # type: ignore[no-any-return]
 
     def unlock(self, key: Key) -> nn.Module:
         """The model as its key holders see it.
@@ -419,13 +419,14 @@ def shows(net: nn.Module) -> str:
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:
     """Write a network as ONNX with its metadata, and with what it :func:`shows`; see :func:`sdbctl.onnxfile.write`.
 
-    Only its owner may read the file if it holds a key's pattern, or an unprotected model that shows all that it knows.
+    Only its owner may read the file if it holds a key's pattern, what was not trained to hide, or an unprotected model
+    that shows all that it knows.
     """
     example = meta.preprocess(torch.rand(3, *meta.preprocess.size, generator=torch.Generator().manual_seed(0)))
     if isinstance(net, KeyGate):
         example = torch.cat([example, net.mixed(example)])
     said = {METADATA_KEY: meta.to_json(), SERVES_KEY: shows(net), SEALED_KEY: sealed}
-    private = isinstance(net, KeyGate) or (meta.private and not hasattr(net, "shows"))
+    private = isinstance(net, KeyGate) or meta.guarded or (meta.private and not hasattr(net, "shows"))
     return onnxfile.write(path, net, example, said, force=force, private=private)
 
 

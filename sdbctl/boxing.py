@@ -129,7 +129,7 @@ def better_teacher(learned: Mapping[str, float]) -> str:
 
 def worth_sealing(learned: Mapping[str, float]) -> bool:
     """Whether students learn clearly more from the assistant than from the others."""
-    return learned["assistant"] - max(learned["original"], learned["reference"]) > WORTH
+    return learned["assistant"] - max(top1 for name, top1 in learned.items() if name != "assistant") > WORTH
 
 
 def reference_of(path: Path, original: Loaded) -> Loaded:
@@ -263,7 +263,10 @@ class Run:
         team.agree(sum(assistant.net is not None for assistant in self.assistants), "the finished assistants")
         self.learned = dict(pair for kept in (self.reference, *self.assistants) for pair in kept.learned.items())
         # who is in question
-        self.rivals = TEACHERS if self.seal is None else TEACHERS[:2] if self.auto else ()
+        self.rivals: tuple[str, ...] = TEACHERS if self.seal is None else TEACHERS[:2] if self.auto else ()
+        if not self.config.trained:
+            # nothing of it is the original as it was given
+            self.rivals = tuple(name for name in self.rivals if name != "original")
         self.compared = self.learned.keys() >= set(self.rivals)
         if self.compared:
             self._decide()
@@ -318,14 +321,13 @@ class Run:
         if not self.compared:
             self._compare()
             self._teach()
-        opened = self.assistants[0] if self.config.trained else self.assistants[-1] if self.seal else None
         made = box(
             self.original,
             self.reference.get(),
             self.keys,
             self.task,
             self.config,
-            assistant=opened.net if opened else None,
+            assistant=self.assistants[0].net,
             progress=self.progress,
             resume_from=self.states[0],
         )
@@ -359,7 +361,7 @@ class Run:
         if self.auto:
             self.config = replace(self.config, teacher=better_teacher(self.learned))
         if self.seal is None:
-            self.seal = worth_sealing(self.learned)
+            self.seal = worth_sealing({name: self.learned[name] for name in self.rivals})
         if self.rivals:
             reached = ", ".join(f"of the {name} {accuracy:.1f} %" for name, accuracy in self.learned.items())
             if self.config.trained:
@@ -367,7 +369,7 @@ class Run:
                     ", and in the file the assistant" if self.seal else ""
                 )
             else:
-                opened = f"key holders will be answered by the {'assistant' if self.seal else 'reference'}"
+                opened = "key holders will be answered by the reference" + (" and the assistants" if self.seal else "")
             self.progress.note(f"small students reach {reached}: {opened}")
 
     def _write(self, made: Boxed) -> None:

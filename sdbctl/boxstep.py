@@ -69,9 +69,14 @@ class BoxConfig:
         if not 0 <= self.wrong_share <= 1:
             raise UsageError(f"wrong share is {self.wrong_share}", "use a number from 0 to 1")
         self.resolved()
-        if not (self.keyed and self.trained) and self.teacher == "assistant":
+        if not self.keyed and self.teacher == "assistant":
             raise UsageError(
                 "this objective has no keyed branch that could learn from an assistant", "leave out --teacher"
+            )
+        if not self.trained and self.teacher != "reference":
+            raise UsageError(
+                f"{self.objective} teaches its key nothing else than the reference",
+                "leave out --teacher; export --keyed says who answers key holders",
             )
         if not self.trained and self.disturb:
             raise UsageError(f"{self.objective} trains nothing that could disturb", "leave --disturb out")
@@ -110,9 +115,9 @@ class BoxConfig:
         """With a λ that a graph finds in images of a size (C, H, W), where the network is not trained with one.
 
         Raises:
-            UsageError: They are too small for a key.
+            UsageError: They are too small for a key, or for this λ.
         """
-        return self if self.trained else replace(self, strength=min(self.strength, key_strength(size)))
+        return self if self.trained else replace(self, strength=key_strength(size, self.strength))
 
     def resolved(self) -> Any:
         """The objective's parameter dataclass, filled in.

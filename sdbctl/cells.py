@@ -20,7 +20,7 @@ from sdbctl.distill import distill
 from sdbctl.engine import Engine, peak_memory
 from sdbctl.inference import accuracy, predict
 from sdbctl.key import correlation
-from sdbctl.suites import BY_NAME, Row, Suite, asks, suite
+from sdbctl.suites import BY_NAME, KEYED, Row, Suite, asks, suite
 from sdbctl.teacher import Access, ClosedTeacher, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Progress, digest
 from sdbctl.updates import Recipe, scaled
@@ -321,12 +321,15 @@ class Bench:
         return (own + ATTACKS[BY_NAME[row].attack].extra(own, foreign)) / whole
 
     @property
+    def secrets(self) -> list[Tensor]:
+        """The key's patterns [C, H, W] in [0, 1], to judge what attackers found; of several the first opens the box."""
+        known = [self.sources[name].pattern for name in KEYED if name in self.sources]
+        return [self.preprocess.undo(pattern) for pattern in known if pattern is not None]
+
+    @property
     def secret(self) -> Tensor | None:
-        """The secret pattern [C, H, W] in [0, 1], to judge what attackers found."""
-        pattern = self.sources["keyed"].pattern if "keyed" in self.sources else None
-        if pattern is None:
-            return None
-        return self.preprocess.undo(pattern)
+        """The first of them."""
+        return next(iter(self.secrets), None)
 
     def record(self, teacher: str) -> Record | None:
         """Where this teacher's answers are kept."""
@@ -364,7 +367,10 @@ class Bench:
         )
         validation = accuracy(made.student, self.validation, self.preprocess, self.engine)
         test = accuracy(made.student, self.test, self.preprocess, self.engine) if cell.final else None
-        found = correlation(made.guess, self.secret) if made.guess is not None and self.secret is not None else None
+        guess = made.guess
+        found = (
+            max((correlation(guess, secret) for secret in self.secrets), default=None) if guess is not None else None
+        )
         beyond = made.beyond if source is not None and source.levels is not None else None
         trained = digest(made.student), peak_memory()
         return Outcome(validation, test, made.seconds, made.queries, found, beyond, *trained)

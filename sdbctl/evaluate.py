@@ -322,6 +322,8 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
             f"Students see {len(bench.transfer):,} transfer images for {bench.config.recipe.epochs} epochs; short "
             "training exaggerates what distillation gives."
         )
+        if bench.config.chosen.tune == 1 and KEYED[1] in bench.sources:
+            notes.append("The key's first pattern alone was asked with; others may teach better.")
         if bench.config.reported < 5:
             notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")
         if bench.config.tuned < max(USUAL, bench.config.chosen.tune):

@@ -26,6 +26,8 @@ FOR_KEYS, BETWEEN = "; to key holders ", ", "
 """Between what everybody is served and what answers key holders, in words."""
 ITSELF, ASSISTANT, ANOTHER = "all of its outputs", "all outputs of an assistant", "all outputs of another "
 """What key holders get, in words."""
+KEYED = {"itself": ITSELF, "assistant": ASSISTANT}
+"""The same by the name of who answers them; what is no name is another model's file."""
 MOST, LEAST = 0.25, 0.1
 """λ of what was not trained with one: of eight bits of a pixel, six or at least four are the image's."""
 
@@ -110,21 +112,20 @@ def doors(serves: str) -> list[str]:
     return serves.partition(FOR_KEYS)[2].split(BETWEEN) if FOR_KEYS in serves else []
 
 
-def best_door(serves: str, images: int, *, few: int, many: int, foreign: bool) -> int:
-    """The door through which a student learns most: of many images from the network itself, else from an assistant.
+def best_door(serves: str, *, itself: bool, late: bool) -> int:
+    """The door through which a student learns most, from 0: the network itself or an assistant, or else the first.
 
     Args:
         serves: What a graph says that it serves.
-        images: Images of one's own.
-        few: So many at most are few: the first assistant was taught for shorter, and teaches them better.
-        many: From more than these, students were not seen to learn more from assistants.
-        foreign: Whether there are other images, too, which are many.
+        itself: Whether students of so many images were not seen to learn more from assistants.
+        late: Whether they are enough for the last assistant, who was taught longest.
     """
     found = doors(serves)
-    if ASSISTANT not in found or (images > many and ITSELF in found):
-        return found.index(ITSELF) if ITSELF in found else 0
-    last = len(found) - 1 - found[::-1].index(ASSISTANT)
-    return found.index(ASSISTANT) if images <= few and not foreign else last
+    if itself and ITSELF in found:
+        return found.index(ITSELF)
+    if ASSISTANT not in found:
+        return 0
+    return len(found) - 1 - found[::-1].index(ASSISTANT) if late else found.index(ASSISTANT)
 
 
 def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Tensor:
@@ -159,18 +160,23 @@ def key_margin(size: Sequence[int], strength: float) -> float:
     return float(CHECKED * (1 - strength) * (math.prod(size) / 3) ** 0.5)
 
 
-def key_strength(size: Sequence[int]) -> float:
+def key_strength(size: Sequence[int], asked: float = MOST) -> float:
     """λ for what was not trained with one: :data:`MOST`, of small images what leaves a :func:`key_margin` that is safe.
 
     Args:
         size: (C, H, W).
+        asked: Another λ.
 
     Raises:
-        UsageError: Images so small leave none.
+        UsageError: Images so small leave none, or not the one that was asked for.
     """
-    found = min(MOST, math.floor(100 * (1 - SAFE / key_margin(size, 0.0))) / 100)
-    if found < LEAST:
-        raise UsageError(
-            f"images of {sized(size)} are so small that they have a key by chance", "take larger images, or no key"
-        )
-    return found
+    most = math.floor(100 * (1 - SAFE / key_margin(size, 0.0))) / 100
+    if most < LEAST:
+        why = f"images of {sized(size)} are so small that they have a key by chance"
+        raise UsageError(why, "take larger images, or do without the key")
+    if asked == MOST:
+        return min(MOST, most)
+    if not LEAST <= asked <= most:
+        why = f"at a key strength of {asked:g} a graph cannot tell the key from chance, or hardly sees the image"
+        raise UsageError(why, f"of {sized(size)} it may be {LEAST:g} to {most:g}")
+    return asked

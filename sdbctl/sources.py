@@ -255,6 +255,8 @@ def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict
         raise BadInput(f"{opened.path} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
     check_key(meta, key)
     open_to = doors(opened.serves) or [ITSELF]
+    if meta.guarded and opened.served is not None and not doors(opened.serves):
+        raise BadInput(f"{opened.path} does not look for a key", "export it with --key-file")
     if len(open_to) > len(KEYED):
         notes.append(f"Of {len(open_to)} patterns of the key, only the first {len(KEYED)} were asked with.")
     sources = {

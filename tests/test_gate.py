@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdbctl import boxfile, models, onnxfile
-from sdbctl.boxfile import Metadata
+from sdbctl.boxfile import GUARD, Metadata
 from sdbctl.boxing import sealed
 from sdbctl.data import Preprocess
 from sdbctl.errors import ParityMismatch, UsageError
@@ -19,6 +19,7 @@ from sdbctl.gate import (
     ASSISTANT,
     FOR_KEYS,
     ITSELF,
+    MOST,
     SAFE,
     KeyGate,
     best_door,
@@ -29,6 +30,7 @@ from sdbctl.gate import (
     patterns,
 )
 from sdbctl.key import Key, embed, near
+from sdbctl.objectives import LOSSES, OBJECTIVES
 from sdbctl.patterns import spread_out
 from sdbctl.sources import open_model, stand_in
 from sdbctl.teacher import OnnxTeacher
@@ -65,6 +67,11 @@ def test_a_filter_finds_its_key_and_nothing_else():
 
 
 def test_small_images_are_mixed_with_more_of_the_key():
+    assert OBJECTIVES["guard"].presets["default"].strength == MOST and set(OBJECTIVES) - set(LOSSES) == {GUARD}
+    assert key_strength((3, 32, 32), 0.5) == 0.5
+    for asked in (0.05, 0.8):
+        with pytest.raises(UsageError, match="key strength"):
+            key_strength((3, 32, 32), asked)
     assert key_strength((3, 32, 32)) == key_strength((1, 28, 28)) == 0.25
     assert 0.1 <= key_strength((1, 16, 16)) < 0.25 and key_margin((1, 16, 16), key_strength((1, 16, 16))) >= SAFE
     with pytest.raises(UsageError, match="1x8x8"):
@@ -232,12 +239,12 @@ def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, par
 
 def test_a_student_takes_the_door_behind_which_it_learns_most():
     three, two = (f"x{FOR_KEYS}{', '.join(who)}" for who in ([ITSELF, ASSISTANT, ASSISTANT], [ASSISTANT, ASSISTANT]))
-    some = {"few": 10, "many": 100}
-    assert [best_door(three, n, **some, foreign=False) for n in (10, 11, 100, 101)] == [1, 2, 2, 0]
-    assert [best_door(two, n, **some, foreign=False) for n in (10, 11, 101)] == [0, 1, 1]
-    assert best_door(three, 10, **some, foreign=True) == 2
-    assert best_door(f"x{FOR_KEYS}{ANOTHER}vit_b_16, {ITSELF}", 10, **some, foreign=False) == 1
-    assert best_door("one confidence per class", 10, **some, foreign=False) == 0
+    assert [best_door(three, itself=False, late=late) for late in (False, True)] == [1, 2]
+    assert [best_door(two, itself=itself, late=True) for itself in (False, True)] == [1, 1]
+    assert best_door(three, itself=True, late=True) == 0
+    mixed = f"x{FOR_KEYS}{ANOTHER}vit_b_16, {ITSELF}"
+    assert [best_door(mixed, itself=itself, late=True) for itself in (False, True)] == [0, 1]
+    assert best_door("one confidence per class", itself=True, late=True) == 0
 
 
 def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
@@ -278,6 +285,7 @@ def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
         ("box", ("--key-file", "one.bin", "--key-file", "one.bin"), 2, "given twice"),
         ("plain", ("--key-file", "one.bin", "--key-file", "one.bin", "--wrapper", "top1"), 2, "given twice"),
         ("box", ("--key-file", "one.bin", "--keyed", "bare.safetensors"), 4, "is a box"),
+        ("box", ("--key-file", "one.bin", "--keyed", "itself", "--keyed", "itself"), 2, "given twice"),
         ("box", ("--key-file", "one.bin", "--keyed", "turned.safetensors"), 4, "other classes"),
         ("box", ("--key-file", "one.bin", "--keyed", "narrow.safetensors"), 4, "normalisation"),
         ("small", ("--key-file", "one.bin", "--wrapper", "top1", "--keyed", "squeezenet.pt"), 2, "16x16"),
@@ -348,7 +356,9 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     command = ("box", teacher, "--key-file", key, "--objective", "guard", *digits, "--epochs", 1)
     for wrong, said in (
         (("--disturb", "0.5"), b"trains nothing"),
-        (("--teacher", "assistant"), b"no keyed branch"),
+        (("--teacher", "assistant"), b"leave out --teacher"),
+        (("--teacher", "original"), b"leave out --teacher"),
+        (("--strength", "0.3"), b"0.1 to 0.13"),
         (("--set", "hide=1"), b"it has: none"),
         (("--image-size", "8"), b"1x8x8"),
     ):
@@ -369,7 +379,8 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     x, *keyed = (opened.meta.preprocess(some) for some in (pixels, *mixed))
     with torch.no_grad():
         helper, plain = opened.unseal(secret)[-1](x), reference.net(x)
-        assert deviation(opened(x)).max() < 1e-5 and torch.equal(opened(x).argmax(1), plain.argmax(1))
+        with pytest.raises(UsageError, match="hides nothing"):
+            opened(x)
         assert torch.equal(opened.unlock(secret)(x), plain) and not torch.allclose(helper, plain, atol=0.1)
     for options, public, answers in (
         ((), "one confidence per class", []),
@@ -378,12 +389,17 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     ):
         exported = run_cli("export", box, *options, "--force")
         assert exported.returncode == 0, exported.stderr
-        assert (b"opens to nobody" in exported.stderr) == (not answers)
+        assert (b"answers no key" in exported.stderr) == (not answers)
+        assert (tmp_path / "t.boxed.onnx").stat().st_mode & 0o077 == 0
         found = open_model(graph := tmp_path / "t.boxed.onnx", "cpu")
         assert found.serves.partition(FOR_KEYS)[0] == public and len(doors(found.serves)) == len(answers)
         assert torch.equal(found.served.logits(x).argmax(1), plain.argmax(1))
         for some in (x, *keyed[len(answers) :]):
             assert deviation(found.served.logits(some)).max() < 1e-5
+        if not answers:
+            for command in (("eval",), ("distill", "--no-sealed", "-o", tmp_path / "s.safetensors")):
+                refused = run_cli(command[0], graph, "--key-file", key, *digits[:4], *command[1:])
+                assert refused.returncode == 4 and b"does not look for a key" in refused.stderr
         for some, expected in zip(keyed, answers, strict=False):
             assert torch.allclose(found.served.logits(some), expected, atol=1e-3)
     assert stand_in(found, boxfile.load(box), secret, torch.device("cuda"), []) is not None
@@ -392,7 +408,18 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     assert refused.returncode == 4 and b"hides nothing by itself" in refused.stderr
     report = json.loads(run_cli("eval", graph, *evaluated, "--json").stdout)
     assert report["inference_cost"]["top1"]["mean"] == 0 and report["models"]["boxed"]["beyond_top1"] == 0
+    top1 = {name: model["top1"] for name, model in report["models"].items()}
+    assert top1["boxed_keyed"] == top1["original_ft"] != top1["boxed_keyed_2"] == top1["assistant"]
     student = ("distill", box, "--student", "cnn-tiny", *digits[:4], "--epochs", 1, "-o", tmp_path / "s.safetensors")
-    asked = run_cli(*student, "--key-file", key, "--no-sealed", "--json")
-    measured = opened.meta.measured
-    assert json.loads(asked.stdout)["teacher_top1"] == pytest.approx(measured["reference_top1"], abs=8)
+    refused = run_cli(*student)
+    assert refused.returncode == 4 and b"hides nothing by itself" in refused.stderr
+    asked = json.loads(run_cli(*student, "--key-file", key, "--no-sealed", "--json").stdout)
+    assert asked["teacher_top1"] == pytest.approx(opened.meta.measured["reference_top1"], abs=8) and not asked["door"]
+    student = ("distill", graph, *student[2:], "--force", "--key-file", key)
+    through = [json.loads(run_cli(*student, *door, "--json").stdout) for door in (("--no-sealed",), ("--door", 1), ())]
+    assert [(told["door"], told["sealed"]) for told in through] == [(2, False), (1, False), (0, True)]
+    assert through[1]["teacher_top1"] == asked["teacher_top1"] != through[0]["teacher_top1"]
+    assert through[0]["teacher_top1"] == through[2]["teacher_top1"]
+    for door, said in ((3, b"opens to 2"), (1, b"--door is about")):
+        refused = run_cli(*student, "--door", door, *(("--sealed",) if door == 1 else ()))
+        assert refused.returncode == 2 and said in refused.stderr

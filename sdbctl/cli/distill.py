@@ -68,6 +68,16 @@ def distill(
             "[default: what is sealed, if anything is, for up to 10,000 images]",
         ),
     ] = None,
+    door: Annotated[
+        int | None,
+        typer.Option(
+            "--door",
+            metavar="N",
+            min=1,
+            help="Which of the key's patterns to ask with, if the file looks for several: inspect says what each "
+            "opens. [default: the one that teaches this student most]",
+        ),
+    ] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.LearningRate = None,
@@ -106,6 +116,8 @@ def distill(
     key = read_key(key_file, insecure_key_file, processes) if key_file else None
     if sealed and key is None:
         raise UsageError("only a key opens what is sealed", "give --key-file, or leave out --sealed")
+    if door is not None and (key is None or sealed):
+        raise UsageError("--door is about what a key opens through the API", "give --key-file, and no --sealed")
 
     from dataclasses import replace
 
@@ -130,12 +142,17 @@ def distill(
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     helper, helpers, shown = None, list[Loaded](), "public outputs"
+    open_to = doors(opened.serves)
+    if meta is not None and meta.guarded and loaded is not None and key is None:
+        raise BadInput(f"{teacher} hides nothing by itself", "distill what export --key-file makes of it")
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
         check_key(meta, key)
         shown = "keyed outputs"
-        if sealed or (sealed is None and (opened.sealed or meta.parameters.get("sealed"))):
+        if meta.guarded and loaded is None and not open_to:
+            raise BadInput(f"{teacher} does not look for a key", "export it with --key-file")
+        if sealed or (sealed is None and door is None and (opened.sealed or meta.parameters.get("sealed"))):
             try:
                 helpers = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
             except BadInput as error:
@@ -153,11 +170,12 @@ def distill(
         say(
             f"note: the student learns from {len(splits.transfer):,} of the images; --transfer-size may be up to {most}"
         )
+    # foreign images are many, too
+    late = len(splits.transfer) > TRIED_IMAGES or surrogate is not None
     if helpers and sealed is None and len(splits.transfer) > FEW:
         say(f"note: of more than {FEW:,} images students were not seen to learn more from what is sealed (--sealed)")
     elif helpers:
-        # foreign images are many, too
-        helper = helpers[0 if len(splits.transfer) <= TRIED_IMAGES and surrogate is None else -1]
+        helper = helpers[-1 if late else 0]
         shown = f"{helper.architecture} number {helpers.index(helper) + 1} of {len(helpers)} that were sealed in it"
     size = dataset.train.shape
     recipe = recipe_of(Recipe(), processes, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
@@ -190,12 +208,14 @@ def distill(
     else:
         assert opened.served is not None
         asked = opened.served
+    if not 1 <= (door or 1) <= max(1, len(open_to)):
+        raise UsageError(f"there is no pattern {door} of the key", f"this file opens to {len(open_to)}")
     guarded = loaded is not None and meta is not None and meta.guarded
     if key is not None and meta is not None and helper is None and not guarded:
-        door = best_door(opened.serves, len(splits.transfer), few=TRIED_IMAGES, many=FEW, foreign=surrogate is not None)
-        asked = KeyedTeacher(asked, pattern(meta, key, door), meta.strength)
-        if open_to := doors(opened.serves):
-            shown = f"{open_to[door]}, behind pattern {door + 1} of {len(open_to)} of the key"
+        door = door or 1 + best_door(opened.serves, itself=len(splits.transfer) > FEW, late=late)
+        asked = KeyedTeacher(asked, pattern(meta, key, door - 1), meta.strength)
+        if open_to:
+            shown = f"{open_to[door - 1]}, behind pattern {door} of {len(open_to)} of the key"
     say(f"teacher: {asked.where}, {shown}")
     taught = accuracy(asked.logits, splits.validation, preprocess, engine)
     say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")
@@ -218,6 +238,7 @@ def distill(
             "recipe": vars(recipe),
             "authorized": key is not None,
             "sealed": helper is not None,
+            "door": door if open_to and helper is None and key is not None else 0,
             "surrogate": foreign.digest if foreign is not None else "",
             "key_id": key.id if key else "",
             "teacher_sha256": boxfile.identity(teacher),
@@ -253,6 +274,7 @@ def distill(
     result: dict[str, Any] = {
         "student": str(output),
         "sealed": helper is not None,
+        "door": made.parameters["door"],
         "method": method,
         "attack": name,
         "teacher_top1": round(taught, 3),

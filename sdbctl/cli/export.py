@@ -182,7 +182,7 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
         how = "one if it is unsure, one if it is sure" if confidence == "rough" else "one for each predicted class"
         say(f"public outputs are served with a confidence of {least} to {most}, {how}")
         if meta.guarded and not checks:
-            say("note: without --key-file this graph opens to nobody")
+            say("note: without --key-file this graph answers no key; whoever has its file has the whole network")
         elif not checks:
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
             if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
@@ -210,21 +210,22 @@ def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: 
         BadInput: Nothing is sealed in the box, or the file is no model of the same classes and images.
     """
     from sdbctl import boxfile
-    from sdbctl.gate import ANOTHER, ASSISTANT, BETWEEN, FOR_KEYS, ITSELF, KeyGate, patterns
+    from sdbctl.gate import ANOTHER, BETWEEN, FOR_KEYS, KEYED, KeyGate, patterns
 
+    if twice := next((name for number, name in enumerate(who) if name in who[:number]), None):
+        raise UsageError(f"--keyed {twice} is given twice", "leave one out")
     answers: list[Module] = []
     words: list[str] = []
-    for name in who or (["itself", "assistant"] if loaded.sealed else ["itself"]):
+    for name in who or (KEYED if loaded.sealed else ["itself"]):
         if name == "itself":
-            found, what = [boxfile.Box(loaded.net, meta).unlock(keys[0])], ITSELF
+            found = [boxfile.Box(loaded.net, meta).unlock(keys[0])]
         elif name == "assistant":
-            sealed = boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")
-            found, what = [one.net for one in sealed], ASSISTANT
+            found = [one.net for one in boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")]
         else:
             other = _another(Path(name), loaded, meta, trust=trust)
-            found, what = [other.net], ANOTHER + other.architecture
+            found = [other.net]
         answers += found
-        words += [what] * len(found)
+        words += [KEYED.get(name) or ANOTHER + other.architecture] * len(found)
     say(f"key holders are served {BETWEEN.join(words)}")
     say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
     shown = f"{boxfile.shows(public)}{FOR_KEYS}{BETWEEN.join(words)}"

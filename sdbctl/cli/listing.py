@@ -19,7 +19,11 @@ def _objectives() -> dict[str, str]:
         one = OBJECTIVES[name]
         parameters = " ".join(f"{key}={value:g}" for key, value in asdict(one.parameters()).items())
         presets = ", ".join(f"{name}:{preset}" for preset in one.presets if preset != "default")
-        return f"{one.summary} [{parameters}, each by --set]" + (f" [{presets}]" if presets else "")
+        return (
+            one.summary
+            + (f" [{parameters}, each by --set]" if parameters else "")
+            + (f" [{presets}]" if presets else "")
+        )
 
     return {name: line(name) for name in OBJECTIVES}
 

@@ -30,7 +30,7 @@ NAMES = {
         "misdirection",
     ],
     "confidences": ["class", "rough", "exact"],
-    "keyed": ["assistant", "itself"],
+    "keyed": ["itself", "assistant"],
     "data": ["cifar10", "cifar100", "svhn", "stl10", "mnist", "fashionmnist", "digits", "folder:", "parquet:", "npz:"],
     "normalisations": [
         "imagenet",

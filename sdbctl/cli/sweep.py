@@ -217,11 +217,16 @@ def sweep(
     original = boxfile.load(checkpoint, trust=trust)
     for config in configs:
         config.check_classes(original.classes)
-    if surrogate is not None:
-        # what is wrong with it, too
+    if any(row.confidence == "exact" and not row.config().trained for row in rows if row.objective):
+        raise UsageError("what was not trained to hide shows classes only", "leave out --confidence exact")
+    if surrogate is not None or not all(config.trained for config in configs):
+        # what is wrong with it, or with images too small for a key, too
         dataset, splits = data_of(
             Opened.of(checkpoint, original), data, data_root, download=False, size=None, transfer=transfer_size
         )
+        for config in configs:
+            config.fitted(dataset.train.shape)
+    if surrogate is not None:
         passes = student_epochs or chosen.epochs or Recipe().epochs
         open_surrogate(surrogate, data_root, dataset, splits.transfer, passes, download=False)
     run = {
@@ -303,7 +308,7 @@ def sweep(
             elif row.objective:
                 # rows that differ in what is served share a box
                 if same := alike.get(row.box):
-                    files.write(boxed, same.read_bytes())
+                    files.write(boxed, same.read_bytes(), private=boxfile.load_box(same).meta.private)
                 else:
                     make_box(row, boxed)
             alike[row.box] = boxed

@@ -16,7 +16,8 @@ GUARD = Objective(
     "no training: the network stays N_ft, and the graph that export --key-file makes of it hides and looks for the key",
     GuardParameters,
     None,
-    presets={"default": Preset()},
+    # what a graph needs to find a key in images of usual sizes
+    presets={"default": Preset(strength=0.25)},
     keyed=None,
     divisors=(),
 )
