@@ -73,6 +73,9 @@ def test_a_box_of_another_row_is_not_taken(work):
         ("--confidence", "nope", "--confidence", "class"),
         ("--set", "../../nope=1,2"),
         ("--objective", "sdb", "--suite", "nope"),
+        # the images are too small for a graph that looks for a key
+        ("--objective", "guard"),
+        ("--objective", "guard", "--confidence", "exact", "--confidence", "class"),
     ],
 )
 def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
