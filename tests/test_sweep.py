@@ -73,9 +73,6 @@ def test_a_box_of_another_row_is_not_taken(work):
         ("--confidence", "nope", "--confidence", "class"),
         ("--set", "../../nope=1,2"),
         ("--objective", "sdb", "--suite", "nope"),
-        # the images are too small for a graph that looks for a key
-        ("--objective", "guard"),
-        ("--objective", "guard", "--confidence", "exact", "--confidence", "class"),
     ],
 )
 def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
@@ -106,6 +103,8 @@ def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
     for code, said, *options in (
         (2, b"nosuch", "--student", "nosuch"),
         (2, b"unknown objective", "--objective", ":paper"),
+        (2, b"1x8x8 are so small", "--objective", "guard"),
+        (2, b"shows classes only", "--objective", "guard", "--confidence", "exact"),
         (4, b"does not exist", "--surrogate", f"npz:{tmp_path}/nosuch.npz"),
         (2, b"is the data set itself", "--surrogate", "digits"),
         (2, b"--student-batch-size", "--student-batch-size", 1),
