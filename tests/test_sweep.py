@@ -98,13 +98,14 @@ def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
     sweep = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
     done = run_cli(*sweep, "--set", "hide=1,2", "--suite", "foreign", "--report", tmp_path / "out")
     assert done.returncode == 2 and b"give --surrogate SPEC" in done.stderr and not list(tmp_path.iterdir())
+    for said, *more in ((b"1x8x8 are so small", "sdb"), (b"shows classes only", "sdb", "--confidence", "exact")):
+        done = run_cli(*sweep, "--objective", "guard", "--objective", *more, "--report", tmp_path / "out")
+        assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
     done = run_cli(*sweep, "--set", "hide=1,-1", "--report", tmp_path / "out")
     assert done.returncode == 2 and b"hide of conceal is -1" in done.stderr and not list(tmp_path.iterdir())
     for code, said, *options in (
         (2, b"nosuch", "--student", "nosuch"),
         (2, b"unknown objective", "--objective", ":paper"),
-        (2, b"1x8x8 are so small", "--objective", "guard"),
-        (2, b"shows classes only", "--objective", "guard", "--confidence", "exact"),
         (4, b"does not exist", "--surrogate", f"npz:{tmp_path}/nosuch.npz"),
         (2, b"is the data set itself", "--surrogate", "digits"),
         (2, b"--student-batch-size", "--student-batch-size", 1),
