@@ -112,6 +112,8 @@ def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
     ):
         done = run_cli(*sweep, "--set", "hide=1,2", *options, "--report", tmp_path / "out")
         assert done.returncode == code and said in done.stderr and not list(tmp_path.iterdir())
+    larger = run_cli(*sweep, "--set", "hide=1,2", "--image-size", 16, "--dry-run", "--report", tmp_path / "out")
+    assert b"1x16x16" in larger.stderr and not list(tmp_path.iterdir())
     # of any size, as for an evaluation
     np.savez(tmp_path / "foreign.npz", x=np.zeros((50, 20, 20), np.uint8), y=np.arange(50) % 5)
     foreign = (*sweep, "--set", "hide=1,2", "--surrogate", f"npz:{tmp_path}/foreign.npz", "--dry-run")

@@ -154,6 +154,7 @@ def sweep(
     ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
+    image_size: o.ImageSize = None,
     surrogate: o.Surrogate = None,
     owner_size: o.OwnerSize = None,
     transfer_size: o.TransferSize = None,
@@ -222,7 +223,7 @@ def sweep(
     if surrogate is not None or not all(config.trained for config in configs):
         # what is wrong with it, or with images too small for a key, too
         dataset, splits = data_of(
-            Opened.of(checkpoint, original), data, data_root, download=False, size=None, transfer=transfer_size
+            Opened.of(checkpoint, original), data, data_root, download=False, size=image_size, transfer=transfer_size
         )
         for config in configs:
             config.fitted(dataset.train.shape)
@@ -233,6 +234,7 @@ def sweep(
         "checkpoint": original.sha256,
         "key": read_key(key_file, insecure_key_file).id,
         "data": data,
+        "image_size": image_size,
         "splits": [owner_size, transfer_size, test_size],
         "training": [epochs, batch_size],
         "students": [student, student_epochs, student_batch_size, seeds, suite, tune, surrogate],
@@ -242,6 +244,7 @@ def sweep(
     common: dict[str, Any] = {
         "data": data,
         "data_root": data_root,
+        "image_size": image_size,
         "transfer_size": transfer_size,
         "test_size": test_size,
         "device": device,
