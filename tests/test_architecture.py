@@ -1,6 +1,7 @@
 """Imports point down only, the package imports cheaply, and the registries are what the CLI offers."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_what_objectives_say_of_their_parameters_is_of_parameters_they_have():
 
     for objective in OBJECTIVES.values():
         assert {objective.keyed, *objective.divisors, *objective.signed} - {None} <= vars(objective.parameters()).keys()
+
+
+def test_help_says_what_happens_without_an_option():
+    """Rich takes what is in brackets for a style, and leaves it out."""
+    from sdbctl import cli
+
+    said = {}
+    for path in (ROOT / "cli").glob("*.py"):
+        for escaped, default in re.findall(r"(\\\\)?\[default: ([a-z]+)", path.read_text()):
+            assert escaped, default
+            said.setdefault(path.stem, set()).add(default)
+    assert said["export"] == {"class", "itself"}
+    shown = typer.testing.CliRunner().invoke(cli.app, ["export", "--help"], env={"COLUMNS": "300"}).stdout
+    assert all(f"[default: {default}" in shown for default in said["export"])
 
 
 def test_nobody_imports_click():

@@ -107,7 +107,7 @@ def box(
         typer.Option(
             "--seal/--no-seal",
             help="Whether to put the assistant into the file, encrypted, for key holders to distill. "
-            "[default: if small students learn more from it]",
+            "\\[default: if small students learn more from it]",
         ),
     ] = None,
     reference: Annotated[

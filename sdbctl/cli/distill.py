@@ -56,7 +56,7 @@ def distill(
     ] = "kd",
     temperature: Annotated[float, typer.Option("--temperature", help="τ of the soft labels.")] = 4.0,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels of kd. [default: 0.9]")
+        float | None, typer.Option("--alpha", min=0, max=1, help="Weight of the soft labels of kd. \\[default: 0.9]")
     ] = None,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Whether the student has labels.")] = True,
     surrogate: o.Surrogate = None,
@@ -65,7 +65,7 @@ def distill(
         typer.Option(
             "--sealed/--no-sealed",
             help="Whether the key opens what is sealed in the file, or is mixed into each image, as an API is asked. "
-            "[default: what is sealed, if anything is, for up to 10,000 images]",
+            "\\[default: what is sealed, if anything is, for up to 10,000 images]",
         ),
     ] = None,
     door: Annotated[
@@ -75,7 +75,7 @@ def distill(
             metavar="N",
             min=1,
             help="Which of the key's patterns to ask with, if the file looks for several: inspect says what each "
-            "opens. [default: the one that teaches this student most]",
+            "opens. \\[default: the one that teaches this student most]",
         ),
     ] = None,
     epochs: o.Epochs = None,

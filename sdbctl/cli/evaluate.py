@@ -63,7 +63,7 @@ def evaluate(
         typer.Option(
             "--student",
             autocompletion=complete("students"),
-            help="See sdbctl list students. [default: wrn16, in quick resnet8]",
+            help="See sdbctl list students. \\[default: wrn16, in quick resnet8]",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students per reported row.")] = o.SEEDS,
@@ -73,7 +73,7 @@ def evaluate(
     surrogate: o.Surrogate = None,
     tune: Annotated[
         int | None,
-        typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing. [default: the suite's]"),
+        typer.Option("--tune", min=1, help="Configurations to try per row; 1 tunes nothing. \\[default: the suite's]"),
     ] = None,
     jobs: o.Jobs = 0,
     cluster: Annotated[
@@ -83,7 +83,7 @@ def evaluate(
     report: Annotated[Path, typer.Option("--report", help="Folder of the report.")] = Path("sdbctl-report"),
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder of finished students, which reports may share. [default: REPORT]"),
+        typer.Option("--cache", help="Folder of finished students, which reports may share. \\[default: REPORT]"),
     ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),

@@ -35,7 +35,7 @@ def export(
             "--confidence",
             autocompletion=complete("confidences"),
             help="What public outputs of a box say of how sure they are: class, one per class; rough, two; or "
-            "exact, all that they show, which helps attackers. [default: class]",
+            "exact, all that they show, which helps attackers. \\[default: class]",
         ),
     ] = None,
     key_file: Annotated[
@@ -55,7 +55,7 @@ def export(
             autocompletion=complete("keyed"),
             help="With --key-file, who answers key holders: the model itself, the assistants that are sealed in the "
             "box, or another model's FILE. Repeat it, and each has a pattern of the key's. "
-            "[default: itself, and the assistants if there are any]",
+            "\\[default: itself, and the assistants if there are any]",
         ),
     ] = None,
     wrapper: Annotated[

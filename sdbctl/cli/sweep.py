@@ -166,7 +166,7 @@ def sweep(
         typer.Option(
             "--student",
             autocompletion=complete("students"),
-            help="See sdbctl list students. [default: wrn16, in quick resnet8]",
+            help="See sdbctl list students. \\[default: wrn16, in quick resnet8]",
         ),
     ] = None,
     student_epochs: Annotated[
@@ -180,7 +180,7 @@ def sweep(
         str, typer.Option("--suite", help="See sdbctl list suites.", autocompletion=complete("suites"))
     ] = "core",
     tune: Annotated[
-        int | None, typer.Option("--tune", min=1, help="Configurations to try per row. [default: the suite's]")
+        int | None, typer.Option("--tune", min=1, help="Configurations to try per row. \\[default: the suite's]")
     ] = None,
     device: o.Device = "auto",
     precision: o.PrecisionOption = "auto",
