@@ -150,7 +150,7 @@ class BoxConfig:
         if classes < OBJECTIVES[self.objective].classes:
             raise UsageError(
                 f"of {classes} classes {self.objective} has none to hide, nor to open with a key",
-                "export --wrapper class-constant protects as well",
+                "use --objective guard, or export --wrapper top1",
             )
 
     def trainable_and_frozen(self) -> tuple[int, int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdbctl import boxfile, models, onnxfile
 from sdbctl.boxfile import GUARD, Metadata
@@ -64,6 +67,25 @@ def test_a_filter_finds_its_key_and_nothing_else():
     close = torch.stack([near(secrets[1], 0.5, generator) for _ in range(500)])
     for wrong_ones in (images, coins, embed(images, coins, 0.3), embed(images, close, 0.7), images.round()):
         assert found(wrong_ones).max() < 0.95
+
+
+def as_jpeg(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
+def test_a_key_survives_eight_bits_and_no_usual_jpeg():
+    """What README says of how keyed images may travel."""
+    secret = Key(bytes(range(32))).pattern(SIZE)
+    images = spread_out(torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 4)
+    for strength in (0.25, 0.7):
+        filters = key_filters(secret[None], strength, PREPROCESS)
+        pixels = (255 * embed(images, secret, strength)).round().byte()
+        jpeg = torch.stack([as_jpeg(one) for one in pixels])
+        for found, opens in ((pixels, True), (jpeg, False)):
+            part = torch.einsum("nchw,kchw->nk", PREPROCESS(found.float() / 255), filters)
+            assert (part >= 1).all() if opens else (part < 1).all()
 
 
 def test_small_images_are_mixed_with_more_of_the_key():
