@@ -53,7 +53,7 @@ def stripped(attacker: Attacker, config: Config) -> None:
 
 
 def pretrained_held(attacker: Attacker, config: Config) -> None:
-    """Images of another data set first, then the transfer set, by what the bare weights say, amplified."""
+    """Images of another data set first, then the transfer set, by what the bare weights say, amplified or as it is."""
     net = held(attacker)
     pretrained(attacker, config, soft_loss, lambda images: outputs(attacker, net, images))
 
@@ -294,10 +294,11 @@ NOISY = _attack(
 )
 REESTIMATED = _attack("BatchNorm statistics taken anew", "own", reestimated, (*_GRID, AMPLIFYING[0]), "dist_hard")
 PRETRAINED_HELD = Attack(
-    "bare weights, amplified, surrogate set first, then own images",
+    "bare weights, amplified or not, surrogate set first, then own images",
     "own",
     pretrained_held,
-    tuple({**config, "scale": 1.0} for config in PRETRAINING),
+    # what was not trained to hide teaches more as it is
+    (*({**config, "scale": 1.0} for config in PRETRAINING), *PRETRAINING),
     Access.WEIGHTS,
     surrogate=True,
     twin="pretrained_hard",
