@@ -524,7 +524,7 @@ def test_adversarial_copies_mislead_within_their_bound(work, digits, splits):
     assert all(p.grad is None for p in original.net.parameters())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", LOSSES)
 def test_every_objective_trains_a_box(objective, work, digits, splits):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
