@@ -20,7 +20,7 @@ from sdbctl.distill import distill
 from sdbctl.engine import Engine, peak_memory
 from sdbctl.inference import accuracy, predict
 from sdbctl.key import correlation
-from sdbctl.suites import BY_NAME, KEYED, Row, Suite, asks, suite
+from sdbctl.suites import BY_NAME, WITH_KEY, Row, Suite, asks, suite
 from sdbctl.teacher import Access, ClosedTeacher, KeyedTeacher, OnnxTeacher, Record, Teacher, TorchTeacher
 from sdbctl.training import Progress, digest
 from sdbctl.updates import Recipe, scaled
@@ -323,7 +323,7 @@ class Bench:
     @property
     def secrets(self) -> list[Tensor]:
         """The key's patterns [C, H, W] in [0, 1], to judge what attackers found; of several the first opens the box."""
-        known = [self.sources[name].pattern for name in KEYED if name in self.sources]
+        known = [self.sources[name].pattern for name in WITH_KEY if name in self.sources]
         return [self.preprocess.undo(pattern) for pattern in known if pattern is not None]
 
     @property

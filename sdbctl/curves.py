@@ -19,7 +19,7 @@ from sdbctl.inference import predict
 from sdbctl.key import correlation, embed, fingerprint, near
 from sdbctl.patterns import mixed_with, public_keys
 from sdbctl.report import OPEN, RECOVERED, Curve, Interval, KeyStrength, Point, Student
-from sdbctl.suites import BY_NAME, KEYED, NEAR_PERCENT, Row
+from sdbctl.suites import BY_NAME, NEAR_PERCENT, WITH_KEY, Row
 from sdbctl.teacher import KeyedTeacher
 from sdbctl.training import Progress
 from sdbctl.workers import run_cells
@@ -101,7 +101,7 @@ def taught_by_keys(students: Mapping[str, Student]) -> dict[str, Curve]:
     found = {
         near: students[name].values
         for near, name in names.items()
-        if name in students and students[name].config.get("teacher", KEYED[0]) not in KEYED[1:]
+        if name in students and students[name].config.get("teacher", WITH_KEY[0]) not in WITH_KEY[1:]
     }
     points = [Point(near, values[0]) for near, values in found.items() if values]
     if len(points) < len(names):

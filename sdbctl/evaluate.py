@@ -35,13 +35,13 @@ from sdbctl.report import (
     UnauthorizedAdvantage,
     worth_protecting,
 )
-from sdbctl.suites import KEYED, USUAL
+from sdbctl.suites import USUAL, WITH_KEY
 from sdbctl.training import Progress, Silent
 from sdbctl.workers import workers
 
 MOSTLY = 0.02
 """Share of images up to which it is worth saying that the others' outputs are a function of the predicted class."""
-_SOURCES = {"original_ft": "reference", "boxed_wrong_key": "wrong"} | {f"boxed_{name}": name for name in KEYED}
+_SOURCES = {"original_ft": "reference", "boxed_wrong_key": "wrong"} | {f"boxed_{name}": name for name in WITH_KEY}
 
 
 def measure_models(bench: Bench) -> tuple[dict[str, Model], dict[str, Tensor]]:
@@ -322,7 +322,7 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
             f"Students see {len(bench.transfer):,} transfer images for {bench.config.recipe.epochs} epochs; short "
             "training exaggerates what distillation gives."
         )
-        if bench.config.chosen.tune == 1 and KEYED[1] in bench.sources:
+        if bench.config.chosen.tune == 1 and WITH_KEY[1] in bench.sources:
             notes.append("The key's first pattern alone was asked with; others may teach better.")
         if bench.config.reported < 5:
             notes.append(f"n = {bench.config.reported}: a headline needs 5 seeds.")

@@ -19,7 +19,7 @@ from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate, doors
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.patterns import fields
-from sdbctl.suites import ASSISTANTS, KEYED, NEAR_PERCENT
+from sdbctl.suites import ASSISTANTS, NEAR_PERCENT, WITH_KEY
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import WRAPPERS, as_exported
 
@@ -57,6 +57,27 @@ class Opened:
         """A file that was read as a torch network."""
         shape = loaded.meta.preprocess.size if loaded.meta else None
         return cls(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
+
+    @property
+    def doors(self) -> list[str]:
+        """What the patterns of a key open, in words, if the file looks for them."""
+        return doors(self.serves)
+
+    def check_guard(self, *, keyed: bool) -> None:
+        """Refuse a guarded box where nothing guards it.
+
+        Args:
+            keyed: Whether it is asked with a key.
+
+        Raises:
+            BadInput: Its bare weights are asked without a key, or a graph that looks for none with one.
+        """
+        if self.meta is None or not self.meta.guarded:
+            return
+        if self.loaded is not None and not keyed:
+            raise BadInput(f"{self.path} hides nothing by itself", "use what export --key-file makes of it")
+        if self.loaded is None and keyed and not self.doors:
+            raise BadInput(f"{self.path} does not look for a key", "export it with --key-file")
 
     @property
     def recorded(self) -> str | None:
@@ -110,7 +131,7 @@ def _gate(public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patt
     meta = opened.meta
     if meta is None or patterns is None:
         return None
-    open_to = doors(opened.serves)
+    open_to = opened.doors
     normalised = patterns.view(-1, len(open_to), *meta.preprocess.size)
     itself = held.net if meta.guarded else Unlocked(held.net, normalised[0, 0], meta.strength)
     known = {ITSELF: [itself], ASSISTANT: list[nn.Module]()}
@@ -188,10 +209,9 @@ def gather(
 def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[str], *, attack: bool) -> Source:
     """The model, and what whoever holds its file can train."""
     box, meta = opened.path, opened.meta
+    opened.check_guard(keyed=False)
     boxed = Source(sha256=boxfile.identity(box))
     if opened.loaded is not None:
-        if meta is not None and meta.guarded:
-            raise BadInput(f"{box} hides nothing by itself", "evaluate what export --key-file makes of it")
         if meta is not None and "flat_deviation" in meta.measured:
             notes.append("The bare weights were asked; the exported graph shows less: evaluate the ONNX file for that.")
         return replace(boxed, net=opened.loaded.net)
@@ -254,14 +274,13 @@ def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict
     if meta is None or meta.kind != "box":
         raise BadInput(f"{opened.path} is no box of sdbctl", "leave --key-file out, or make one with: sdbctl box")
     check_key(meta, key)
-    open_to = doors(opened.serves) or [ITSELF]
-    if meta.guarded and opened.served is not None and not doors(opened.serves):
-        raise BadInput(f"{opened.path} does not look for a key", "export it with --key-file")
-    if len(open_to) > len(KEYED):
-        notes.append(f"Of {len(open_to)} patterns of the key, only the first {len(KEYED)} were asked with.")
+    opened.check_guard(keyed=True)
+    count = max(1, len(opened.doors))
+    if count > len(WITH_KEY):
+        notes.append(f"Of {count} patterns of the key, only the first {len(WITH_KEY)} were asked with.")
     sources = {
         name: boxed.keyed(pattern(meta, key, door), meta.strength, key.id + (f" {door}" if door else ""))
-        for name, (door, _) in zip(KEYED, enumerate(open_to), strict=False)
+        for door, name in enumerate(WITH_KEY[:count])
     }
     generator, secret = torch.Generator().manual_seed(1), key.pattern(meta.preprocess.size)
     patterns = {"wrong": wrong(secret, generator)}

@@ -65,7 +65,7 @@ ORIGINALS = ("reference", "original")
 """What the owner protects, fine-tuned or as it was given."""
 ASSISTANTS = ("assistant", "assistant_late")
 """What may be sealed in a box: for students of few images, and of more."""
-KEYED = ("keyed", "keyed_2", "keyed_3")
+WITH_KEY = ("keyed", "keyed_2", "keyed_3")
 """What the key opens through the API, and what its other patterns do if the graph has several doors."""
 NEAR_PERCENT = (10, 30, 50, 70, 90, 95, 99)
 """Correlations, in percent, of the keys that are nearly right."""
@@ -107,8 +107,8 @@ CORE = (
     ),
     Row("kd_q", "KD from the assistant", "target", "kd", ASSISTANTS),
     Row("dist_q", "DIST from the assistant", "target", "dist", ASSISTANTS),
-    Row("authorized", "KD from the box with the key", "authorized", "kd", KEYED),
-    Row("dist_authorized", "DIST from the box with the key", "authorized", "dist", KEYED),
+    Row("authorized", "KD from the box with the key", "authorized", "kd", WITH_KEY),
+    Row("dist_authorized", "DIST from the box with the key", "authorized", "dist", WITH_KEY),
     Row(WRONG_KEY, "KD from the box with a wrong key", "wrong_key", "kd", ("wrong",)),
     Row("disturbed", "KD from a box with --disturb", "disturb", "kd", ("disturbed",)),
 )
@@ -116,7 +116,7 @@ ALSO = (
     Row("dkd_original", "DKD from the original", "reference", "dkd", ORIGINALS),
     Row("dkd_original_unlabelled", "DKD from the original, no labels", "reference", "dkd_unlabelled", ORIGINALS),
     Row("dkd_q", "DKD from the assistant", "target", "dkd", ASSISTANTS),
-    Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", KEYED),
+    Row("dkd_authorized", "DKD from the box with the key", "authorized", "dkd", WITH_KEY),
     Row("pretrained_original", "surrogate set first, original", "reference", "pretrained", ORIGINALS),
     Row(
         "pretrained_original_unlabelled",
@@ -126,7 +126,7 @@ ALSO = (
         ORIGINALS,
     ),
     Row("pretrained_q", "surrogate set first, assistant", "target", "pretrained", ASSISTANTS),
-    Row("pretrained_authorized", "surrogate set first, with the key", "authorized", "pretrained", KEYED),
+    Row("pretrained_authorized", "surrogate set first, with the key", "authorized", "pretrained", WITH_KEY),
 )
 """What an attacker may do with the box, owners and key holders may do, too."""
 NEAR = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from sdbctl.boxfile import Metadata
+from sdbctl.boxfile import GUARD, Metadata
 from sdbctl.data import Preprocess
 from sdbctl.errors import BadInput
 from sdbctl.teacher import Teacher
@@ -343,7 +343,7 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class", *, closed:
     closed = closed or meta.guarded
     names = ("class_confidences", "confidence_cut", "rough_confidences", "flat_deviation", "keyed_flat")
     by_class, cut, rough, flat, hidden = found = [meta.measured.get(name) for name in names]
-    if confidence == "exact" or found == [None] * len(found):
+    if confidence == "exact" or (found == [None] * len(found) and meta.objective != GUARD):
         return net
     classes = len(meta.classes)
     # a confidence below the other classes' would change the prediction
@@ -352,12 +352,17 @@ def served(net: nn.Module, meta: Metadata, confidence: str = "class", *, closed:
             raise _damaged()
         if not all(isinstance(share, float) and least < share < 1 for share in values):
             raise _damaged()
-    if not closed and not all(isinstance(value, float) and math.isfinite(value) for value in (flat, hidden)):
+    if meta.objective != GUARD and not all(
+        isinstance(value, float) and math.isfinite(value) for value in (flat, hidden)
+    ):
         raise _damaged()
     assert isinstance(cut, float)
     one, two = torch.tensor(by_class), torch.tensor(rough)
     levels = one.expand(2, classes) if confidence == "class" else two[:, None].expand(2, classes)
-    border = math.inf if closed or not isinstance(flat, float) else flat
+    border = math.inf
+    if not closed:
+        assert isinstance(flat, float)
+        border = flat
     return Concealed(net, meta.preprocess, cut, levels.clone(), border, CONFIDENCES[confidence])
 
 

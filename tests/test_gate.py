@@ -16,7 +16,7 @@ from sdbctl import boxfile, models, onnxfile
 from sdbctl.boxfile import GUARD, Metadata
 from sdbctl.boxing import sealed
 from sdbctl.data import Preprocess
-from sdbctl.errors import ParityMismatch, UsageError
+from sdbctl.errors import BadInput, ParityMismatch, UsageError
 from sdbctl.gate import (
     ANOTHER,
     ASSISTANT,
@@ -367,6 +367,15 @@ def test_what_was_not_boxed_is_distilled_and_evaluated_like_a_box(tmp_path):
     assert report["inference_cost"]["top1"]["mean"] == 0
     assert report["models"]["boxed"]["beyond_top1"] == 0 < report["models"]["boxed_keyed"]["beyond_top1"]
     assert any("serves key holders all of its outputs" in note for note in report["notes"])
+
+
+def test_a_guarded_box_that_does_not_say_its_confidences_is_not_served_open():
+    net = models.build("cnn-tiny", 10).eval()
+    for objective, measured in ((GUARD, {}), ("conceal", {**SERVING, "flat_deviation": None})):
+        meta = Metadata("box", "cnn-tiny", NAMES, PREPROCESS, 0.25, ("1",), objective, measured=measured)
+        for closed in (False, True):
+            with pytest.raises(BadInput, match="how confident"):
+                served(net, meta, closed=closed)
 
 
 def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(tmp_path):

@@ -130,7 +130,7 @@ def distill(
     from sdbctl.boxstep import Task
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
-    from sdbctl.gate import best_door, doors
+    from sdbctl.gate import best_door
     from sdbctl.inference import accuracy
     from sdbctl.sources import open_model
     from sdbctl.state import Resume, recorded_precision
@@ -142,16 +142,14 @@ def distill(
     opened = open_model(teacher, device, arch=arch, trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     helper, helpers, shown = None, list[Loaded](), "public outputs"
-    open_to = doors(opened.serves)
-    if meta is not None and meta.guarded and loaded is not None and key is None:
-        raise BadInput(f"{teacher} hides nothing by itself", "distill what export --key-file makes of it")
+    open_to = opened.doors
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
         check_key(meta, key)
         shown = "keyed outputs"
-        if meta.guarded and loaded is None and not open_to:
-            raise BadInput(f"{teacher} does not look for a key", "export it with --key-file")
+        if door is not None and door > max(1, len(open_to)):
+            raise UsageError(f"there is no pattern {door} of the key", f"this file opens to {len(open_to)}")
         if sealed or (sealed is None and door is None and (opened.sealed or meta.parameters.get("sealed"))):
             try:
                 helpers = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
@@ -159,6 +157,7 @@ def distill(
                 raise BadInput(
                     error.message, "get the file again; --no-sealed asks with the key in each image"
                 ) from None
+    opened.check_guard(keyed=key is not None)
     dataset, splits = data_of(
         opened, data, data_root, download=download, size=image_size, transfer=transfer_size, test=test_size
     )
@@ -208,8 +207,6 @@ def distill(
     else:
         assert opened.served is not None
         asked = opened.served
-    if not 1 <= (door or 1) <= max(1, len(open_to)):
-        raise UsageError(f"there is no pattern {door} of the key", f"this file opens to {len(open_to)}")
     guarded = loaded is not None and meta is not None and meta.guarded
     if key is not None and meta is not None and helper is None and not guarded:
         door = door or 1 + best_door(opened.serves, itself=len(splits.transfer) > FEW, late=late)
