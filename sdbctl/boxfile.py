@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -246,6 +246,23 @@ def unsealed(text: str, key: Key, meta: Metadata, where: str) -> list[Loaded]:
     if not text:
         raise BadInput(f"nothing is sealed in {where}", "ask it with the key in each image instead")
     return [_assistant(content, meta, where) for content in seal.unseal(text, key, meta.origin, where)]
+
+
+def sealed_for(text: str, keys: Sequence[Key], meta: Metadata, where: str) -> str:
+    """What is sealed in a box, for just these keys.
+
+    Args:
+        text: What is sealed, or "".
+        keys: Who may read it, first a key that can.
+        meta: The box's metadata.
+        where: Name of the file, for messages.
+
+    Raises:
+        BadInput: It was changed, or is not for the first key.
+    """
+    if not text or set(seal.readers(text, where)) == {key.id for key in keys}:
+        return text
+    return seal.seal(seal.unseal(text, keys[0], meta.origin, where), keys, meta.origin)
 
 
 def _assistant(content: bytes, meta: Metadata, where: str) -> Loaded:

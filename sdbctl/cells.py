@@ -246,13 +246,18 @@ class Bench:
         ]
 
     def telling_classes(self) -> Bench:
-        """The same, with what answers to attackers look like that say nothing but the class, on validation images."""
+        """The same, with what answers to attackers look like that say nothing but the class, on validation images.
+
+        With a wrong key most images may be of one class, so that only plain ones tell how the others are answered.
+        """
         asked = {name for row in self.rows() if asks(row) for name in row.teachers}
         sources = dict(self.sources)
-        for name in sorted(asked):
+        plain: Tensor | None = None
+        for name in sorted(asked, key=lambda name: name != "boxed"):
             teacher = sources[name].open(self.engine.device, self.classes)
             answers = predict(teacher.logits, self.validation, self.preprocess, self.engine)
-            sources[name] = replace(sources[name], levels=metrics.usual(answers))
+            sources[name] = replace(sources[name], levels=metrics.usual(answers, plain))
+            plain = sources[name].levels if name == "boxed" else plain
         return replace(self, sources=sources)
 
     def _possible(self, row: Row) -> bool:

@@ -116,17 +116,20 @@ def class_only(z: Tensor, levels: Tensor) -> Tensor:
     return limited
 
 
-def usual(z: Tensor) -> Tensor:
+def usual(z: Tensor, elsewhere: Tensor | None = None) -> Tensor:
     """Levels [2, C] of :func:`class_only` that logits ``z`` [N, C] usually have.
 
-    Medians: where most answers of a class are the same, and alike for all other classes, just those. A class that is
-    never predicted has the levels of all.
+    Medians: where most answers of a class are the same, and alike for all other classes, just those.
+
+    Args:
+        z: What a model says.
+        elsewhere: Levels [2, C] of the classes that are never predicted; None if they have those of all.
     """
     predicted = z.argmax(1)
     own = z.gather(1, predicted[:, None])
     others = z.scatter(1, predicted[:, None], torch.nan)
     anywhere = torch.stack([own.median(), others.nanmedian()])
-    levels = anywhere[:, None].repeat(1, z.shape[1])
+    levels = anywhere[:, None].repeat(1, z.shape[1]) if elsewhere is None else elsewhere.clone()
     for name in set(predicted.tolist()):
         some = predicted == name
         levels[:, name] = torch.stack([own[some].median(), others[some].nanmedian()])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from sdbctl import boxfile, curves, evaluate, losses, metrics, protocol
 from sdbctl.attacks import ATTACKS, Attacker, base, boundary, file, floor, inverse, keys, queries, soft, staged
@@ -959,6 +960,31 @@ def test_answers_that_say_nothing_but_the_class_are_what_most_are():
     # a class that nobody saw has the levels of all
     seen = torch.tensor([[3.0, 0.0, 1.0], [0.0, 5.0, 1.0], [4.0, 1.0, 0.0]])
     assert usual(seen).tolist() == [[3.0, 5.0, 4.0], [0.0, 0.0, 0.0]]
+    # or those of the same model's other answers
+    known = torch.tensor([[7.0, 8.0, 9.0], [1.0, 2.0, 3.0]])
+    assert usual(seen, known).tolist() == [[3.0, 5.0, 9.0], [0.0, 0.0, 3.0]]
+
+
+def test_wrong_keys_are_answered_like_everybody_where_they_leave_one_class(work, splits, boxed, monkeypatch):
+    """Then only plain images tell what the other classes' answers look like."""
+    made = bench(work, splits, boxed, "core")
+    dark = made.sources["boxed"].keyed(torch.zeros(made.preprocess.size), 0.01, "dark")
+    opened = Source.open
+
+    class ByClass:
+        def __init__(self, teacher):
+            self.teacher = teacher
+
+        def logits(self, x):
+            predicted = self.teacher.logits(x).argmax(1)
+            return functional.one_hot(predicted, made.classes) * (1.0 + predicted[:, None])
+
+    monkeypatch.setattr(Source, "open", lambda self, *args: ByClass(opened(self, *args)))
+    teacher = dark.open(ENGINE.device, made.classes)
+    assert len(predict(teacher.logits, made.validation, made.preprocess, ENGINE).argmax(1).unique()) == 1
+    found = replace(made, sources=dict(made.sources) | {"wrong": dark}, strength=0.01).telling_classes().sources
+    expected = torch.stack([1.0 + torch.arange(made.classes), torch.zeros(made.classes)])
+    assert torch.equal(found["boxed"].levels, expected) and torch.equal(found["wrong"].levels, expected)
 
 
 def test_answers_beyond_the_class_are_counted(teacher, transfer, boxed):

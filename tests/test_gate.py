@@ -35,6 +35,7 @@ from sdbctl.gate import (
 from sdbctl.key import Key, embed, near
 from sdbctl.objectives import LOSSES, OBJECTIVES
 from sdbctl.patterns import spread_out
+from sdbctl.seal import readers
 from sdbctl.sources import open_model, stand_in
 from sdbctl.teacher import OnnxTeacher
 from sdbctl.wrappers import Wrapped, behind, deviation, served, top1
@@ -259,6 +260,33 @@ def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, par
         assert deviation(asked(path, images, key, door)).max() < 1e-5
 
 
+def test_a_new_partner_needs_no_new_box(partner, tmp_path):
+    """One of the box's keys is enough to give its graph, and what is sealed in it, to others; who is left out is out."""
+    folder, keys, _, helpers = partner
+    path, new = tmp_path / "x.onnx", Key.generate()
+    new.save(tmp_path / "new.bin")
+    alone = ("export", folder / "box.safetensors", "-o", path, "--key-file", tmp_path / "new.bin")
+    refused = run_cli(*alone)
+    assert refused.returncode == 4 and b"does not fit" in refused.stderr and not path.exists()
+    made = run_cli(*alone, "--key-file", folder / "one.bin")
+    assert made.returncode == 0 and f"not made for {new.id}".encode() in made.stderr, made.stderr
+    opened, images = open_model(path, "cpu"), torch.rand(9, *SIZE)
+    assert set(opened.meta.key_ids) == {new.id, keys[0].id}
+    for door in range(3):
+        shown = [asked(path, images, key, door) for key in (new, *keys)]
+        assert torch.allclose(shown[0], shown[1], atol=1e-3) and deviation(shown[2]).max() < 1e-5
+        assert deviation(shown[0]).min() > 0.01
+    x = PREPROCESS(images)
+    for key in (new, keys[0]):
+        found = boxfile.unsealed(opened.sealed, key, opened.meta, "x")
+        with torch.no_grad():
+            assert [torch.equal(one.net(x), helper(x)) for one, helper in zip(found, helpers, strict=True)] == [
+                True
+            ] * 2
+    assert set(readers(opened.sealed, "x")) == {new.id, keys[0].id}
+    assert stand_in(opened, boxfile.load(folder / "box.safetensors"), new, torch.device("cuda"), []) is not None
+
+
 def test_a_student_takes_the_door_behind_which_it_learns_most():
     three, two = (f"x{FOR_KEYS}{', '.join(who)}" for who in ([ITSELF, ASSISTANT, ASSISTANT], [ASSISTANT, ASSISTANT]))
     assert [best_door(three, itself=False, late=late) for late in (False, True)] == [1, 2]
@@ -446,7 +474,7 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     assert refused.returncode == 4 and b"hides nothing by itself" in refused.stderr
     asked = json.loads(run_cli(*student, "--key-file", key, "--no-sealed", "--json").stdout)
     assert asked["teacher_top1"] == pytest.approx(opened.meta.measured["reference_top1"], abs=8) and not asked["door"]
-    student = ("distill", graph, *student[2:], "--force", "--key-file", key)
+    student = ("distill", graph, *student[2:], "--force", "--key-file", key, "--precision", "fp32")
     through = [json.loads(run_cli(*student, *door, "--json").stdout) for door in (("--no-sealed",), ("--door", 1), ())]
     assert [(told["door"], told["sealed"]) for told in through] == [(2, False), (1, False), (0, True)]
     assert through[1]["teacher_top1"] == asked["teacher_top1"] != through[0]["teacher_top1"]

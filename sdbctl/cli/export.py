@@ -44,7 +44,8 @@ def export(
             "--key-file",
             metavar="FILE",
             help="A key, for whose pattern the graph then looks itself: a search finds no other. The graph holds the "
-            "pattern, so keep it on your server. Repeat it for each partner; keys left out open it no more.",
+            "pattern, so keep it on your server. Repeat it for each partner: keys left out open it no more, and of a "
+            "box one must be its own, the others may be new.",
         ),
     ] = None,
     keyed: Annotated[
@@ -123,9 +124,11 @@ def export(
         check_takes(loaded.net, meta.preprocess.size)
         meta, checks = _for_keys(meta, keys, loaded.sha256, must=wrapper is not None or bool(keyed))
         net = _public(loaded.net, meta, confidence, wrapper, checks=checks)
+        sealed = loaded.sealed
         if checks:
             net = _gate(net, loaded, meta, keys, keyed or [], trust=trust)
-        parity = boxfile.export_onnx(output, net, meta, sealed=loaded.sealed, force=force)
+            sealed = boxfile.sealed_for(sealed, keys, meta, model.name)
+        parity = boxfile.export_onnx(output, net, meta, sealed=sealed, force=force)
         result |= {"serves": boxfile.shows(net), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
@@ -136,8 +139,10 @@ def export(
 def _for_keys(meta: Metadata, keys: list[Key], source: str, *, must: bool) -> tuple[Metadata, bool]:
     """What a graph says of itself, and whether it looks for keys: if it is given some, and if that is of use.
 
+    The keys of a box come first after it; what knows none of the others can still look for their patterns.
+
     Raises:
-        BadInput: A key is not that of the box.
+        BadInput: No key is that of the box, or one is not where it must be.
         UsageError: A key is given twice, or looking for it is of no use, but must be.
     """
     from sdbctl.boxfile import check_key
@@ -150,9 +155,11 @@ def _for_keys(meta: Metadata, keys: list[Key], source: str, *, must: bool) -> tu
     if meta.kind != "box":
         plain = replace(meta, objective="", parameters={}, measured={}, reference_sha256="", original_sha256=source)
         return replace(plain, kind="box", key_ids=ids, strength=key_strength(size)), True
-    for key in keys:
+    keys.sort(key=lambda key: key.id not in meta.key_ids)
+    looks = key_margin(size, meta.strength) >= SAFE
+    for key in keys[:1] if looks else keys:
         check_key(meta, key)
-    if key_margin(size, meta.strength) < SAFE:
+    if not looks:
         why = "images so small, or so little of the key in them, have a key by chance"
         if must:
             raise UsageError(why, "leave --key-file out")
@@ -160,6 +167,8 @@ def _for_keys(meta: Metadata, keys: list[Key], source: str, *, must: bool) -> tu
         return meta, False
     if left := [name for name in meta.key_ids if name not in ids]:
         say(f"note: without their key files this graph does not open to {', '.join(left)}")
+    if new := [name for name in ids if name not in meta.key_ids]:
+        say(f"note: the box was not made for {', '.join(new)}; this graph opens to them as well")
     return replace(meta, key_ids=ids), True
 
 
