@@ -261,7 +261,7 @@ def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, par
 
 
 def test_a_new_partner_needs_no_new_box(partner, tmp_path):
-    """One of the box's keys is enough to give its graph, and what is sealed in it, to others; who is left out is out."""
+    """One of the box's keys is enough to open its graph, and what is sealed, to others; who is left out is out."""
     folder, keys, _, helpers = partner
     path, new = tmp_path / "x.onnx", Key.generate()
     new.save(tmp_path / "new.bin")
