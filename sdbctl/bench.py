@@ -95,7 +95,7 @@ def measure(
         meta = Metadata("teacher", arch, names, preprocess)
         as_served = Concealed(net, preprocess, 1.0, torch.full((2, classes), 0.9), 0.1, "class")
         helpers = [models.build(student, classes, shape[0]) for _ in range(2)]
-        checked = KeyGate(as_served, [net, *helpers], patterns([key], shape, 3), 0.7, preprocess, "class")
+        checked = KeyGate(as_served, [net, *helpers], patterns([key], shape, 3), 0.7, preprocess)
         graphs = {"ONNX": net, "boxed ONNX": as_served, "boxed ONNX with a key": checked}
         onnx = {}
         for name, shown in graphs.items():

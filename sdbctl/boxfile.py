@@ -51,6 +51,7 @@ class Metadata:
         original_sha256: Hash of the checkpoint that was boxed.
         reference_sha256: Hash of N_ft's file, if one was written.
         versions: See :func:`versions`.
+        doors: Of a graph that looks for keys, who answers each pattern of one: see :class:`sdbctl.gate.KeyGate`.
     """
 
     kind: Kind
@@ -66,6 +67,7 @@ class Metadata:
     original_sha256: str = ""
     reference_sha256: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    doors: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
@@ -106,11 +108,15 @@ class Metadata:
                 raise BadInput(f"{where} has format {version}, this is {FORMAT_VERSION}", "upgrade sdbctl")
             preprocess = Preprocess.from_dict(values.pop("preprocess"))
             classes = values.pop("classes")
-            key_ids = values.pop("key_ids", [])
-            if not isinstance(key_ids, list) or not isinstance(classes, list):
+            key_ids, doors = values.pop("key_ids", []), values.pop("doors", [])
+            if not all(isinstance(some, list) for some in (key_ids, doors, classes)):
                 raise TypeError
             made = cls(
-                preprocess=preprocess, classes=tuple(str(name) for name in classes), key_ids=tuple(key_ids), **values
+                preprocess=preprocess,
+                classes=tuple(str(name) for name in classes),
+                key_ids=tuple(key_ids),
+                doors=tuple(doors),
+                **values,
             )
             _check(made, where)
             made.to_json()  # numbers out of range, such as 1e999, are read without a word
@@ -124,11 +130,11 @@ def _no_number(name: str) -> float:
 
 
 def _check(meta: Metadata, where: str) -> None:
-    texts = (meta.architecture, *meta.key_ids, meta.objective, meta.original_sha256, meta.reference_sha256)
+    texts = (meta.architecture, *meta.key_ids, *meta.doors, meta.objective, meta.original_sha256, meta.reference_sha256)
     tables = (meta.parameters, meta.data, meta.measured, meta.versions)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(t, dict) for t in tables):
         raise TypeError
-    if meta.kind not in get_args(Kind) or len(meta.classes) < 2:
+    if meta.kind not in get_args(Kind) or len(meta.classes) < 2 or (meta.doors and meta.kind != "box"):
         raise TypeError
     if isinstance(meta.strength, bool) or not isinstance(meta.strength, int | float):
         raise TypeError
@@ -429,8 +435,8 @@ def metadata_in(said: Mapping[str, str], where: str) -> Metadata | None:
 
 
 def shows(net: nn.Module) -> str:
-    """What an exported network shows, in words: its attribute ``shows``, or all outputs."""
-    return str(getattr(net, "shows", "all outputs"))
+    """What an exported network shows to everybody, in words: its attribute ``shows``, or all outputs."""
+    return str(getattr(net.public if isinstance(net, KeyGate) else net, "shows", "all outputs"))
 
 
 def export_onnx(path: Path, net: nn.Module, meta: Metadata, *, sealed: str = "", force: bool = False) -> float:

@@ -22,12 +22,10 @@ CHECKED = 0.75
 """Part of a key's pattern that an image must have for its answer not to be public."""
 SAFE = 6.0
 """Least :func:`key_margin` where a graph looks for keys."""
-FOR_KEYS, BETWEEN = "; to key holders ", ", "
-"""Between what everybody is served and what answers key holders, in words."""
-ITSELF, ASSISTANT, ANOTHER = "all of its outputs", "all outputs of an assistant", "all outputs of another "
-"""What key holders get, in words."""
-KEYED = {"itself": ITSELF, "assistant": ASSISTANT}
-"""The same by the name of who answers them; what is no name is another model's file."""
+ITSELF, ASSISTANT, ANOTHER = "itself", "assistant", "another "
+"""Doors: who answers key holders. Another model's has its architecture's name behind it."""
+KEYED = {ITSELF: "all of its outputs", ASSISTANT: "all outputs of an assistant"}
+"""What they are answered, in words, of the doors that have a name of their own."""
 MOST, LEAST = 0.25, 0.1
 """λ of what was not trained with one: of eight bits of a pixel, six or at least four are the image's."""
 
@@ -44,7 +42,6 @@ class KeyGate(nn.Module):
         secrets: Patterns K [K, D, C, H, W] in [0, 1] of K keys and D doors.
         strength: λ.
         preprocess: Normalisation of all networks.
-        shows: What is served to everybody and to key holders, in words, for the file's metadata.
     """
 
     filters: Tensor
@@ -59,10 +56,9 @@ class KeyGate(nn.Module):
         secrets: Tensor,
         strength: float,
         preprocess: Preprocess,
-        shows: str,
     ) -> None:
         super().__init__()
-        self.public, self.answers, self.strength, self.shows = public, nn.ModuleList(answers), strength, shows
+        self.public, self.answers, self.strength = public, nn.ModuleList(answers), strength
         secrets = secrets.flatten(0, 1)
         for name, one in zip(("black", "white"), preprocess.limits, strict=True):
             self.register_buffer(name, one, persistent=False)
@@ -107,25 +103,28 @@ def patterns(keys: Sequence[Key], size: tuple[int, int, int], doors: int) -> Ten
     return torch.stack([torch.stack([key.pattern(size, door) for door in range(doors)]) for key in keys])
 
 
-def doors(serves: str) -> list[str]:
-    """What the doors of a graph open, in words, if it looks for keys, by what it says that it serves."""
-    return serves.partition(FOR_KEYS)[2].split(BETWEEN) if FOR_KEYS in serves else []
+def in_words(serves: str, doors: Sequence[str]) -> str:
+    """What a graph serves to everybody and, if it looks for keys, through its doors."""
+    return f"{serves}; to key holders {opened(doors)}" if doors else serves
 
 
-def best_door(serves: str, *, itself: bool, late: bool) -> int:
+def opened(doors: Sequence[str]) -> str:
+    """What doors open, in words."""
+    return ", ".join(KEYED.get(door, f"all outputs of {door}") for door in doors)
+
+
+def best_door(doors: Sequence[str], *, itself: bool, late: bool) -> int:
     """The door through which a student learns most, from 0: the network itself or an assistant, or else the first.
 
     Args:
-        serves: What a graph says that it serves.
+        doors: Those of a graph.
         itself: Whether students of so many images were not seen to learn more from assistants.
         late: Whether they are enough for the last assistant, who was taught longest.
     """
-    found = doors(serves)
-    if itself and ITSELF in found:
-        return found.index(ITSELF)
-    if ASSISTANT not in found:
-        return 0
-    return len(found) - 1 - found[::-1].index(ASSISTANT) if late else found.index(ASSISTANT)
+    if itself and ITSELF in doors:
+        return doors.index(ITSELF)
+    found = [number for number, door in enumerate(doors) if door == ASSISTANT] or [0]
+    return found[-1 if late else 0]
 
 
 def key_filters(secrets: Tensor, strength: float, preprocess: Preprocess) -> Tensor:

@@ -15,7 +15,8 @@ from sdbctl.boxfile import Loaded, Metadata, Unlocked, check_key, pattern
 from sdbctl.cells import Source
 from sdbctl.engine import pick_device, seeded
 from sdbctl.errors import BadInput, UsageError
-from sdbctl.gate import ASSISTANT, FOR_KEYS, ITSELF, KeyGate, doors
+from sdbctl.gate import ASSISTANT, ITSELF, KeyGate
+from sdbctl.gate import opened as opened_by
 from sdbctl.key import Key, fingerprint, near, wrong
 from sdbctl.models.graph import Graph
 from sdbctl.patterns import fields
@@ -40,7 +41,7 @@ class Opened:
         loaded: Its torch network, or None for an ONNX file.
         served: Its ONNX session, or None.
         sealed: What only key holders can read, or "".
-        serves: What an ONNX file of ours says that it serves, or "".
+        serves: What an ONNX file of ours says that it serves to everybody, or "".
     """
 
     path: Path
@@ -59,9 +60,9 @@ class Opened:
         return cls(path, loaded.meta, loaded.classes, shape, loaded, None, loaded.sealed)
 
     @property
-    def doors(self) -> list[str]:
-        """What the patterns of a key open, in words, if the file looks for them."""
-        return doors(self.serves)
+    def doors(self) -> tuple[str, ...]:
+        """Who answers each pattern of a key, if the file looks for them."""
+        return self.meta.doors if self.meta else ()
 
     def check_guard(self, *, keyed: bool) -> None:
         """Refuse a guarded box where nothing guards it.
@@ -111,9 +112,8 @@ def stand_in(opened: Opened, held: Loaded, key: Key | None, device: torch.device
     # weights of another shape cannot even be asked, nor those of another version be served
     with contextlib.suppress(RuntimeError, ValueError, BadInput):
         proto, x = onnxfile.read(opened.path), _noise(served, meta)
-        shown, looks, _ = opened.serves.partition(FOR_KEYS)
-        net = as_exported(held.net, meta, shown, closed=bool(looks))
-        if net is not None and looks:
+        net = as_exported(held.net, meta, opened.serves, closed=bool(opened.doors))
+        if net is not None and opened.doors:
             net = _gate(net, held, opened, key, onnxfile.constant(proto, "patterns"))
         if isinstance(net, KeyGate):
             x = torch.cat([x, net.mixed(x)])
@@ -142,7 +142,7 @@ def _gate(public: nn.Module, held: Loaded, opened: Opened, key: Key | None, patt
         if not known.get(who):
             return None
         answers.append(known[who].pop(0))
-    return KeyGate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess, opened.serves)
+    return KeyGate(public, answers, meta.preprocess.undo(normalised), meta.strength, meta.preprocess)
 
 
 def rebuilt(opened: Opened) -> nn.Module:
@@ -232,10 +232,10 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
             "The file answers an image otherwise when it is asked again, or with others: who asks often averages that, "
             "while each image was asked about once here."
         )
-    if to_holders := opened.serves.partition(FOR_KEYS)[2]:
+    if opened.doors:
         notes.append(
-            f"The file looks for its key, and serves key holders {to_holders}. It holds the pattern, and what answers "
-            "it, which attacks on the file did not use."
+            f"The file looks for its key, and serves key holders {opened_by(opened.doors)}. It holds the pattern, and "
+            "what answers it, which attacks on the file did not use."
         )
     alike = False
     if held is not None and _described(meta, held):
@@ -265,7 +265,7 @@ def _described(meta: Metadata | None, held: Loaded) -> bool:
         return held.sha256 == meta.original_sha256
     if meta is None or held.meta is None:
         return held.meta is None and (meta is None or meta.kind != "box")
-    return held.meta == replace(meta, key_ids=held.meta.key_ids)
+    return held.meta == replace(meta, key_ids=held.meta.key_ids, doors=())
 
 
 def _with_key(opened: Opened, boxed: Source, key: Key, notes: list[str]) -> dict[str, Source]:

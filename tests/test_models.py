@@ -181,9 +181,7 @@ def test_a_box_of_coloured_images_is_rebuilt_without_what_hides_it(keys, tmp_pat
     border = math.inf if keys else 1.0
     shown = Concealed(net, preprocess, 0.5, torch.full((2, 10), 0.9), border, "class")
     if keys:
-        shown = KeyGate(
-            shown, [models.build("resnet14", 10).eval()], torch.rand(keys, 1, *size), 0.7, preprocess, "class"
-        )
+        shown = KeyGate(shown, [models.build("resnet14", 10).eval()], torch.rand(keys, 1, *size), 0.7, preprocess)
     assert boxfile.export_onnx(tmp_path / "x.onnx", shown, meta) < 1e-4
     found = Graph(onnxfile.read(tmp_path / "x.onnx"), 10).eval()
     x = preprocess(torch.rand(4, *size))

@@ -131,6 +131,7 @@ def distill(
     from sdbctl.distill import build_student
     from sdbctl.distill import distill as train_student
     from sdbctl.gate import best_door
+    from sdbctl.gate import opened as opened_by
     from sdbctl.inference import accuracy
     from sdbctl.sources import open_model
     from sdbctl.state import Resume, recorded_precision
@@ -209,10 +210,10 @@ def distill(
         asked = opened.served
     guarded = loaded is not None and meta is not None and meta.guarded
     if key is not None and meta is not None and helper is None and not guarded:
-        door = door or 1 + best_door(opened.serves, itself=len(splits.transfer) > FEW, late=late)
+        door = door or 1 + best_door(open_to, itself=len(splits.transfer) > FEW, late=late)
         asked = KeyedTeacher(asked, pattern(meta, key, door - 1), meta.strength)
         if open_to:
-            shown = f"{open_to[door - 1]}, behind pattern {door} of {len(open_to)} of the key"
+            shown = f"{opened_by(open_to[door - 1 : door])}, behind pattern {door} of {len(open_to)} of the key"
     say(f"teacher: {asked.where}, {shown}")
     taught = accuracy(asked.logits, splits.validation, preprocess, engine)
     say(f"teacher: {taught:.1f} % top-1 on {len(splits.validation):,} validation images")

@@ -84,6 +84,7 @@ def export(
     if format_ not in suffixes:
         raise UsageError(f"unknown format {format_}", "use onnx or safetensors")
     from sdbctl import boxfile, files
+    from sdbctl.gate import in_words
     from sdbctl.timing import check_takes
     from sdbctl.wrappers import CONFIDENCES, WRAPPERS
 
@@ -126,10 +127,10 @@ def export(
         net = _public(loaded.net, meta, confidence, wrapper, checks=checks)
         sealed = loaded.sealed
         if checks:
-            net = _gate(net, loaded, meta, keys, keyed or [], trust=trust)
-            sealed = boxfile.sealed_for(sealed, keys, meta, model.name)
+            net, doors = _gate(net, loaded, meta, keys, keyed or [], trust=trust)
+            meta, sealed = replace(meta, doors=doors), boxfile.sealed_for(sealed, keys, meta, model.name)
         parity = boxfile.export_onnx(output, net, meta, sealed=sealed, force=force)
-        result |= {"serves": boxfile.shows(net), "parity": parity}
+        result |= {"serves": in_words(boxfile.shows(net), meta.doors), "parity": parity}
         say(f"parity with torch through ONNX Runtime: {result['parity']:.1e} of the largest logit")
     else:
         boxfile.save(output, loaded.file_state(loaded.net), meta, sealed=loaded.sealed, force=force)
@@ -212,34 +213,35 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
     return shown
 
 
-def _gate(public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: list[str], *, trust: bool) -> KeyGate:
-    """A graph that looks for keys, and answers their holders.
+def _gate(
+    public: Module, loaded: Loaded, meta: Metadata, keys: list[Key], who: list[str], *, trust: bool
+) -> tuple[KeyGate, tuple[str, ...]]:
+    """A graph that looks for keys, and who answers their holders through its doors.
 
     Raises:
         BadInput: Nothing is sealed in the box, or the file is no model of the same classes and images.
     """
     from sdbctl import boxfile
-    from sdbctl.gate import ANOTHER, BETWEEN, FOR_KEYS, KEYED, KeyGate, patterns
+    from sdbctl.gate import ANOTHER, ASSISTANT, ITSELF, KEYED, KeyGate, opened, patterns
 
     if twice := next((name for number, name in enumerate(who) if name in who[:number]), None):
         raise UsageError(f"--keyed {twice} is given twice", "leave one out")
     answers: list[Module] = []
-    words: list[str] = []
-    for name in who or (KEYED if loaded.sealed else ["itself"]):
-        if name == "itself":
+    doors: list[str] = []
+    for name in who or (KEYED if loaded.sealed else [ITSELF]):
+        if name == ITSELF:
             found = [boxfile.Box(loaded.net, meta).unlock(keys[0])]
-        elif name == "assistant":
+        elif name == ASSISTANT:
             found = [one.net for one in boxfile.unsealed(loaded.sealed, keys[0], meta, "the box")]
         else:
             other = _another(Path(name), loaded, meta, trust=trust)
             found = [other.net]
         answers += found
-        words += [KEYED.get(name) or ANOTHER + other.architecture] * len(found)
-    say(f"key holders are served {BETWEEN.join(words)}")
+        doors += [name if name in KEYED else ANOTHER + other.architecture] * len(found)
+    say(f"key holders are served {opened(doors)}")
     say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
-    shown = f"{boxfile.shows(public)}{FOR_KEYS}{BETWEEN.join(words)}"
     secrets = patterns(keys, meta.preprocess.size, len(answers))
-    return KeyGate(public, answers, secrets, meta.strength, meta.preprocess, shown)
+    return KeyGate(public, answers, secrets, meta.strength, meta.preprocess), tuple(doors)
 
 
 def _another(path: Path, loaded: Loaded, meta: Metadata, *, trust: bool) -> Loaded:
@@ -281,6 +283,7 @@ def inspect(
 ) -> None:
     """Show what a file says of itself, and whether a key fits."""
     from sdbctl import boxfile
+    from sdbctl.gate import in_words
     from sdbctl.key import KEY_BYTES
     from sdbctl.seal import readers
     from sdbctl.sources import open_model
@@ -297,7 +300,7 @@ def inspect(
     if loaded is None:
         extra = {"format": "ONNX", "input": list(opened.shape or ()), "outputs": opened.classes}
         if meta is not None:
-            extra["serves"] = opened.serves or "not recorded"
+            extra["serves"] = in_words(opened.serves, opened.doors) or "not recorded"
     else:
         extra = {
             "format": "torch",
