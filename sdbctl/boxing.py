@@ -262,11 +262,9 @@ class Run:
                 assistant.look()
         team.agree(sum(assistant.net is not None for assistant in self.assistants), "the finished assistants")
         self.learned = dict(pair for kept in (self.reference, *self.assistants) for pair in kept.learned.items())
-        # who is in question
-        self.rivals: tuple[str, ...] = TEACHERS if self.seal is None else TEACHERS[:2] if self.auto else ()
-        if not self.config.trained:
-            # nothing of it is the original as it was given
-            self.rivals = tuple(name for name in self.rivals if name != "original")
+        # who is in question; where nothing is trained, nothing of the box is the original as it was given
+        others = TEACHERS if self.config.trained else tuple(name for name in TEACHERS if name != "original")
+        self.rivals: tuple[str, ...] = others if self.seal is None else TEACHERS[:2] if self.auto else ()
         self.compared = self.learned.keys() >= set(self.rivals)
         if self.compared:
             self._decide()

@@ -325,6 +325,14 @@ class Bench:
         foreign = len(self.surrogate) if self.surrogate is not None else 0
         return (own + ATTACKS[BY_NAME[row].attack].extra(own, foreign)) / whole
 
+    def share(self, images: int | None) -> float:
+        """The part of a whole run that a student of so many images takes, of all of them if None."""
+        return 1.0 if images is None else self.passes(images) * images / len(self.transfer)
+
+    def work(self, cell: Cell) -> float:
+        """How many whole runs one student takes."""
+        return self.share(cell.images) * self.runs(cell.row, cell.epochs)
+
     @property
     def secrets(self) -> list[Tensor]:
         """The key's patterns [C, H, W] in [0, 1], to judge what attackers found; of several the first opens the box."""

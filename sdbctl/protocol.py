@@ -111,7 +111,7 @@ def plan(bench: Bench) -> Plan:
         cells += _longest(bench, _rows(found))[:places] * _seeds(bench, name)
         tuned += sum(_tuned(bench, _rows(found))[:places]) * _seeds(bench, name)
         held += sum(cells) - before if found[0].row.access == "file" else 0.0
-    cells += [bench.passes(size) * size / len(bench.transfer) for _, size in budgets(bench)]
+    cells += [bench.share(size) for _, size in budgets(bench)]
     # whether they win is not known yet
     cells += _spare(bench)
     teachers = {option.teacher for found in groups.values() for option in found} - {""}
@@ -238,7 +238,8 @@ def train_students(bench: Bench, folder: Path | None, progress: Progress) -> dic
         Students by row name, and ``control`` and ``control_unlabelled``, the best of the floor.
     """
     config = bench.config
-    progress.start("students", plan(bench).students)
+    planned = plan(bench)
+    progress.start("students", planned.students, planned.runs)
     winners, rows = choose(bench, folder, progress)
     finals = {
         choice.option.row.name: (choice, _seeds(bench, group)) for group, some in winners.items() for choice in some

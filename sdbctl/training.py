@@ -29,11 +29,11 @@ READ_SECONDS = 0.3
 class Progress(Protocol):
     """What a long run reports to; the CLI draws it, the default ignores it."""
 
-    def start(self, name: str, steps: int) -> None:
-        """A run of ``steps`` steps begins."""
+    def start(self, name: str, steps: int, work: float | None = None) -> None:
+        """A run of ``steps`` steps begins, which are ``work`` in all, in any unit, if some take longer than others."""
 
-    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
-        """Some steps are done; ``metrics`` are means over them."""
+    def advance(self, steps: int, metrics: Mapping[str, float], work: float | None = None) -> None:
+        """Some steps are done, which were so much of the work; ``metrics`` are means over them."""
 
     def note(self, text: str) -> None:
         """Something worth a line."""
@@ -42,10 +42,10 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches."""
 
-    def start(self, name: str, steps: int) -> None:
+    def start(self, name: str, steps: int, work: float | None = None) -> None:
         """Ignore."""
 
-    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+    def advance(self, steps: int, metrics: Mapping[str, float], work: float | None = None) -> None:
         """Ignore."""
 
     def note(self, text: str) -> None:
@@ -64,13 +64,13 @@ class Named:
     progress: Progress
     name: str
 
-    def start(self, name: str, steps: int) -> None:
+    def start(self, name: str, steps: int, work: float | None = None) -> None:
         """See :class:`Progress`."""
-        self.progress.start(self.name, steps)
+        self.progress.start(self.name, steps, work)
 
-    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+    def advance(self, steps: int, metrics: Mapping[str, float], work: float | None = None) -> None:
         """See :class:`Progress`."""
-        self.progress.advance(steps, metrics)
+        self.progress.advance(steps, metrics, work)
 
     def note(self, text: str) -> None:
         """See :class:`Progress`."""

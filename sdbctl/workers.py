@@ -43,13 +43,16 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         bench: What to train with.
         cells: Which students.
         folder: Where outcomes are kept; those that are there already are read, so a killed run resumes.
-        progress: Advanced by one per student.
+        progress: Advanced by one per student, and by what it takes.
     """
     done: dict[str, Outcome] = {}
+    there: list[Cell] = []
     todo: list[Cell] = []
     for cell in cells:
         stored = _stored(bench, cell, folder)
         if stored:
+            if cell.id not in done:
+                there.append(cell)
             done[cell.id] = stored
             bench.spent.earlier.setdefault(cell.id, stored.seconds)
             bench.spent.memory = max(bench.spent.memory, stored.memory)
@@ -57,7 +60,7 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
             todo.append(cell)
     if done:
         progress.note(f"{len(done)} students were trained before")
-        progress.advance(len(done), {})
+        progress.advance(len(done), {}, sum(map(bench.work, there)))
 
     def finish(cell: Cell, outcome: Outcome) -> None:
         done[cell.id] = outcome
@@ -65,10 +68,10 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         bench.spent.memory = max(bench.spent.memory, outcome.memory)
         if folder is not None:
             _keep(bench, cell, outcome, folder)
-        progress.advance(1, {"validation": outcome.validation})
+        progress.advance(1, {"validation": outcome.validation}, bench.work(cell))
 
     # those who hold weights train more than one network: begun last, they would be waited for
-    todo.sort(key=lambda cell: (-bench.runs(cell.row, cell.epochs), -ATTACKS[BY_NAME[cell.row].attack].access))
+    todo.sort(key=lambda cell: (-bench.work(cell), -ATTACKS[BY_NAME[cell.row].attack].access))
     jobs = min(bench.config.jobs, len(todo))
     if bench.config.cluster and todo:
         assert folder is not None

@@ -644,13 +644,15 @@ def test_patterns_that_anybody_has_are_tried(work, splits, boxed, transfer):
 
 class Counting(Silent):
     def __init__(self):
-        self.planned, self.done = 0, 0
+        self.planned, self.done, self.work, self.worked = 0, 0, 0.0, 0.0
 
-    def start(self, name, steps):
+    def start(self, name, steps, work=None):
         self.planned += steps
+        self.work += work
 
-    def advance(self, steps, metrics):
+    def advance(self, steps, metrics, work=None):
         self.done += steps
+        self.worked += work
 
 
 def test_a_plan_counts_who_is_asked_and_who_holds_the_file(work, splits, boxed, pattern):
@@ -697,7 +699,8 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     assert progress.planned - spared <= progress.done == len(list(folder.iterdir())) <= progress.planned
     again = Counting()
     resumed = evaluate.evaluate(made, title="x", box={}, folder=folder, progress=again)
-    assert again.done == progress.done
+    assert again.done == progress.done and again.worked == pytest.approx(progress.worked)
+    assert 0.5 * progress.work < progress.worked <= progress.work + 1e-6
     assert resumed.students == report.students
     assert Report.from_json(report.to_json()).students == report.students
     assert any("Nobody searched" in note for note in report.notes) is (suite in ("quick", "file"))
@@ -731,8 +734,8 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
 
 
 class Killed(Counting):
-    def advance(self, steps, metrics):
-        super().advance(steps, metrics)
+    def advance(self, steps, metrics, work=None):
+        super().advance(steps, metrics, work)
         if self.done == 5:
             raise KeyboardInterrupt
 

@@ -303,10 +303,10 @@ def test_a_student_of_two_data_sets_goes_on_in_either_of_its_runs(work, boxed, s
         def __init__(self, run, losses):
             self.run, self.losses = run, losses
 
-        def start(self, name, steps):
+        def start(self, name, steps, work=None):
             self.run -= 1
 
-        def advance(self, steps, metrics):
+        def advance(self, steps, metrics, work=None):
             if self.run == 0:
                 self.losses -= 1
                 if self.losses == 0:
@@ -372,7 +372,7 @@ class StopAfterTwo(Silent):
 
     epochs = 0
 
-    def advance(self, steps, values):
+    def advance(self, steps, values, work=None):
         self.epochs += steps == 0
         if self.epochs == 2:
             raise KeyboardInterrupt
@@ -893,7 +893,7 @@ def test_side_by_side_equals_one_by_one(work, splits):
 @pytest.mark.slow
 def test_an_interrupted_evaluation_ends_at_once_and_its_workers_too(work, splits):
     class Stop(Silent):
-        def advance(self, steps, metrics):
+        def advance(self, steps, metrics, work=None):
             raise KeyboardInterrupt
 
     config = {"temperature": 4.0, "alpha": 0.9}
@@ -1204,7 +1204,7 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
     monkeypatch.setattr("sdbctl.boxing.WORTH", -100.0)
     start, begun, last = Live.start, [], 0
 
-    def stopping(live, name, steps):
+    def stopping(live, name, steps, work=None):
         begun.append(name)
         if len(begun) == last:
             raise KeyboardInterrupt

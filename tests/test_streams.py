@@ -52,6 +52,18 @@ def test_a_run_goes_on_when_nobody_reads_its_messages():
     assert process.wait(60) == 5
 
 
+def test_who_takes_longer_counts_for_more_of_the_time_left(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(output, "err", Console(file=io.StringIO(), width=200))
+    progress = Live()
+    progress.start("students", 10, 20.0)
+    now[0] += 600
+    progress.advance(2, {}, 12.0)
+    (line,) = output.err.file.getvalue().splitlines()
+    assert line == "students 2/10, 10 min so far, about 7 min left"
+
+
 def test_notes_do_not_control_the_terminal(capsys):
     Live().note("[b]a\x1b[31mb")
     assert capsys.readouterr().err == "[b]a[31mb\n"

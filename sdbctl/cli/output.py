@@ -22,7 +22,6 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -104,7 +103,7 @@ class Live:
         self._bars = Bars(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=24 if err.width > 110 else 8),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[count]}", markup=False, table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             # the others keep their width, this one gets the rest
@@ -118,7 +117,8 @@ class Live:
         self._metrics: dict[str, float] = {}
         self._over = threading.Event()
         # when a run began, what was done in its first second, till when, and when something was said last
-        self._begun, self._known, self._since, self._said = 0.0, 0, 0.0, time.monotonic()
+        self._begun, self._known, self._since, self._said = 0.0, 0.0, 0.0, time.monotonic()
+        self._work, self._worked = 0.0, 0.0
 
     def __enter__(self) -> Live:
         self._bars.start()
@@ -138,28 +138,30 @@ class Live:
     def _tell(self) -> None:
         self._said = time.monotonic()
         # what an earlier run left is done at once, and tells nothing of the pace
-        done, passed = self._done - self._known, self._said - self._begun
-        left = (self._said - self._since) / done * (self._total - self._done) if done > 0 else 0.0
+        done, passed = self._worked - self._known, self._said - self._begun
+        open_ = self._work - self._worked if self._done < self._total else 0.0
+        left = (self._said - self._since) / done * open_ if done > 0 else 0.0
         rest = f", about {duration(left)} left" if left else ""
         shown = "  ".join(f"{name} {_short(value)}" for name, value in [*self._metrics.items()])
         say(f"{self._name} {self._done}/{self._total}, {duration(passed)} so far{rest}  {shown}".rstrip())
 
-    def start(self, name: str, steps: int) -> None:
+    def start(self, name: str, steps: int, work: float | None = None) -> None:
         """See :class:`sdbctl.training.Progress`."""
         self._name, self._total, self._done, self._told, self._metrics = name, steps, 0, 0, {}
-        self._begun, self._known = time.monotonic(), 0
-        self._since = self._begun
-        self._task = self._bars.add_task(name, total=steps, shown="")
+        self._begun, self._known = time.monotonic(), 0.0
+        self._work, self._worked, self._since = steps if work is None else work, 0.0, self._begun
+        self._task = self._bars.add_task(name, total=self._work, shown="", count=f"0/{steps}")
 
-    def advance(self, steps: int, metrics: Mapping[str, float]) -> None:
+    def advance(self, steps: int, metrics: Mapping[str, float], work: float | None = None) -> None:
         """See :class:`sdbctl.training.Progress`."""
         self._metrics.update(metrics)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in self._metrics.items())
         self._done += steps
-        self._bars.update(self._task, advance=steps, shown=shown)
+        self._worked += steps if work is None else work
+        self._bars.update(self._task, completed=self._worked, shown=shown, count=f"{self._done}/{self._total}")
         tenth = 10 * self._done // max(1, self._total)
         if time.monotonic() - self._begun < 1:
-            self._known, self._since = self._done, time.monotonic()
+            self._known, self._since = self._worked, time.monotonic()
         if not err.is_terminal and tenth > self._told:
             self._told = tenth
             self._tell()
