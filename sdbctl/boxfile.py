@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sdbctl import checkpoint, files, models, onnxfile, seal
 from sdbctl.data import Preprocess
-from sdbctl.errors import BadInput, UsageError
+from sdbctl.errors import BadInput, SdbError, UsageError
 from sdbctl.gate import KeyGate
 from sdbctl.key import Key, embed
 
@@ -86,8 +86,8 @@ class Metadata:
 
     @property
     def private(self) -> bool:
-        """Whether the weights are an unprotected model's, which only the owner of their file may read."""
-        return self.kind in ("reference", "assistant") or self.guarded
+        """Whether the weights give away what is to be protected, so that only the owner of their file may read it."""
+        return self.kind in ("reference", "assistant", "box")
 
     @property
     def origin(self) -> str:
@@ -250,7 +250,7 @@ def unsealed(text: str, key: Key, meta: Metadata, where: str) -> list[Loaded]:
     """
     check_key(meta, key)
     if not text:
-        raise BadInput(f"nothing is sealed in {where}", "ask it with the key in each image instead")
+        raise BadInput(f"nothing is sealed in {where}", "box with --seal, or ask with the key in each image")
     return [_assistant(content, meta, where) for content in seal.unseal(text, key, meta.origin, where)]
 
 
@@ -363,8 +363,8 @@ def _loaded(content: checkpoint.Checkpoint, where: str, arch: str | None) -> Loa
     try:
         named = arch or (meta.architecture if meta else None)
         found = models.match(named, content.state_dict) if named else models.identify(content.state_dict)
-    except UsageError as error:
-        if arch:
+    except SdbError as error:
+        if arch or (meta is None and isinstance(error, BadInput)):
             raise
         raise BadInput(f"{where}: {error.message}", "give --arch, or write the file again") from None
     if meta and found.classes != len(meta.classes):

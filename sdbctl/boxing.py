@@ -17,7 +17,7 @@ from sdbctl.data import Splits
 from sdbctl.distill import build_student, distill
 from sdbctl.errors import BadInput, UsageError
 from sdbctl.key import Key
-from sdbctl.state import differences
+from sdbctl.state import Resume, differences
 from sdbctl.teacher import TorchTeacher
 from sdbctl.timing import image_seconds
 from sdbctl.training import Named, Progress, Silent, digest
@@ -46,7 +46,14 @@ def assisted_epochs(images: int) -> list[int]:
     return sorted({min(ASSISTED_EPOCHS, max(1, round(seen / images))) for seen in ASSISTED_IMAGES})
 
 
-def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress | None = None) -> nn.Module:
+def assist(
+    reference: nn.Module,
+    task: Task,
+    epochs: int,
+    *,
+    progress: Progress | None = None,
+    resume_from: Path | None = None,
+) -> nn.Module:
     """A teaching assistant: the reference, distilled into a small network on the owner's images (KD, τ = 4, α = 0.9).
 
     What a small network has learned another can learn, too, and from fewer images (Mirzadeh et al., AAAI 2020, for one
@@ -66,6 +73,7 @@ def assist(reference: nn.Module, task: Task, epochs: int, *, progress: Progress 
         scaled(Recipe(), epochs=epochs, seed=ASSISTANT_SEED),
         task.engine,
         progress=Named(progress or Silent(), "assistant"),
+        resume_from=[Resume(resume_from, describe_assistant(reference, task, epochs).run)] if resume_from else [],
     ).student
 
 
@@ -288,7 +296,7 @@ class Run:
         reference, task = self.reference, self.task
         return Kept(
             path,
-            lambda: assist(reference.get(), task, epochs, progress=self.progress),
+            lambda: assist(reference.get(), task, epochs, progress=self.progress, resume_from=_part(path)),
             lambda: describe_assistant(reference.get(), task, epochs),
         )
 
@@ -383,5 +391,10 @@ class Run:
         boxfile.save(self.output, made.state_dict, model.meta, sealed=model.sealed, force=self.force)
 
     def _forget(self) -> None:
-        for state in self.states:
+        for state in (*self.states, *map(_part, self.states[2:])):
             state.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    """Where the training of an assistant is kept that is to be kept in a file."""
+    return path.with_suffix(".part")

@@ -89,6 +89,8 @@ class BoxConfig:
             UsageError: Objective or preset is unknown, or a value is out of range.
         """
         recipe, presets = cls(objective).recipe, OBJECTIVES[objective].presets
+        if asked.get("wrong_share") is not None and objective not in LOSSES:
+            raise UsageError(f"{objective} trains nothing with wrong keys", "leave --wrong-share out")
         check_known(f"{objective} preset", preset, presets)
         base = presets[preset or "default"]
         chosen: dict[str, Any] = {"strength": base.strength, "wrong_share": base.wrong_share}

@@ -232,6 +232,8 @@ def verdict(report: Report) -> str:
     end = f"{other}.{_shown(report)}"
     what = "box" if _boxed(report) else "model"
     if report.protectable.mean is None:
+        if what == "model" and any(interval.n == 1 for interval, *_ in known):
+            return f"One seed only: through its {means} one gains {gains} over the floor. {end}"
         if what == "model":
             surely = any((interval.low or 0.0) > ADVANTAGE_LIMIT for interval, *_ in known)
             finding = "Distillable" if surely else "Not shown to be distillable"

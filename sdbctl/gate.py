@@ -109,8 +109,9 @@ def in_words(serves: str, doors: Sequence[str]) -> str:
 
 
 def opened(doors: Sequence[str]) -> str:
-    """What doors open, in words."""
-    return ", ".join(KEYED.get(door, f"all outputs of {door}") for door in doors)
+    """What doors open, in words, with their numbers if there are several."""
+    words = [KEYED.get(door, f"all outputs of {door}") for door in doors]
+    return ", ".join(f"({number}) {what}" for number, what in enumerate(words, 1)) if len(words) > 1 else "".join(words)
 
 
 def best_door(doors: Sequence[str], *, itself: bool, late: bool) -> int:

@@ -89,6 +89,8 @@ class Opened:
 def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool = False) -> Opened:
     """Read a box, a checkpoint or an ONNX file, ours or anybody's."""
     if onnxfile.is_onnx(path):
+        if arch is not None:
+            raise UsageError(f"{path} is ONNX, which says itself what it computes", "leave --arch out")
         served = OnnxTeacher(path, pick_device(device))
         said = onnxfile.properties(path)
         meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
@@ -316,7 +318,7 @@ def _originals(
     if reference is not None:
         recorded = meta.reference_sha256 if meta is not None else ""
         sources["reference"] = _alike(opened, boxfile.load(reference), reference, recorded, "the reference of this box")
-    elif meta is not None:
+    elif meta is not None and original is not None:
         notes.append("Without the reference N_ft, costs are measured against the original as it was.")
     return sources
 

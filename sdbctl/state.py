@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,11 +131,13 @@ class State:
             raise BadInput(f"resume file {self.path} is damaged", "delete it to start over") from None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that are not the same, with both values."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that are not the same, with both values, each once."""
+    found: list[str] = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new)
+            found += differences(old, new)
         elif old != new:
-            yield f"{name} {str(old)[:40]}, not {str(new)[:40]}"
+            found.append(f"{name} {str(old)[:40]}, not {str(new)[:40]}")
+    return list(dict.fromkeys(found))

@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 
 from sdbctl.boxfile import GUARD, Metadata
 from sdbctl.data import Preprocess
-from sdbctl.errors import BadInput
+from sdbctl.errors import BadInput, UsageError, check_known
 from sdbctl.teacher import Teacher
 
 _FLOOR = 1e-6
@@ -127,6 +127,20 @@ WRAPPERS: dict[str, Wrapper] = {
     "stingy": stingy,
     "misdirection": misdirection,
 }
+
+
+def check_exported(name: str | None) -> None:
+    """Refuse a wrapper that no file can hold; None is none.
+
+    Raises:
+        UsageError: It is unknown, or depends on the last bits of an answer, which no two runtimes share.
+    """
+    check_known("wrapper", name, WRAPPERS)
+    if name == "gaussian-noise":
+        raise UsageError(
+            f"{name} follows the last bits of an answer, so that no file computes the same",
+            "eval compares with it; take another wrapper",
+        )
 
 
 def behind(wrapper: Wrapper, z: Tensor) -> Tensor:

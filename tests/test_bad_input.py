@@ -470,6 +470,18 @@ def test_usage_errors_exit_with_2(work):
     assert run_cli("box", "x", "--epochs", "many", "--key-file", "k").returncode == 2
 
 
+def test_what_would_do_nothing_is_refused(work, tmp_path):
+    graph, key, box = work / "boxed.onnx", work / KEY, work / "boxed.safetensors"
+    twice = ("--key-file", key, "--key-file", work / "other.bin")
+    for command in (("inspect", box), ("distill", box, *DIGITS), ("eval", box, *DIGITS), ("sweep", work / TEACHER)):
+        check(run_cli(*command, *twice), 2, "give --key-file once")
+    check(run_cli("keygen", "-"), 2, "name a file")
+    check(run_cli("inspect", graph, "--arch", "resnet8"), 2, "leave --arch out")
+    check(run_cli("distill", graph, *DIGITS, "--arch", "resnet8"), 2, "leave --arch out")
+    check(run_cli("train", "--arch", "cnn-tiny", *DIGITS, "--normalize", "imagenet"), 2, "with 1 channel")
+    check(run_cli("sweep", work / TEACHER, "--key-file", key, "--objective", "nope"), 2, "unknown objective nope")
+
+
 def test_existing_output_is_kept_without_force(work, tmp_path):
     path = tmp_path / "out.onnx"
     path.write_text("precious")

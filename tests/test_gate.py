@@ -342,6 +342,11 @@ def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
         ("box", ("--key-file", "one.bin", "--keyed", "nothing.safetensors"), 4, "nothing.safetensors"),
         ("box", ("--key-file", "one.bin", "--format", "safetensors"), 2, "leave --key-file out"),
         ("box", ("--key-file", "one.bin", "--confidence", "exact"), 2, "leave --key-file out"),
+        ("box", ("--key-file", "one.bin", "--keyed", "assistants"), 4, "say itself, assistant"),
+        ("box", ("--normalize", "half"), 2, "records how"),
+        ("plain", ("--image-size", "16"), 2, "records how"),
+        ("plain", ("--confidence", "rough"), 2, "is no box"),
+        ("plain", ("--wrapper", "gaussian-noise"), 2, "last bits"),
     ],
 )
 def test_what_cannot_be_served_so_is_said_in_a_line(name, options, code, said, partner, tmp_path):
@@ -418,6 +423,7 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
         (("--teacher", "original"), b"leave out --teacher"),
         (("--strength", "0.3"), b"0.1 to 0.13"),
         (("--set", "hide=1"), b"it has: none"),
+        (("--wrong-share", "0.1"), b"leave --wrong-share out"),
         (("--image-size", "8"), b"1x8x8"),
     ):
         refused = run_cli(*command, *wrong)
@@ -440,6 +446,8 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
         with pytest.raises(UsageError, match="hides nothing"):
             opened(x)
         assert torch.equal(opened.unlock(secret)(x), plain) and not torch.allclose(helper, plain, atol=0.1)
+    refused = run_cli("export", box, "--confidence", "exact")
+    assert refused.returncode == 2 and b"would show everybody all" in refused.stderr
     for options, public, answers in (
         ((), "one confidence per class", []),
         (("--key-file", key, "--keyed", "assistant", "--confidence", "rough"), "two rough confidences", [helper]),
@@ -455,6 +463,9 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
         for some in (x, *keyed[len(answers) :]):
             assert deviation(found.served.logits(some)).max() < 1e-5
         if not answers:
+            assert found.sealed == ""
+            said = run_cli("inspect", graph, "--key-file", key)
+            assert b"opens nothing" in said.stdout and b"nothing is sealed" not in said.stdout
             for command in (("eval",), ("distill", "--no-sealed", "-o", tmp_path / "s.safetensors")):
                 refused = run_cli(command[0], graph, "--key-file", key, *digits[:4], *command[1:])
                 assert refused.returncode == 4 and b"does not look for a key" in refused.stderr
@@ -478,6 +489,6 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     assert [(told["door"], told["sealed"]) for told in through] == [(2, False), (1, False), (0, True)]
     assert through[1]["teacher_top1"] == asked["teacher_top1"] != through[0]["teacher_top1"]
     assert through[0]["teacher_top1"] == through[2]["teacher_top1"]
-    for door, said in ((3, b"opens to 2"), (1, b"--door is about")):
+    for door, said in ((3, b"this file has 2"), (1, b"--door is about")):
         refused = run_cli(*student, "--door", door, *(("--sealed",) if door == 1 else ()))
         assert refused.returncode == 2 and said in refused.stderr

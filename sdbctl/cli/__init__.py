@@ -64,7 +64,9 @@ def defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     if {"-h", "--help", "--version"} & set(arguments):
         return {}
     defaults = read_settings(Path(SETTINGS_FILE), typer.main.get_command(app))
-    used = defaults.get(next((word for word in arguments if word in COMMANDS), ""), {})
+    given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
+    known = defaults.get(next((word for word in arguments if word in COMMANDS), ""), {})
+    used = [name for name in known if name.replace("_", "-") not in given]
     if used:
         say(f"defaults from {SETTINGS_FILE}: {', '.join(sorted(used))}")
     return defaults

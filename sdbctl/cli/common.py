@@ -112,6 +112,17 @@ def begin(
         files.claim(path, force=force)
 
 
+def only(key_file: list[Path] | None) -> Path | None:
+    """The one key file of a command that asks with one.
+
+    Raises:
+        UsageError: There are several, of which others would be forgotten.
+    """
+    if key_file and len(key_file) > 1:
+        raise UsageError("this command takes one key", "give --key-file once")
+    return key_file[0] if key_file else None
+
+
 def read_key(path: Path, insecure: bool, processes: int = 1) -> Key:
     """The key in a file, or on standard input for ``-``, which only one process can read."""
     from sdbctl.key import Key
@@ -345,6 +356,9 @@ def preset(name: str, size: tuple[int, int, int]) -> Preprocess:
     from sdbctl.data import Preprocess, presets
 
     known = presets(size[0])
+    if name in NAMES["normalisations"] and name not in known:
+        what = f"{name} is no normalisation of images with {size[0]} channel{'s' if size[0] != 1 else ''}"
+        raise UsageError(what, f"use one of: {', '.join(known)}")
     check_known("normalisation", name, known)
     return Preprocess(*known[name], size)
 

@@ -13,6 +13,7 @@ from sdbctl.cli.common import (
     begin,
     data_of,
     of_other_data,
+    only,
     open_data,
     open_surrogate,
     pick,
@@ -111,9 +112,9 @@ def distill(
         [profile],
         resume=resume,
         force=force or dry_run,
-        kept=[teacher, *([key_file] if key_file else [])],
+        kept=[teacher, *(key_file or [])],
     )
-    key = read_key(key_file, insecure_key_file, processes) if key_file else None
+    key = read_key(path, insecure_key_file, processes) if (path := only(key_file)) else None
     if sealed and key is None:
         raise UsageError("only a key opens what is sealed", "give --key-file, or leave out --sealed")
     if door is not None and (key is None or sealed):
@@ -150,7 +151,7 @@ def distill(
         check_key(meta, key)
         shown = "keyed outputs"
         if door is not None and door > max(1, len(open_to)):
-            raise UsageError(f"there is no pattern {door} of the key", f"this file opens to {len(open_to)}")
+            raise UsageError(f"there is no pattern {door} of the key", f"this file has {max(1, len(open_to))}")
         if sealed or (sealed is None and door is None and (opened.sealed or meta.parameters.get("sealed"))):
             try:
                 helpers = boxfile.unsealed(opened.sealed, key, meta, teacher.name)

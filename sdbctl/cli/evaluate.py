@@ -15,6 +15,7 @@ from sdbctl.cli.common import (
     box_fields,
     data_of,
     of_other_data,
+    only,
     open_surrogate,
     pick,
     preprocess_for,
@@ -110,9 +111,9 @@ def evaluate(
     """
     gates = known_gates(gate)
     box = box or find_box()
-    key = read_key(key_file, insecure_key_file) if key_file else None
+    key = read_key(path, insecure_key_file) if (path := only(key_file)) else None
 
-    from sdbctl import evaluate, files
+    from sdbctl import evaluate, files, onnxfile
     from sdbctl.attacks import ATTACKS
     from sdbctl.bench import evaluation_seconds
     from sdbctl.cells import Bench, EvalConfig
@@ -146,7 +147,8 @@ def evaluate(
     for folder in {report, cache}:
         if folder.is_file():
             raise UsageError(f"{folder} is a file, and a folder is needed", "name a folder")
-    opened = open_model(box, device, arch=arch, trust=trust)
+    # of what an ONNX file was made of
+    opened = open_model(box, device, arch=None if onnxfile.is_onnx(box) else arch, trust=trust)
     meta = opened.meta
     notes: list[str] = []
     sources = gather(

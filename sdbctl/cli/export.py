@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, named, preset, read_key
+from sdbctl.cli.common import box_fields, named, only, preset, read_key
 from sdbctl.cli.names import DEFAULT, complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.errors import BadInput, UsageError, check_known
@@ -86,9 +86,9 @@ def export(
     from sdbctl import boxfile, files
     from sdbctl.gate import in_words
     from sdbctl.timing import check_takes
-    from sdbctl.wrappers import CONFIDENCES, WRAPPERS
+    from sdbctl.wrappers import CONFIDENCES, check_exported
 
-    check_known("wrapper", wrapper, WRAPPERS)
+    check_exported(wrapper)
     check_known("confidence", confidence, CONFIDENCES)
     if wrapper is not None and format_ != "onnx":
         raise UsageError(f"weights cannot hold the wrapper {wrapper}", "use --format onnx")
@@ -96,7 +96,7 @@ def export(
         what = f"the wrapper {wrapper}" if wrapper else "a file of weights"
         raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
     if key_file and (format_ != "onnx" or confidence == "exact"):
-        raise UsageError("only a graph that hides outputs checks keys", "leave --key-file out")
+        raise UsageError("only a graph that hides outputs looks for keys", "leave --key-file out")
     if keyed and not key_file:
         raise UsageError("--keyed says who answers key holders", "give --key-file as well")
 
@@ -119,14 +119,21 @@ def export(
             preprocess=preset(normalize, (loaded.channels, image_size, image_size)),
             versions=boxfile.versions(),
         )
+    elif normalize is not None or image_size is not None:
+        raise UsageError(f"{model} records how it wants its images", "leave out --normalize and --image-size")
+    if confidence is not None and meta.kind != "box":
+        raise UsageError(f"{model} is no box, and shows all that it knows", "give --wrapper, such as top1")
+    if confidence == "exact" and meta.guarded:
+        raise UsageError(f"{model} was not trained to hide: exact would show everybody all", "leave out --confidence")
     result: dict[str, Any] = {"file": str(output), "format": format_}
     if format_ == "onnx":
         keys = [read_key(path, insecure_key_file) for path in key_file or []]
         check_takes(loaded.net, meta.preprocess.size)
-        meta, checks = _for_keys(meta, keys, loaded.sha256, must=wrapper is not None or bool(keyed))
-        net = _public(loaded.net, meta, confidence, wrapper, checks=checks)
-        sealed = loaded.sealed
-        if checks:
+        meta = _for_keys(meta, keys, loaded.sha256)
+        net = _public(loaded.net, meta, confidence, wrapper, checks=bool(keys))
+        # a graph of what is guarded opens to nobody unless it looks for keys
+        sealed = loaded.sealed if keys or not meta.guarded else ""
+        if keys:
             net, doors = _gate(net, loaded, meta, keys, keyed or [], trust=trust)
             meta, sealed = replace(meta, doors=doors), boxfile.sealed_for(sealed, keys, meta, model.name)
         parity = boxfile.export_onnx(output, net, meta, sealed=sealed, force=force)
@@ -137,47 +144,42 @@ def export(
     emit({**result, "warnings": warned}, json_, f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-def _for_keys(meta: Metadata, keys: list[Key], source: str, *, must: bool) -> tuple[Metadata, bool]:
-    """What a graph says of itself, and whether it looks for keys: if it is given some, and if that is of use.
+def _for_keys(meta: Metadata, keys: list[Key], source: str) -> Metadata:
+    """What a graph that looks for keys says of itself.
 
-    The keys of a box come first after it; what knows none of the others can still look for their patterns.
+    The keys of a box come first after it: a graph looks for any pattern, but only they open what is behind it.
 
     Raises:
-        BadInput: No key is that of the box, or one is not where it must be.
-        UsageError: A key is given twice, or looking for it is of no use, but must be.
+        BadInput: No key is that of the box.
+        UsageError: A key is given twice, or images are too small to look for it.
     """
     from sdbctl.boxfile import check_key
     from sdbctl.gate import SAFE, key_margin, key_strength
     from sdbctl.key import ids_of
 
     if not keys:
-        return meta, False
+        return meta
     ids, size = ids_of(keys), meta.preprocess.size
     if meta.kind != "box":
         plain = replace(meta, objective="", parameters={}, measured={}, reference_sha256="", original_sha256=source)
-        return replace(plain, kind="box", key_ids=ids, strength=key_strength(size)), True
+        return replace(plain, kind="box", key_ids=ids, strength=key_strength(size))
     keys.sort(key=lambda key: key.id not in meta.key_ids)
-    looks = key_margin(size, meta.strength) >= SAFE
-    for key in keys[:1] if looks else keys:
-        check_key(meta, key)
-    if not looks:
-        why = "images so small, or so little of the key in them, have a key by chance"
-        if must:
-            raise UsageError(why, "leave --key-file out")
-        warn(f"{why}: the graph does not look for it")
-        return meta, False
+    check_key(meta, keys[0])
+    if key_margin(size, meta.strength) < SAFE:
+        why = "images so small, or so little of the key in them, have a key by chance: no graph can look for it"
+        raise UsageError(why, "leave --key-file out; without it the graph opens to the keys of the box")
     if left := [name for name in meta.key_ids if name not in ids]:
         say(f"note: without their key files this graph does not open to {', '.join(left)}")
     if new := [name for name in ids if name not in meta.key_ids]:
         say(f"note: the box was not made for {', '.join(new)}; this graph opens to them as well")
-    return replace(meta, key_ids=ids), True
+    return replace(meta, key_ids=ids)
 
 
 def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | None, *, checks: bool) -> Module:
     """A network as its graph is to serve it to everybody; what this means is said.
 
     Raises:
-        UsageError: It shows everybody what a key is to open.
+        UsageError: It would show everybody what a key, or a choice of confidences, is to hide.
     """
     from sdbctl.gate import SAFE, key_margin
     from sdbctl.wrappers import Concealed, Wrapped, served
@@ -206,9 +208,9 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
         why = "what it shows with and without the key cannot be told apart; box for more --epochs"
     else:
         why = "nothing was done to conceal it"
-    if checks:
+    if checks or confidence in ("class", "rough"):
         raise UsageError(f"everybody would be shown ALL that this model knows: {why}", "give --wrapper, such as top1")
-    if meta.kind == "box" and confidence != "exact" and (confidence or meta.objective == DEFAULT):
+    if confidence is None and meta.objective == DEFAULT:
         warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
     return shown
 
@@ -254,6 +256,8 @@ def _another(path: Path, loaded: Loaded, meta: Metadata, *, trust: bool) -> Load
     from sdbctl import boxfile
     from sdbctl.timing import check_takes
 
+    if not path.exists():
+        raise BadInput(f"--keyed {path} is no file", "say itself, assistant, or name another model's file")
     found = boxfile.load(path, trust=trust)
     if found.meta is not None and found.meta.kind == "box":
         raise BadInput(f"{path} is a box, which hides from everybody who has no key to it", "name an ordinary model")
@@ -293,7 +297,7 @@ def inspect(
         hint = "to see whether it fits a box: sdbctl inspect BOX --key-file FILE"
         emit(found, json_, pairs("", {**found, "format": "a key, or whatever else has 32 bytes", "hint": hint}))
         return
-    key: Any | None = read_key(key_file, insecure_key_file) if key_file else None
+    key: Any | None = read_key(place, insecure_key_file) if (place := only(key_file)) else None
     opened = open_model(path, "cpu", arch=arch, trust=trust)
     meta, sealed, loaded = opened.meta, opened.sealed, opened.loaded
     extra: dict[str, Any]
@@ -308,9 +312,9 @@ def inspect(
             "outputs": loaded.classes,
             "parameters": sum(parameter.numel() for parameter in loaded.net.parameters()),
         }
-    fits = None
+    fits, shut = None, meta is not None and meta.guarded and loaded is None and not opened.doors
     if key is not None:
-        fits = meta is not None and key.id in meta.key_ids
+        fits = meta is not None and key.id in meta.key_ids and not shut
     lost = meta is not None and meta.parameters.get("sealed")
     extra["sealed"] = "nothing, although it was made with something sealed" if lost else "nothing"
     if sealed:
@@ -344,7 +348,7 @@ def inspect(
             "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),
         }
     if fits is not None:
-        rows["this key"] = "fits" if fits else "does not fit"
+        rows["this key"] = "fits" if fits else "opens nothing: this graph looks for none" if shut else "does not fit"
     emit(result, json_, pairs("", rows))
 
 

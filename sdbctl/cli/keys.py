@@ -10,6 +10,7 @@ import typer
 from sdbctl.cli import options as o
 from sdbctl.cli.common import named
 from sdbctl.cli.output import emit
+from sdbctl.errors import UsageError
 
 
 def keygen(
@@ -20,6 +21,8 @@ def keygen(
     """Make a secret key: 32 random bytes that only you can read."""
     from sdbctl.key import Key
 
+    if str(path) == "-":
+        raise UsageError("a key is not written to standard output, where it may be logged", "name a file")
     key = Key.generate()
     key.save(named(path), force=force)
     emit({"key_file": str(path), "key_id": key.id}, json_, f"{path}: key {key.id}; keep it secret, keep a copy")

@@ -71,7 +71,7 @@ TestSize = Annotated[
     int | None, typer.Option("--test-size", metavar="N", min=1, help="Test images to use.", rich_help_panel=DATA)
 ]
 KeyFile = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen; - reads standard input."),
 ]
 InsecureKey = Annotated[

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import data_of, finite, open_surrogate, read_key
-from sdbctl.cli.names import DEFAULT, complete
+from sdbctl.cli.common import data_of, finite, only, open_surrogate, read_key
+from sdbctl.cli.names import DEFAULT, NAMES, complete
 from sdbctl.cli.output import emit, say
 from sdbctl.errors import BadInput, UsageError, check_known
 
@@ -98,6 +98,8 @@ def rows_of(
     """
     combinations = grid(settings)
     chosen = [(name, preset or None) for name, _, preset in (item.partition(":") for item in objectives or [DEFAULT])]
+    for name, _ in chosen:
+        check_known("objective", name, NAMES["objectives"])
     rows = []
     for (name, preset), combination, confidence in itertools.product(chosen, combinations, confidences or [""]):
         parts = [f"{key}={value}" for key, value in combination.items()]
@@ -121,7 +123,7 @@ def rows_of(
 
 def sweep(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The trained classifier.")],
-    key_file: Annotated[Path, typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen.")],
+    key_files: Annotated[list[Path], typer.Option("--key-file", metavar="FILE", help="Secret key made by keygen.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=A,B,C", help="Values of a parameter of the objective.")
     ] = None,
@@ -196,6 +198,8 @@ def sweep(
     Whatever is finished is kept in the report folder, so the same command goes on where it stopped. All rows share
     one reference, and the students that do not depend on the row.
     """
+    key_file = only(key_files)
+    assert key_file is not None
     if str(key_file) == "-":
         raise UsageError("a sweep reads the key more than once", "give --key-file FILE")
     rows = rows_of(objective or [], set_ or [], wrapper or [], confidence or [])
@@ -206,14 +210,14 @@ def sweep(
     from sdbctl.sources import Opened
     from sdbctl.suites import suite as find_suite
     from sdbctl.updates import Recipe
-    from sdbctl.wrappers import CONFIDENCES, WRAPPERS
+    from sdbctl.wrappers import CONFIDENCES, check_exported
 
     chosen = find_suite(suite, foreign=surrogate is not None)
     # what is wrong with students shows before the first box is made
     models.build(student or chosen.student, 10)
     for row in rows:
         check_known("confidence", row.confidence, CONFIDENCES)
-        check_known("wrapper", row.wrapper, WRAPPERS)
+        check_exported(row.wrapper)
     configs = [row.config() for row in rows if row.objective is not None]
     original = boxfile.load(checkpoint, trust=trust)
     for config in configs:
@@ -332,7 +336,7 @@ def sweep(
                     original=checkpoint,
                     reference=shared,
                     attack=True,
-                    key_file=key_file if row.objective else None,
+                    key_file=[key_file] if row.objective else None,
                     student=student,
                     seeds=seeds,
                     suite=suite,

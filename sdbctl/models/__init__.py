@@ -90,7 +90,7 @@ def torchvision_net(name: str, classes: int, channels: int = 3) -> nn.Module:
         hint = f"did you mean {' or '.join(close)}?" if close else "see: sdbctl list students"
         raise UsageError(f"unknown network {name}", hint)
     if channels != 3:
-        raise UsageError(f"{name} takes 3 channels, not {channels}", "use one of: sdbctl list students")
+        raise UsageError(f"{name} takes 3 channels, not {channels}", "sdbctl list students has others")
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     net: nn.Module = tv.get_model(name, weights=None, num_classes=classes, **extra)
     return net

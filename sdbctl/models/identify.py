@@ -73,7 +73,7 @@ def match(name: str, state: Mapping[str, Tensor]) -> Identified:
     """
     found = _match(name, _shapes(state))
     if isinstance(found, str):
-        raise BadInput(f"the checkpoint is no {name}: {found}", "leave --arch out, or name another")
+        raise BadInput(f"the checkpoint is no {name}: {found}", "name another --arch, or leave it out")
     return found
 
 

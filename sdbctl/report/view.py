@@ -183,7 +183,7 @@ def compare(report: Report, baseline: Report) -> Table:
     def change(path: str) -> float | None:
         return now[path] - before[path] if path in before and path in now else None
 
-    paths = [path for path in {**now, **before} if before.get(path) != now.get(path)]
+    paths = [path for path in {**now, **before} if number(before.get(path), 3) != number(now.get(path), 3)]
     same = len({**now, **before}) - len(paths)
     rows = tuple(
         (clean(path), number(before.get(path), 3), number(now.get(path), 3), number(change(path), 3, sign=True))
