@@ -145,6 +145,7 @@ def distill(
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     helper, helpers, shown = None, list[Loaded](), "public outputs"
     open_to = opened.doors
+    opened.check_guard(keyed=key is not None)
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
@@ -159,7 +160,6 @@ def distill(
                 raise BadInput(
                     error.message, "get the file again; --no-sealed asks with the key in each image"
                 ) from None
-    opened.check_guard(keyed=key is not None)
     dataset, splits = data_of(
         opened, data, data_root, download=download, size=image_size, transfer=transfer_size, test=test_size
     )

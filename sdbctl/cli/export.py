@@ -315,7 +315,7 @@ def inspect(
     fits, shut = None, meta is not None and meta.guarded and loaded is None and not opened.doors
     if key is not None:
         fits = meta is not None and key.id in meta.key_ids and not shut
-    lost = meta is not None and meta.parameters.get("sealed")
+    lost = meta is not None and meta.parameters.get("sealed") and not shut
     extra["sealed"] = "nothing, although it was made with something sealed" if lost else "nothing"
     if sealed:
         # a file with a damaged part is shown as well
