@@ -71,7 +71,11 @@ class Metadata:
 
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
-        return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True, allow_nan=False)
+        values = asdict(self)
+        if not self.doors:
+            # of files that have none nothing else was ever said
+            del values["doors"]
+        return json.dumps({"format": FORMAT_VERSION, **values}, sort_keys=True, allow_nan=False)
 
     @property
     def run(self) -> dict[str, Any]:

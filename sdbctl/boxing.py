@@ -161,6 +161,7 @@ class Kept:
         make: Trains it.
         describe: What decides it, which may depend on a network that is made before.
         state: Its weights as the file names them.
+        part: Where its training is kept until it is finished, or None.
         net: The network, once there is one.
         learned: What students learned from it and its rivals, if it was found and its file says so.
         sha256: Hash of its file.
@@ -170,6 +171,7 @@ class Kept:
     make: Callable[[], nn.Module]
     describe: Callable[[], Metadata]
     state: Callable[[nn.Module], Mapping[str, Tensor]] = nn.Module.state_dict
+    part: Path | None = None
     net: nn.Module | None = None
     learned: Mapping[str, float] = field(default_factory=dict)
     sha256: str = ""
@@ -197,6 +199,8 @@ class Kept:
         if self.net is None:
             self.net = self.make()
             self.keep({})
+            if self.part is not None:
+                Resume(self.part, {}).done()
         return self.net
 
     def keep(self, learned: Mapping[str, float]) -> None:
@@ -218,7 +222,8 @@ class Run:
         seal: Whether assistants are sealed in the file; None if students learn more from them.
         output: File of the box.
         place: File of the reference N_ft.
-        states: Files that stay until the box is written: of its training, of the reference's, of the assistants.
+        states: Files that stay until the box is written: of its training, of the reference's, of the assistants, of
+            their trainings.
         found: The reference, if it is there.
         given: Whether that one was asked for: its recipe may be another, and its file is left as it is.
         resume: Whether to go on from the states.
@@ -251,7 +256,7 @@ class Run:
             self.config, self.auto = replace(self.config, teacher="reference"), False
         self.reference = self._reference()
         self.lengths = assisted_epochs(len(self.task.data.owner))
-        self.assistants = [self._assistant(*one) for one in zip(self.lengths, self.states[2:], strict=False)]
+        self.assistants = [self._assistant(*one) for one in zip(self.lengths, self.states[2:4], strict=False)]
         if self.found is not None and self.found.meta is not None:
             before, now = self.found.meta.run, self.reference.describe().run
             if not self.given and (other := "; ".join(differences(before, now))):
@@ -293,11 +298,12 @@ class Run:
         return Kept(self.place, make, lambda: described, original.file_state)
 
     def _assistant(self, epochs: int, path: Path) -> Kept:
-        reference, task = self.reference, self.task
+        reference, task, part = self.reference, self.task, self.states[2 + self.states.index(path)]
         return Kept(
             path,
-            lambda: assist(reference.get(), task, epochs, progress=self.progress, resume_from=_part(path)),
+            lambda: assist(reference.get(), task, epochs, progress=self.progress, resume_from=part),
             lambda: describe_assistant(reference.get(), task, epochs),
+            part=part,
         )
 
     def estimate(self) -> dict[str, float]:
@@ -391,10 +397,5 @@ class Run:
         boxfile.save(self.output, made.state_dict, model.meta, sealed=model.sealed, force=self.force)
 
     def _forget(self) -> None:
-        for state in (*self.states, *map(_part, self.states[2:])):
+        for state in self.states:
             state.unlink(missing_ok=True)
-
-
-def _part(path: Path) -> Path:
-    """Where the training of an assistant is kept that is to be kept in a file."""
-    return path.with_suffix(".part")

@@ -89,14 +89,14 @@ class Opened:
 def open_model(path: Path, device: str, *, arch: str | None = None, trust: bool = False) -> Opened:
     """Read a box, a checkpoint or an ONNX file, ours or anybody's."""
     if onnxfile.is_onnx(path):
-        if arch is not None:
-            raise UsageError(f"{path} is ONNX, which says itself what it computes", "leave --arch out")
         served = OnnxTeacher(path, pick_device(device))
         said = onnxfile.properties(path)
         meta, sealed = boxfile.metadata_in(said, path.name), said.get(boxfile.SEALED_KEY, "")
         if meta and (len(meta.classes) != served.classes or served.shape != meta.preprocess.size):
             raise BadInput(f"{path} has metadata of another network's classes or images", "export it again")
         serves = said.get(boxfile.SERVES_KEY, "")
+        if meta and "; to key holders " in serves:
+            raise BadInput(f"{path} looks for its key as an earlier version did", "export it again")
         return Opened(path, meta, served.classes, served.shape, None, served, sealed, serves)
     return Opened.of(path, boxfile.load(path, arch=arch, trust=trust))
 
@@ -245,6 +245,11 @@ def _boxed(opened: Opened, key: Key | None, device: torch.device, notes: list[st
         with contextlib.suppress(RuntimeError, ValueError):
             alike = _agreement(held.net, opened.served, meta) >= ALIKE
     if held is not None and alike:
+        known = held.meta.key_ids if held.meta else ()
+        if key is not None and meta is not None and not meta.guarded and key.id not in known:
+            notes.append(
+                "The weights were made for other keys: who searches them is judged by the pattern of this one."
+            )
         return replace(
             boxed, held=held.net, held_sha256=held.sha256, stand_in=stand_in(opened, held, key, device, notes)
         )

@@ -401,5 +401,5 @@ def as_exported(net: nn.Module, meta: Metadata, serves: str, *, closed: bool = F
 def _damaged() -> BadInput:
     return BadInput(
         "the box does not say how confident it is, that is damaged, or of another version of sdbctl",
-        "box again, or export it with --confidence exact",
+        "box again, or export it with --wrapper top1",
     )

@@ -286,6 +286,18 @@ def test_a_new_partner_needs_no_new_box(partner, tmp_path):
     assert stand_in(opened, boxfile.load(folder / "box.safetensors"), new, torch.device("cuda"), []) is not None
 
 
+def test_graphs_of_before_are_to_be_exported_again(partner, tmp_path):
+    folder, _, net, _ = partner
+    meta = boxfile.load_box(folder / "bare.safetensors").meta
+    assert "doors" not in meta.to_json()
+    shown = Wrapped(net, "top1")
+    shown.shows = "top1; to key holders all of its outputs"
+    boxfile.export_onnx(tmp_path / "x.onnx", shown, meta)
+    for command in (("inspect",), ("distill", "--data", "digits", "--key-file", folder / "one.bin")):
+        refused = run_cli(command[0], tmp_path / "x.onnx", *command[1:])
+        assert refused.returncode == 4 and b"export it again" in refused.stderr
+
+
 def test_a_student_takes_the_door_behind_which_it_learns_most():
     three, two = (ITSELF, ASSISTANT, ASSISTANT), (ASSISTANT, ASSISTANT)
     assert [best_door(three, itself=False, late=late) for late in (False, True)] == [1, 2]

@@ -1223,7 +1223,7 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Live, "advance", half)
-        assert run_cli(*command, cut).returncode == 130 and (tmp_path / ".cut.assistant-late.part").exists()
+        assert run_cli(*command, cut).returncode == 130 and (tmp_path / ".cut.assistant-late-part.resume").exists()
     with monkeypatch.context() as patch:
         patch.setattr(Live, "start", lambda live, *run: begun.append(run[:2]) or start(live, *run))
         assert run_cli(*command, cut).returncode == 0

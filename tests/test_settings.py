@@ -59,7 +59,7 @@ def test_unknown_keys_name_the_nearest(tmp_path, text, message):
 def test_one_value_of_an_option_that_may_be_repeated(tmp_path):
     defaults = read(tmp_path, 'key-file = "a.bin"\n[box]\nkey-file = ["a.bin", "b.bin"]\nset = "hide=2"\n')
     assert defaults["box"] == {"key_file": ["a.bin", "b.bin"], "set_": ["hide=2"]}
-    assert defaults["distill"] == {"key_file": "a.bin"}
+    assert defaults["distill"] == {"key_file": ["a.bin"]}
 
 
 def test_broken_toml(tmp_path):
@@ -106,6 +106,17 @@ def test_defaults_that_apply_are_named(tmp_path, capsys):
     assert not capsys.readouterr().err
     run_cli("train", "--epochs", 0, cwd=tmp_path)
     assert "defaults from sdbctl.toml: data" in capsys.readouterr().err
+
+
+def test_what_is_set_for_all_commands_is_left_where_it_has_no_meaning(work, tmp_path, capsys):
+    (tmp_path / "sdbctl.toml").write_text('image-size = 8\nnormalize = "half"\narch = "cnn"\nformat = "onnx"\n')
+    assert (
+        run_cli("export", work / "teacher.safetensors", "-o", "x.onnx", "--format", "onnx", cwd=tmp_path).returncode
+        == 0
+    )
+    assert "defaults from sdbctl.toml: arch, image-size, normalize\n" in capsys.readouterr().err
+    assert run_cli("inspect", "x.onnx", cwd=tmp_path).returncode == 0
+    assert run_cli("inspect", "x.onnx", "--arch", "cnn", cwd=tmp_path).returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import typer
 
 from sdbctl.cli import bench, box, demo, distill, evaluate, export, keys, listing, streams, sweep
 from sdbctl.cli.output import explained, guarded, say
-from sdbctl.cli.settings import SETTINGS_FILE, read_settings
+from sdbctl.cli.settings import APPLIED, SETTINGS_FILE, read_settings
 from sdbctl.errors import Interrupted, UsageError
 
 app = typer.Typer(
@@ -63,12 +63,19 @@ def defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What ``sdbctl.toml`` in this folder sets, which is said; nothing for somebody who asks for help."""
     if {"-h", "--help", "--version"} & set(arguments):
         return {}
-    defaults = read_settings(Path(SETTINGS_FILE), typer.main.get_command(app))
-    given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
-    known = defaults.get(next((word for word in arguments if word in COMMANDS), ""), {})
-    used = [name for name in known if name.replace("_", "-") not in given]
+    root: Any = typer.main.get_command(app)
+    defaults = read_settings(Path(SETTINGS_FILE), root)
+    name = next((word for word in arguments if word in COMMANDS), "")
+    given = {word.partition("=")[0] for word in arguments}
+    used = {
+        parameter.name: max(parameter.opts, key=len).lstrip("-")
+        for parameter in (root.commands[name].params if name else ())
+        if parameter.name in defaults.get(name, {}) and not given & {*parameter.opts, *parameter.secondary_opts}
+    }
+    APPLIED.clear()
+    APPLIED.update(used)
     if used:
-        say(f"defaults from {SETTINGS_FILE}: {', '.join(sorted(used))}")
+        say(f"defaults from {SETTINGS_FILE}: {', '.join(sorted(used.values()))}")
     return defaults
 
 

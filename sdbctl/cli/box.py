@@ -149,7 +149,7 @@ def box(
     from sdbctl.seal import MOST_KEYS
 
     reference_path = reference or output.with_suffix(".reference.safetensors")
-    parts = ("box", "reference", "assistant", "assistant-late")
+    parts = ("box", "reference", "assistant", "assistant-late", "assistant-part", "assistant-late-part")
     states = [output.with_name(f".{output.stem}.{name}.resume") for name in parts]
     if len({path.resolve() for path in (checkpoint, output, reference_path)}) < 3:
         raise UsageError("checkpoint, reference and output must be three files", "give another --output")
@@ -233,7 +233,7 @@ def box(
         nodes=nodes,
         strategy=strategy,
         profile=profile,
-        kept=recorded_precision(*states[:2]) if resume else None,
+        kept=recorded_precision(*states[:2], *states[4:]) if resume else None,
     )
     preprocess = preprocess_for(opened, normalize, splits.validation, engine, size)
     config = config.fitted(size)

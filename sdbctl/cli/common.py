@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdbctl import team
 from sdbctl.cli.names import NAMES
 from sdbctl.cli.output import duration, emit, ending, err, say, warn
+from sdbctl.cli.settings import APPLIED
 from sdbctl.errors import UsageError, check_known
 
 if TYPE_CHECKING:
@@ -110,6 +111,21 @@ def begin(
         raise UsageError(f"output {output} already exists", "--resume --force goes on and replaces it")
     for path in outputs:
         files.claim(path, force=force)
+
+
+def arch_of(path: Path, arch: str | None) -> str | None:
+    """The architecture to read a model file as.
+
+    Raises:
+        UsageError: One was asked for of an ONNX file.
+    """
+    from sdbctl import onnxfile
+
+    if arch is None or not onnxfile.is_onnx(path):
+        return arch
+    if "arch" not in APPLIED:
+        raise UsageError(f"{path} is ONNX, which says itself what it computes", "leave --arch out")
+    return None
 
 
 def only(key_file: list[Path] | None) -> Path | None:

@@ -10,6 +10,7 @@ import typer
 from sdbctl.cli import options as o
 from sdbctl.cli.common import (
     announce,
+    arch_of,
     begin,
     data_of,
     of_other_data,
@@ -141,7 +142,7 @@ def distill(
     from sdbctl.updates import Recipe
 
     check_known("method", method, METHODS)
-    opened = open_model(teacher, device, arch=arch, trust=trust)
+    opened = open_model(teacher, device, arch=arch_of(teacher, arch), trust=trust)
     meta, classes, loaded = opened.meta, opened.classes, opened.loaded
     helper, helpers, shown = None, list[Loaded](), "public outputs"
     open_to = opened.doors

@@ -147,7 +147,7 @@ def evaluate(
     for folder in {report, cache}:
         if folder.is_file():
             raise UsageError(f"{folder} is a file, and a folder is needed", "name a folder")
-    # of what an ONNX file was made of
+    # of an ONNX file, what it was made of has one
     opened = open_model(box, device, arch=None if onnxfile.is_onnx(box) else arch, trust=trust)
     meta = opened.meta
     notes: list[str] = []

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdbctl.cli import options as o
-from sdbctl.cli.common import box_fields, named, only, preset, read_key
+from sdbctl.cli.common import arch_of, box_fields, named, only, preset, read_key
 from sdbctl.cli.names import DEFAULT, complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
+from sdbctl.cli.settings import APPLIED
 from sdbctl.errors import BadInput, UsageError, check_known
 
 if TYPE_CHECKING:
@@ -119,10 +120,12 @@ def export(
             preprocess=preset(normalize, (loaded.channels, image_size, image_size)),
             versions=boxfile.versions(),
         )
-    elif normalize is not None or image_size is not None:
+    elif (normalize and "normalize" not in APPLIED) or (image_size and "image_size" not in APPLIED):
         raise UsageError(f"{model} records how it wants its images", "leave out --normalize and --image-size")
     if confidence is not None and meta.kind != "box":
-        raise UsageError(f"{model} is no box, and shows all that it knows", "give --wrapper, such as top1")
+        if "confidence" not in APPLIED:
+            raise UsageError(f"{model} is no box, and shows all that it knows", "give --wrapper, such as top1")
+        confidence = None
     if confidence == "exact" and meta.guarded:
         raise UsageError(f"{model} was not trained to hide: exact would show everybody all", "leave out --confidence")
     result: dict[str, Any] = {"file": str(output), "format": format_}
@@ -298,7 +301,7 @@ def inspect(
         emit(found, json_, pairs("", {**found, "format": "a key, or whatever else has 32 bytes", "hint": hint}))
         return
     key: Any | None = read_key(place, insecure_key_file) if (place := only(key_file)) else None
-    opened = open_model(path, "cpu", arch=arch, trust=trust)
+    opened = open_model(path, "cpu", arch=arch_of(path, arch), trust=trust)
     meta, sealed, loaded = opened.meta, opened.sealed, opened.loaded
     extra: dict[str, Any]
     if loaded is None:

@@ -17,6 +17,9 @@ SPOKEN = ("--help", "--json", "--force", "--trust", "--insecure-key-file")
 """Options that must be given where everybody sees them: a file in a folder from elsewhere must neither lower
 the guard nor replace files."""
 
+APPLIED: set[str] = set()
+"""Parameters of the running command whose values are of the file: it may set for all what has no meaning for one."""
+
 
 def read_settings(path: Path, root: Any) -> dict[str, dict[str, Any]]:
     """Read defaults for the command line.

@@ -325,7 +325,7 @@ def sweep(
                 export.export(
                     boxed if row.objective else shared,
                     output=onnx,
-                    confidence=row.confidence,
+                    confidence=_served_with(row, boxed),
                     wrapper=row.wrapper,
                     key_file=[key_file] if row.objective and not row.config().trained else None,
                     insecure_key_file=insecure_key_file,
@@ -362,6 +362,20 @@ def sweep(
         files.write(report / f"sweep.{suffix}", content)
     emit(json.loads(text), json_, Fitting(sweep.table(reports)))
     say(f"report: {report / 'sweep.html'} (sweep.json, sweep.md, sweep.html)")
+
+
+def _served_with(row: Row, box: Path) -> str | None:
+    """The confidence to export a row with: all, if its box turned out not to conceal, which is a finding."""
+    from sdbctl.boxfile import load_box
+    from sdbctl.wrappers import Concealed, served
+
+    if row.confidence in (None, "exact"):
+        return row.confidence
+    made = load_box(box)
+    if isinstance(served(made.net, made.meta, row.confidence), Concealed):
+        return row.confidence
+    say(f"note: {row.name} conceals nothing: it is served with all that it shows")
+    return "exact"
 
 
 def _check_box(row: Row, path: Path) -> None:
