@@ -261,7 +261,7 @@ def broken_sources(tmp_path):
         ("parquet:text", "labels are object"),
         ("parquet:range", "labels run from -1 to 2"),
         ("parquet:beyond", "labels run from 0 to 2"),
-        ("parquet:mixed", "image 4 is 3x9x9, others are 3x8x8.*--image-size"),
+        ("parquet:mixed", "image 4 is 3x9x9, the first is 3x8x8.*--image-size"),
         ("parquet:onlytest", "no training parquet"),
         ("parquet:none", "holds no images"),
         ("parquet:junk", "not a readable parquet"),

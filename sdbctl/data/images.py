@@ -77,7 +77,8 @@ class Stream:
         pixels = decode(self.images[position], self.size, self.shape[0], self.name, position)
         if pixels.shape != self.shape:
             raise BadInput(
-                f"{self.name}: image {position} is {sized(pixels.shape)}, others are {sized(self.shape)}",
+                f"{self.name}: image {position}{_file(self.images[position])} is {sized(pixels.shape)}, the first is "
+                f"{sized(self.shape)}",
                 "resize them with --image-size",
             )
         return torch.from_numpy(pixels)
@@ -256,10 +257,14 @@ def decode(source: Any, size: int | None, channels: int | None, name: str, posit
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
-        where = f" ({source.parent.name}/{source.name})" if isinstance(source, Path) else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0].split("<")[0].split("'/")[0].strip()
-        raise BadInput(f"{name}: image {position}{where} cannot be read: {reason}", "remove or replace it") from None
+        what = f"{name}: image {position}{_file(source)} cannot be read: {reason}"
+        raise BadInput(what, "remove or replace it") from None
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _file(source: Any) -> str:
+    return f" ({source.parent.name}/{source.name})" if isinstance(source, Path) else ""
 
 
 def sized(shape: Sequence[int]) -> str:
