@@ -695,6 +695,7 @@ def test_a_suite_trains_as_many_students_as_planned(suite, work, splits, boxed, 
     made, progress = bench(work, splits, boxed, suite, pattern, surrogate=foreign, answers=answers), Counting()
     report = evaluate.evaluate(made, title="x", box={}, folder=folder, progress=progress)
     assert progress.planned == protocol.plan(made).students
+    assert not any("the box" in student.label for student in report.students.values())
     spared = len(protocol._spare(made))
     assert progress.planned - spared <= progress.done == len(list(folder.iterdir())) <= progress.planned
     again = Counting()
@@ -1164,6 +1165,9 @@ def test_a_model_that_nobody_defends_is_no_box():
         "Who holds the file gains +9.0 points (at most +9.0)."
     )
     assert " box " not in evaluate.verdict(replace(report, protectable=Interval(5.0, 4.0, 6.0, 3)))
+    one = evaluate.headline(made_of(some("control", "floor", (50.0,)), some("kd", "attack", (56.0,), labels=True)))
+    said = evaluate.verdict(Report(title="x", created="", tool="", verdict="", **one))
+    assert said.startswith("One seed only: through its outputs one gains +6.0")
     boxed = evaluate.verdict(replace(report, box={"kind": "box"}))
     assert "unknown without --original. Who holds the file gains +9.0" in boxed
 
