@@ -42,8 +42,8 @@ from sdbctl.report.html import html
 from sdbctl.report.junit import junit
 from sdbctl.report.markdown import markdown
 from sdbctl.report.render import FORMATS, write
-from sdbctl.report.terminal import comparison, tables
-from sdbctl.report.view import bounds, compare, number, view
+from sdbctl.report.terminal import comparison, rich_table, tables
+from sdbctl.report.view import Column, Table, bounds, compare, number, view
 from tests.conftest import run_cli
 
 RESULTS = Path(__file__).parent.parent / "examples" / "results"
@@ -767,3 +767,12 @@ def test_a_service_is_evaluated_by_its_answers(tmp_path):
     report = Report.read(tmp_path / "report.json")
     assert report.models["boxed"].top1 > 90
     assert report.students["unauthorized"].queries > 0
+
+
+def test_a_column_is_explained_where_it_is_shown():
+    columns = (Column("First"), Column("Second", wide=True, legend="Second: rare."))
+    table = Table("Numbers", columns, (("1", "2"),), "All are made up.")
+    console = Console(width=80, file=io.StringIO())
+    console.print(rich_table(table))
+    assert "All are made up." in console.file.getvalue() and "rare" not in console.file.getvalue()
+    assert table.about() == "All are made up. Second: rare."

@@ -43,8 +43,8 @@ def _table(table: Table) -> Iterator[str]:
         *([_text(cell) for cell in row] for row in table.rows),
     ]
     yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    if table.note:
-        yield _text(table.note)
+    if note := table.about():
+        yield _text(note)
 
 
 def _text(text: str) -> str:

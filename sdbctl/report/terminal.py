@@ -72,17 +72,18 @@ class Fitting:
 
 def rich_table(table: Table, without: Collection[int] = ()) -> RichTable:
     """A rich table; cells are plain text, so no markup is read."""
+    kept = [index for index, column in enumerate(table.columns) if not column.wide and index not in without]
+    note = table.about(table.columns[index] for index in kept)
     rich = RichTable(
         title=Text(table.title, "bold") if table.title else None,
         title_justify="left",
-        caption=Text(table.note, "dim") if table.note else None,
+        caption=Text(note, "dim") if note else None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
     cells = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
-    kept = [index for index, column in enumerate(table.columns) if not column.wide and index not in without]
     for column, content in ((table.columns[index], cells[index]) for index in kept):
         # numbers stay on one line, so their titles break, and words give way
         justify: JustifyMethod = "right" if column.numeric else "left"

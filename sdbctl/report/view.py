@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -121,12 +121,14 @@ class Column:
         numeric: Whether it holds numbers.
         wide: Whether only wide media show it.
         spare: When it gives way where a table is wider than the terminal: 1 is the first, 0 never.
+        legend: What it shows, for the note of a table that has it.
     """
 
     title: str
     numeric: bool = True
     wide: bool = False
     spare: int = 0
+    legend: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     marks: tuple[str, ...] = ()
+
+    def about(self, columns: Iterable[Column] | None = None) -> str:
+        """The note of a table that shows some of its columns, all if None."""
+        legends = [column.legend for column in (self.columns if columns is None else columns)]
+        return " ".join(filter(None, (self.note, *legends)))
 
 
 @dataclass(frozen=True)
@@ -429,6 +436,10 @@ def _model(model: Model) -> tuple[str, ...]:
 
 
 def _students(report: Report) -> Table:
+    students = [student for student in ordered(report.students) if student.n]
+    told = any(student.leak.mean is not None for student in students)
+    brackets = "In brackets: answers that said more than the predicted class." if told else ""
+    leak = "Leak: gain over the same attack that is told nothing but classes." if told else ""
     columns = (
         Column("Student", numeric=False),
         Column("Role", numeric=False),
@@ -437,18 +448,12 @@ def _students(report: Report) -> Table:
         Column("Over control"),
         Column("95 % bounds", spare=2),
         Column("Settings", numeric=False, wide=True),
-        Column("Queries", wide=True),
-        Column("Leak", wide=True),
+        Column("Queries", wide=True, legend=brackets),
+        Column("Leak", wide=True, legend=leak),
         Column("Seconds", wide=True),
     )
-    students = [student for student in ordered(report.students) if student.n]
     shared = _shared(students)
     note = "Mean ± standard deviation over seeds. Control: best of the floor. Differences are paired, in points."
-    if any(student.leak.mean is not None for student in students):
-        note += (
-            " In brackets: answers that said more than the predicted class. Leak: gain over the same attack that is "
-            "told nothing but classes."
-        )
     if shared:
         note += f" All: {', '.join(_pair(name, value) for name, value in shared.items())}."
     rows = tuple(_student(student, shared) for student in students)
