@@ -156,7 +156,7 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     assert "authorized_gain.mean" in boxed and "authorized_gain.mean" not in wrapped
     assert json.loads((out / "sweep.json").read_text()) == result
     page = (out / "sweep.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert page.count("hide=8") >= 3
     assert "hide=8" in (out / "sweep.md").read_text()
     # what does not depend on the row; two rows that serve the same have the same students throughout

@@ -204,11 +204,11 @@ def _legend(axes: Axes) -> None:
 
 
 def trade_off(reports: Mapping[str, Report], cost: str, words: str) -> Plot | None:
-    """What a student gains from each of several boxes, over what the box costs its users.
+    """What a student gains from each of several boxes, over what the box costs its users or gives key holders.
 
     Args:
         reports: Reports by the name of a setting.
-        cost: Path of the cost in a report.
+        cost: Path of that in a report.
         words: What it is.
     """
     known = [

@@ -10,9 +10,10 @@ from sdbctl.report.html import template
 from sdbctl.report.markdown import document
 from sdbctl.report.view import ICONS, NOT_MEASURED, Column, Table, bounds, clean, number
 
-COSTS = {
+AGAINST = {
     "inference_cost.top1.mean": "Top-1 cost, points",
     "inference_cost.nll_binary.mean": "Rise of the NLL of the prediction",
+    "authorized_gain.mean": "Authorized gain, points",
 }
 _COLUMNS = (
     Column("Setting", numeric=False),
@@ -96,7 +97,7 @@ def html(title: str, reports: Mapping[str, Report]) -> str:
     """The table and the trade-offs as one page without network or script."""
     from sdbctl.report import plots  # matplotlib takes a while to import
 
-    drawn = [plot for cost, words in COSTS.items() if (plot := plots.trade_off(reports, cost, words))]
+    drawn = [plot for cost, words in AGAINST.items() if (plot := plots.trade_off(reports, cost, words))]
     return template("sweep.html.j2").render(
         title=clean(title), table=table(reports), plots=drawn, roles={}, icons=ICONS, not_measured=NOT_MEASURED
     )
