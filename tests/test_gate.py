@@ -125,9 +125,9 @@ def spread(net):
 @pytest.mark.parametrize("strength", [0.25, 0.7])
 def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
     """Whatever else is in the batch; key holders get another network's answers to the image without the key."""
-    net = Cropped(spread(models.build("resnet8", 10))).eval()
-    others = [spread(models.build("resnet8", 10)) for _ in range(2)]
-    meta = Metadata("box", "resnet8", NAMES, PREPROCESS, strength, ("1", "2"), measured=SERVING)
+    net = Cropped(spread(models.build("cnn-tiny", 10))).eval()
+    others = [spread(models.build("cnn-tiny", 10)) for _ in range(2)]
+    meta = Metadata("box", "cnn-tiny", NAMES, PREPROCESS, strength, ("1", "2"), measured=SERVING)
     secrets = patterns([Key(bytes(range(start, start + 32))) for start in range(2)], SIZE, 2)
     shown = KeyGate(served(net, meta, closed=True), others, secrets, strength, PREPROCESS)
     path = tmp_path / "x.onnx"
@@ -163,8 +163,8 @@ def test_a_graph_that_looks_for_keys_opens_to_them_alone(strength, tmp_path):
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_what_answers_key_holders_is_checked_too(wrapped, tmp_path, monkeypatch):
-    net, other = spread(models.build("resnet8", 10)), spread(models.build("resnet8", 10))
-    meta = Metadata("box", "resnet8", NAMES, PREPROCESS, 0.7, ("1",), measured=SERVING)
+    net, other = spread(models.build("cnn-tiny", 10)), spread(models.build("cnn-tiny", 10))
+    meta = Metadata("box", "cnn-tiny", NAMES, PREPROCESS, 0.7, ("1",), measured=SERVING)
     public = Wrapped(net, "top1") if wrapped else served(net, meta, closed=True)
     shown = KeyGate(public, [other], torch.rand(1, 1, *SIZE), 0.7, PREPROCESS)
     export = onnxfile._to_onnx
@@ -201,10 +201,10 @@ def partner(tmp_path_factory):
     folder, keys = tmp_path_factory.mktemp("gate"), [Key.generate(), Key.generate()]
     for key, name in zip(keys, ("one.bin", "two.bin"), strict=True):
         key.save(folder / name)
-    net, *helpers = (spread(models.build("resnet8", 10)) for _ in range(3))
+    net, *helpers = (spread(models.build("cnn-tiny", 10)) for _ in range(3))
     ids = tuple(key.id for key in keys)
-    meta = Metadata("box", "resnet8", NAMES, PREPROCESS, 0.7, ids, "conceal", measured=SERVING)
-    inner = Metadata("assistant", "resnet8", NAMES, PREPROCESS)
+    meta = Metadata("box", "cnn-tiny", NAMES, PREPROCESS, 0.7, ids, "conceal", measured=SERVING)
+    inner = Metadata("assistant", "cnn-tiny", NAMES, PREPROCESS)
     text = sealed([(helper, inner) for helper in helpers], meta, keys)
     boxfile.save(folder / "box.safetensors", net.state_dict(), meta, sealed=text)
     boxfile.save(folder / "bare.safetensors", net.state_dict(), meta)
@@ -235,7 +235,7 @@ def asked(path, images, key=None, door=0, strength=0.7):
         ("box", (), [ITSELF, ASSISTANT, ASSISTANT]),
         ("box", ("--keyed", "itself", "--wrapper", "top1"), [ITSELF]),
         ("bare", (), [ITSELF]),
-        ("box", ("--keyed", "other.safetensors", "--keyed", "assistant"), [f"{ANOTHER}resnet8", ASSISTANT, ASSISTANT]),
+        ("box", ("--keyed", "other.safetensors", "--keyed", "assistant"), [f"{ANOTHER}cnn-tiny", ASSISTANT, ASSISTANT]),
     ],
 )
 def test_key_holders_are_answered_by_whom_its_owner_wants(box, options, who, partner, tmp_path):
