@@ -299,9 +299,11 @@ def _shown(report: Report) -> str:
     if boxed.beyond_top1 > MOSTLY:
         return ""
     few = f" of all but {100 * boxed.beyond_top1:.2g} % of the images" if boxed.beyond_top1 else ""
-    told = [row.beyond for row in report.students.values() if row.beyond is not None]
-    nobody = ", and no attacker was told more" if told and not any(told) else ""
-    return f" Its outputs{few} say no more than the predicted class{nobody}."
+    told = {row.name: row.beyond for row in report.students.values() if row.beyond is not None}
+    more = ", and no attacker was told more" if told and not any(told.values()) else ""
+    if any(told.get(name) for name in _searching()):
+        more = ", but do through patterns that a search found"
+    return f" Its outputs{few} say no more than the predicted class{more}."
 
 
 def _signed(value: float | None) -> str:
@@ -345,11 +347,15 @@ def _caveats(bench: Bench, students: Mapping[str, Student]) -> list[str]:
     return notes
 
 
+def _searching() -> set[str]:
+    """The rows whose attackers search for patterns by answers."""
+    return {name for name, attack in ATTACKS.items() if attack.searches}
+
+
 def _searches(students: Mapping[str, Student]) -> list[str]:
     """What searches for patterns that found none say of the next one."""
     tries: dict[str, int] = {}
-    searching = {name for name, attack in ATTACKS.items() if attack.searches}
-    rows = [row for row in students.values() if row.name in searching and row.beyond is not None]
+    rows = [row for name, row in students.items() if name in _searching() and row.beyond is not None]
     for row in rows:
         # with labels and without it is the same search
         name, patterns = row.name.removesuffix("_unlabelled"), row.config.get("patterns", 1)

@@ -1150,6 +1150,9 @@ def test_a_verdict_says_when_outputs_are_no_more_than_top1_answers(share, said):
     report = replace(report, protectable=Interval(5.0, 4.0, 6.0, 3))
     assert ("no more than the predicted class" in evaluate.verdict(report)) is bool(said)
     assert said in evaluate.verdict(report)
+    found = {"searched_pattern": some("searched_pattern", "attack", (49.0,), beyond=7)}
+    found = evaluate.verdict(replace(report, students=found))
+    assert ("but do through patterns that a search found" in found) is bool(said)
     open_ = replace(report, models={"boxed": replace(boxed, beyond_top1=0.98)})
     more = "say more than the predicted class for 98 % of the images"
     assert more in evaluate.verdict(replace(open_, box={"kind": "box"})) and more not in evaluate.verdict(open_)
