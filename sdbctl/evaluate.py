@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -115,7 +114,8 @@ def evaluate(
             students = train_students(bench, folder, progress)
             if not _is_box(box):
                 students = {
-                    name: replace(row, label=_OF_BOX.sub("the model", row.label)) for name, row in students.items()
+                    name: replace(row, label=row.label.replace("the box", "the model"))
+                    for name, row in students.items()
                 }
             curves.update(budget_curve(bench, students, folder, progress))
         curves.update(taught_by_keys(students))
@@ -284,9 +284,6 @@ def _is_box(said: Mapping[str, Any]) -> bool:
     return bool(said) and said.get("kind", "box") == "box"
 
 
-_OF_BOX = re.compile(r"\bthe box\b")
-
-
 def _shown(report: Report) -> str:
     """What no attack can change: that anybody opens a box, or that outputs say no more than top-1 answers, or more."""
     boxed, public = report.models.get("boxed"), report.key_strength.public
@@ -355,7 +352,8 @@ def _searching() -> set[str]:
 def _searches(students: Mapping[str, Student]) -> list[str]:
     """What searches for patterns that found none say of the next one."""
     tries: dict[str, int] = {}
-    rows = [row for name, row in students.items() if name in _searching() and row.beyond is not None]
+    searching = _searching()
+    rows = [row for name, row in students.items() if name in searching and row.beyond is not None]
     for row in rows:
         # with labels and without it is the same search
         name, patterns = row.name.removesuffix("_unlabelled"), row.config.get("patterns", 1)

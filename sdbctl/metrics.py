@@ -128,8 +128,9 @@ def usual(z: Tensor, elsewhere: Tensor | None = None) -> Tensor:
     predicted = z.argmax(1)
     own = z.gather(1, predicted[:, None])
     others = z.scatter(1, predicted[:, None], torch.nan)
-    anywhere = torch.stack([own.median(), others.nanmedian()])
-    levels = anywhere[:, None].repeat(1, z.shape[1]) if elsewhere is None else elsewhere.clone()
+    if elsewhere is None:
+        elsewhere = torch.stack([own.median(), others.nanmedian()])[:, None].expand(2, z.shape[1])
+    levels = elsewhere.clone()
     for name in set(predicted.tolist()):
         some = predicted == name
         levels[:, name] = torch.stack([own[some].median(), others[some].nanmedian()])
