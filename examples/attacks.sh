@@ -37,7 +37,7 @@ END
     -o "$out/nasty.safetensors"
 [ -e "$out/perturbed.onnx" ] || sdbctl export "$out/teacher.safetensors" --wrapper reverse-sigmoid -o "$out/perturbed.onnx"
 [ -e "$out/box.safetensors" ] || sdbctl box "$out/teacher.safetensors" --key-file "$out/k.bin" "${common[@]}" \
-    --epochs 100 --batch-size 64 -o "$out/box.safetensors"
+    --objective conceal --epochs 100 --batch-size 64 -o "$out/box.safetensors"
 [ -e "$out/box.onnx" ] || sdbctl export "$out/box.safetensors"
 # shellcheck disable=SC2086
 for model in ${SDBCTL_MODELS:-nasty.safetensors perturbed.onnx teacher.safetensors box.onnx}; do

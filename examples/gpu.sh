@@ -33,7 +33,7 @@ once train.json sdbctl train --arch "$arch" --data "$data" --resume --json -o "$
 # shellcheck disable=SC2086
 once box.json sdbctl box "$out/original.safetensors" --key-file "$out/k.bin" --data "$data" --resume --json \
     -o "$out/boxed.safetensors" ${SDBCTL_EXAMPLE_ARGS:-}
-once export.json sdbctl export "$out/boxed.safetensors" --json
+once export.json sdbctl export "$out/boxed.safetensors" --key-file "$out/k.bin" --json
 # shellcheck disable=SC2086
 once eval.json sdbctl eval "$out/boxed.onnx" --attack --original "$out/original.safetensors" --key-file "$out/k.bin" \
     --data "$data" --report "$out/report" --force --json ${SDBCTL_EVAL_ARGS:-}

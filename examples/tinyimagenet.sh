@@ -4,7 +4,8 @@
 #   examples/tinyimagenet.sh DATA_FOLDER OUTPUT_FOLDER
 #
 # DATA_FOLDER holds Hugging Face parquet files. What is there is not made again, and what was interrupted goes on.
-# The network has 128 features: with fewer than 99 a linear layer cannot make the outputs of a hundred classes flat.
+# SDBCTL_BOX_ARGS="--objective conceal" boxes as the reports of examples/results were made. That needs a network like this
+# one, of 128 features: with fewer than 99 a linear layer cannot make the outputs of a hundred classes flat, and
 # SDBCTL_ARCH=resnet20 (64 features) shows what that costs.
 set -euo pipefail
 data="parquet:$1" out=$2 arch=${SDBCTL_ARCH:-wrn-16-2}
@@ -14,7 +15,7 @@ mkdir -p "$out"
     -o "$out/$arch.safetensors"
 # shellcheck disable=SC2086
 [ -e "$out/boxed.safetensors" ] || sdbctl box "$out/$arch.safetensors" --key-file "$out/k.bin" --data "$data" --resume \
-    -o "$out/boxed.safetensors" ${SDBCTL_EXAMPLE_ARGS:---epochs 16}
+    -o "$out/boxed.safetensors" --epochs 16 ${SDBCTL_BOX_ARGS:-}
 [ -e "$out/boxed.onnx" ] || sdbctl export "$out/boxed.safetensors" --key-file "$out/k.bin"
 for key in "" "--key-file $out/k.bin"; do
     student="$out/wrn16${key:+.keyed}.safetensors"

@@ -28,6 +28,8 @@ SERVES_KEY = "sdbctl.serves"
 SEALED_KEY = "sdbctl.sealed"
 GUARD = "guard"
 """The objective that trains nothing."""
+CONCEAL = "conceal"
+"""The one whose boxes are meant to be served by the predicted class without a key being looked for."""
 _DISABLED = 0.0
 
 Kind = Literal["box", "student", "teacher", "reference", "assistant"]

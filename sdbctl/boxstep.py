@@ -19,7 +19,7 @@ from sdbctl.gate import key_strength
 from sdbctl.inference import accuracy, predict, unseen_batch
 from sdbctl.key import Key, embed
 from sdbctl.losses import cross_entropy
-from sdbctl.objectives import LOSSES, OBJECTIVES, Views
+from sdbctl.objectives import LOSSES, OBJECTIVES, Objective, Views
 from sdbctl.objectives.base import decoy_offset
 from sdbctl.patterns import WrongKeys
 from sdbctl.updates import Recipe, scaled
@@ -51,7 +51,7 @@ class BoxConfig:
         recipe: Training of the box, and of the reference N_ft before it.
     """
 
-    objective: str = "conceal"
+    objective: str
     parameters: Mapping[str, float] = field(default_factory=dict)
     strength: float = 0.7
     wrong_share: float = 0.4
@@ -76,10 +76,10 @@ class BoxConfig:
         if not self.trained and self.teacher != "reference":
             raise UsageError(
                 f"{self.objective} teaches its key nothing else than the reference",
-                "leave out --teacher; export --keyed says who answers key holders",
+                "leave out --teacher, or use --objective conceal; export --keyed says who answers key holders",
             )
         if not self.trained and self.disturb:
-            raise UsageError(f"{self.objective} trains nothing that could disturb", "leave --disturb out")
+            raise UsageError(f"{self.objective} trains nothing that could disturb", "use --objective conceal")
 
     @classmethod
     def of(cls, objective: str, preset: str | None, parameters: Mapping[str, float], **asked: Any) -> BoxConfig:
@@ -90,7 +90,7 @@ class BoxConfig:
         """
         recipe, presets = cls(objective).recipe, OBJECTIVES[objective].presets
         if asked.get("wrong_share") is not None and objective not in LOSSES:
-            raise UsageError(f"{objective} trains nothing with wrong keys", "leave --wrong-share out")
+            raise UsageError(f"{objective} trains nothing with wrong keys", "use --objective conceal")
         check_known(f"{objective} preset", preset, presets)
         base = presets[preset or "default"]
         chosen: dict[str, Any] = {"strength": base.strength, "wrong_share": base.wrong_share}
@@ -128,11 +128,14 @@ class BoxConfig:
             UsageError: A parameter is unknown, or out of range.
         """
         objective = OBJECTIVES[self.objective]
-        known = [item.name for item in fields(objective.parameters)]
+        known = _parameters(objective)
         for name, value in self.parameters.items():
             if name not in known:
+                others = [other for other, one in OBJECTIVES.items() if name in _parameters(one)]
+                also = f"; --objective {' or '.join(others)} has it" if others else ""
                 raise UsageError(
-                    f"objective {self.objective} has no parameter {name}", f"it has: {', '.join(known) or 'none'}"
+                    f"objective {self.objective} has no parameter {name}",
+                    f"it has: {', '.join(known) or 'none'}{also}",
                 )
             divides = name in objective.divisors
             fits = name in objective.signed or (value > 0 if divides else value >= 0)
@@ -167,6 +170,10 @@ class BoxConfig:
         values = asdict(self)
         del values["parameters"]
         return values | asdict(self.resolved())
+
+
+def _parameters(objective: Objective) -> list[str]:
+    return [item.name for item in fields(objective.parameters)]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sdbctl.cells import Bench, EvalConfig, Source
 from sdbctl.data import Preprocess
 from sdbctl.distill import build_student
 from sdbctl.engine import Engine
+from sdbctl.gate import ITSELF, KeyGate, patterns
 from sdbctl.key import Key, wrong
 from sdbctl.report import Report
 from sdbctl.training import Progress, Silent, fit
@@ -30,10 +31,11 @@ from sdbctl.wrappers import served
 
 TEACHER = "cnn"
 SIZE = 16
-"""Pixels in a row: of the 64 values that digits have a key can be found."""
+"""Pixels in a row: of the 64 values that digits have no graph can look for a key."""
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
-BOX = BoxConfig(teacher="original", recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
-DISTURBED = replace(BOX, disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
+BOX = BoxConfig.of("guard", None, {})
+BOX = replace(BOX, recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
+DISTURBED = BoxConfig("conceal", teacher="original", disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
 """A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)
@@ -95,7 +97,9 @@ def demo(folder: Path, *, seeds: int = 10, progress: Progress | None = None) -> 
     box_path, onnx_path = folder / "boxed.safetensors", folder / "boxed.onnx"
     meta = made.model.meta
     boxfile.save(box_path, made.state_dict, meta, force=True)
-    boxfile.export_onnx(onnx_path, served(made.model.net, meta), meta, force=True)
+    public, holders = served(made.model.net, meta), [made.model.unlock(key)]
+    graph = KeyGate(public, holders, patterns([key], preprocess.size, 1), meta.strength, preprocess)
+    boxfile.export_onnx(onnx_path, graph, replace(meta, doors=(ITSELF,)), force=True)
 
     boxed = Source(onnx=onnx_path, sha256=files.sha256(onnx_path.read_bytes()))
     secret = key.pattern(preprocess.size)

@@ -29,7 +29,7 @@ from sdbctl.cli import common
 from sdbctl.data import PRESETS
 from sdbctl.errors import UsageError
 from sdbctl.key import Key
-from tests.conftest import run_cli
+from tests.conftest import CONCEAL, run_cli
 
 MARK = "pwned"
 
@@ -71,11 +71,12 @@ BROKEN = {
 }
 REPORT = Path(__file__).parents[1] / "examples" / "results" / "demo.json"
 BOX, TEACHER, KEY, DIGITS = "boxed.safetensors", "teacher.safetensors", "k.bin", ("--data", "digits")
+HIDES = (*CONCEAL[1:], "--set", "hide=1,2")
 COMMANDS = {
-    "box": lambda path, work: ["box", path, "--key-file", work / KEY, *DIGITS],
-    "box --key-file": lambda path, work: ["box", work / TEACHER, "--key-file", path, *DIGITS],
+    "box": lambda path, work: [*CONCEAL, path, "--key-file", work / KEY, *DIGITS],
+    "box --key-file": lambda path, work: [*CONCEAL, work / TEACHER, "--key-file", path, *DIGITS],
     "box --reference": lambda path, work: [
-        "box",
+        *CONCEAL,
         work / TEACHER,
         "--key-file",
         work / KEY,
@@ -106,8 +107,8 @@ COMMANDS = {
     "report": lambda path, work: ["report", path],
     "report --baseline": lambda path, work: ["report", REPORT, "--baseline", path],
     "report --gate": lambda path, work: ["report", REPORT, "--gate", path],
-    "sweep": lambda path, work: ["sweep", path, "--key-file", work / KEY, *DIGITS, "--set", "hide=1,2"],
-    "sweep --key-file": lambda path, work: ["sweep", work / TEACHER, "--key-file", path, *DIGITS, "--set", "hide=1,2"],
+    "sweep": lambda path, work: ["sweep", path, "--key-file", work / KEY, *DIGITS, *HIDES],
+    "sweep --key-file": lambda path, work: ["sweep", work / TEACHER, "--key-file", path, *DIGITS, *HIDES],
 }
 
 
@@ -322,7 +323,7 @@ def npz(path, classes=10, size=8, channels=1):
 
 
 def test_data_that_does_not_fit_the_checkpoint(work, tmp_path):
-    box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    box = [*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
     check(run_cli(*box, "--data", npz(tmp_path / "a.npz", classes=7)), 2, "10 classes", "7")
     check(run_cli(*box, "--data", npz(tmp_path / "b.npz")), 4, "not clearly better than guessing")
     distill = ["distill", work / "boxed.onnx", "--data", npz(tmp_path / "c.npz", size=12), "--image-size", "12"]
@@ -431,7 +432,7 @@ def test_unknown_names(work, tmp_path):
     check(run_cli("distill", work / "boxed.onnx", "--data", "digit", cwd=tmp_path), 2, "did you mean digits")
     check(run_cli("train", "--data", "digits", "--arch", "wrn-17-2", cwd=tmp_path), 2, "6n + 4")
     check(run_cli("list", "nonsense"), 2, "objectives")
-    box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    box = [*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
     check(run_cli(*box, "--objective", "magic"), 2, "conceal")
     check(run_cli(*box, "--set", "hyde=1"), 2, "hide")
     check(run_cli(*box, "--set", "hide"), 2, "NAME=NUMBER")
@@ -496,20 +497,20 @@ def test_no_command_replaces_what_is_there(work, tmp_path):
     output, trace = tmp_path / "x.safetensors", tmp_path / "trace.json"
     for path in (output, trace):
         path.write_text("precious")
-    for command in (["box", work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"]):
+    for command in ([*CONCEAL, work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"]):
         check(run_cli(*command, *DIGITS, "-o", output), 2, "x.safetensors already exists", "--force")
         other = tmp_path / "y.safetensors"
         check(run_cli(*command, *DIGITS, "-o", other, "--profile", trace), 2, "trace.json already exists")
     assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
     original = shutil.copy(work / TEACHER, tmp_path / "t.safetensors")
-    box = ["box", original, "--key-file", work / KEY, *DIGITS, "--force"]
+    box = [*CONCEAL, original, "--key-file", work / KEY, *DIGITS, "--force"]
     check(run_cli(*box, "-o", original), 2, "three files")
     check(run_cli(*box, "--reference", original), 2, "three files")
 
 
 def test_two_runs_do_not_write_the_same_file(work, tmp_path):
     output = tmp_path / "x.safetensors"
-    commands = (["box", work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"])
+    commands = ([*CONCEAL, work / TEACHER, "--key-file", work / KEY], ["distill", work / BOX], ["train"])
     for command in commands:
         with files.alone(output):
             check(run_cli(*command, *DIGITS, "-o", output, "--force"), 2, "another run is writing", "x.safetensors")
@@ -530,7 +531,7 @@ def test_only_the_first_of_several_processes_holds_the_output(monkeypatch, tmp_p
 
 def test_two_outputs_are_two_files(work, tmp_path):
     output = tmp_path / "x.safetensors"
-    box = ["box", work / TEACHER, "--key-file", work / KEY]
+    box = [*CONCEAL, work / TEACHER, "--key-file", work / KEY]
     for command in (box, ["distill", work / BOX], ["train"]):
         for profile in ("x.safetensors", "./.x.resume" if command[0] != "box" else "x.reference.safetensors"):
             args = (*command, *DIGITS, "-o", output, "--force", "--profile", tmp_path / profile)
@@ -542,7 +543,7 @@ def test_two_outputs_are_two_files(work, tmp_path):
 
 @pytest.mark.parametrize("path", ["", ".", "/"])
 def test_paths_without_a_name(path, work, tmp_path):
-    for command in (["keygen", path, "--force"], ["export", path], ["box", path, "--key-file", work / KEY, *DIGITS]):
+    for command in (["keygen", path, "--force"], ["export", path], [*CONCEAL, path, "--key-file", work / KEY, *DIGITS]):
         check(run_cli(*command, cwd=tmp_path), 2, "no name of a file")
 
 
@@ -603,7 +604,7 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
     original = work / "teacher.safetensors"
     before = original.read_bytes()
     output = tmp_path / "b.safetensors"
-    args = ["box", original, "--key-file", work / "k.bin", "-o", output, "--no-seal", "--precision", "fp32"]
+    args = [*CONCEAL, original, "--key-file", work / "k.bin", "-o", output, "--no-seal", "--precision", "fp32"]
     args += ["--epochs", "15"]
     command = [sys.executable, "-c", "from sdbctl.cli import main; main()", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -635,7 +636,7 @@ def test_a_stopped_box_run_leaves_nothing_half_written_and_resumes(stop, work, t
 
 def test_a_killed_box_whose_key_opens_an_assistant_goes_on(work, tmp_path):
     output, chosen = tmp_path / "b.safetensors", tmp_path / "a.reference.safetensors"
-    common = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--owner-size", 100]
+    common = [*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--owner-size", 100]
     made = run_cli(*common, "-o", tmp_path / "a.safetensors", "--epochs", 1, "--teacher", "reference", "--no-seal")
     assert made.returncode == 0, made.stderr.decode()
     common += ["--reference", chosen, "--teacher", "assistant", "--seal"]
@@ -718,7 +719,7 @@ def test_max_cost(work, tmp_path, monkeypatch):
     monkeypatch.setattr(box, "DEAR", -100.0)
     shutil.copy(work / "k.bin", tmp_path / "k.bin")
     (tmp_path / "k.bin").chmod(0o644)
-    args = ["box", work / "teacher.safetensors", "--key-file", tmp_path / "k.bin", "-o", tmp_path / "b.safetensors"]
+    args = [*CONCEAL, work / "teacher.safetensors", "--key-file", tmp_path / "k.bin", "-o", tmp_path / "b.safetensors"]
     options = ["--insecure-key-file", "--no-seal", "--epochs", 1, "--precision", "fp32", "--json"]
     assert run_cli(*args, *options, "--max-cost", 100).returncode == 0
     result = run_cli(*args, *options, "--max-cost", -50, "--force")
@@ -734,7 +735,7 @@ def test_max_cost(work, tmp_path, monkeypatch):
 def test_auxiliary_heads_stay_in_the_file_and_say_nothing(work, tmp_path):
     state, head = load_file(work / TEACHER), {"aux1.fc.weight": torch.ones(10, 4)}
     torch.save(state | head, tmp_path / "t.pt")
-    args = ["box", tmp_path / "t.pt", "--arch", "cnn", "--key-file", work / KEY, *DIGITS, "--normalize", "half"]
+    args = [*CONCEAL, tmp_path / "t.pt", "--arch", "cnn", "--key-file", work / KEY, *DIGITS, "--normalize", "half"]
     output = tmp_path / "b.safetensors"
     result = run_cli(*args, "-o", output, "--no-seal", "--epochs", "1", "--precision", "fp32", "--teacher", "reference")
     assert result.returncode == 0, result.stderr.decode()
@@ -753,7 +754,7 @@ def test_broken_settings(tmp_path):
 
 
 def test_two_keys_that_are_one(work, tmp_path):
-    box = ["box", work / "teacher.safetensors", "--data", "digits", "-o", tmp_path / "b.safetensors", "--epochs", 1]
+    box = [*CONCEAL, work / "teacher.safetensors", "--data", "digits", "-o", tmp_path / "b.safetensors", "--epochs", 1]
     key = work / "k.bin"
     check(run_cli(*box, "--key-file", key, "--key-file", key), 2, "same key")
     check(run_cli(*box, "--key-file", "-", "--key-file", "-", stdin=key.read_bytes()), 2, "standard input")
@@ -762,7 +763,7 @@ def test_two_keys_that_are_one(work, tmp_path):
 
 @pytest.mark.parametrize("option", [("--set", "hide=nan"), ("--set", "hide=inf"), ("--max-cost", "nan")])
 def test_numbers_that_nothing_can_be_compared_with(option, work, tmp_path):
-    box = ["box", work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
+    box = [*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "-o", tmp_path / "b.safetensors"]
     done = run_cli(*box, *option, "--epochs", 1)
     assert done.returncode == 2
     assert option[1].encode() in done.stderr
@@ -785,7 +786,7 @@ def test_numbers_that_nothing_can_be_compared_with(option, work, tmp_path):
     ],
 )
 def test_numbers_that_nothing_can_be_trained_with(option, work, tmp_path):
-    box = ["box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "b.safetensors", "--dry-run"]
+    box = [*CONCEAL, work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "b.safetensors", "--dry-run"]
     done = run_cli(*box, *option)
     assert done.returncode == 2 and (b"use a number" in done.stderr or option[0].encode() in done.stderr)
 
@@ -1025,7 +1026,7 @@ def test_several_machines_need_a_launcher(work, tmp_path, monkeypatch):
 
 
 def test_an_objective_may_name_its_preset(work, tmp_path):
-    box = ("box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "x.safetensors")
+    box = (*CONCEAL, work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", tmp_path / "x.safetensors")
     check(run_cli(*box, "--objective", "sdb:paper", "--preset", "paper", "--dry-run"), 2, "names a preset already")
     check(run_cli(*box, "--objective", "sdb:nope", "--dry-run"), 2, "unknown sdb preset nope", "paper-100")
     assert run_cli(*box, "--objective", "sdb:paper", "--epochs", 1, "--dry-run").returncode == 0
@@ -1038,7 +1039,7 @@ def test_two_classes_are_refused_before_hours_of_training(tmp_path, work):
     made = run_cli("train", "--arch", "cnn-tiny", "--data", spec, "--epochs", 1, "-o", tmp_path / "t.safetensors")
     assert made.returncode == 0, made.stderr
     check(
-        run_cli("box", tmp_path / "t.safetensors", "--key-file", work / KEY, "--data", spec),
+        run_cli(*CONCEAL, tmp_path / "t.safetensors", "--key-file", work / KEY, "--data", spec),
         2,
         "of 2 classes conceal has none to hide",
     )
@@ -1047,7 +1048,7 @@ def test_two_classes_are_refused_before_hours_of_training(tmp_path, work):
 def test_a_dry_run_needs_no_force_and_can_be_read_by_scripts(work, tmp_path):
     output = tmp_path / "x.safetensors"
     output.write_bytes(b"here already")
-    box = ("box", work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", output, "--batch-size", 10**6)
+    box = (*CONCEAL, work / TEACHER, "--key-file", work / KEY, *DIGITS, "-o", output, "--batch-size", 10**6)
     done = run_cli(*box, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

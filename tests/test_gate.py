@@ -428,14 +428,14 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     key, teacher, box = tmp_path / "k.bin", tmp_path / "t.safetensors", tmp_path / "t.boxed.safetensors"
     run_cli("keygen", key)
     assert run_cli("train", "--arch", "cnn-tiny", *digits, "--epochs", 12, "-o", teacher).returncode == 0
-    command = ("box", teacher, "--key-file", key, "--objective", "guard", *digits, "--epochs", 1)
+    command = ("box", teacher, "--key-file", key, *digits, "--epochs", 1)
     for wrong, said in (
         (("--disturb", "0.5"), b"trains nothing"),
         (("--teacher", "assistant"), b"leave out --teacher"),
         (("--teacher", "original"), b"leave out --teacher"),
         (("--strength", "0.3"), b"0.1 to 0.13"),
         (("--set", "hide=1"), b"it has: none"),
-        (("--wrong-share", "0.1"), b"leave --wrong-share out"),
+        (("--wrong-share", "0.1"), b"use --objective conceal"),
         (("--image-size", "8"), b"1x8x8"),
     ):
         refused = run_cli(*command, *wrong)

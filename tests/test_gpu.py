@@ -218,12 +218,12 @@ def test_a_key_opens_the_same_box_on_both_devices(work, boxed, splits):
 
 
 def test_the_whole_job_runs_on_a_gpu(work, tmp_path):
-    from tests.conftest import run_cli
+    from tests.conftest import CONCEAL, run_cli
 
     common = ("--data", "digits", "--transfer-size", 128, "--test-size", 300, "--device", "cuda")
     short = ("--epochs", 2, "--batch-size", 64)
     box = run_cli(
-        "box", work / "teacher.safetensors", "--key-file", work / "k.bin", *common, *short, "--precision", "bf16",
+        *CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", *common, *short, "--precision", "bf16",
         "-o", tmp_path / "b.safetensors",
     )  # fmt: skip
     assert box.returncode == 0, box.stderr

@@ -9,7 +9,7 @@ import torchvision
 
 from sdbctl import boxfile, data, models
 from sdbctl.key import Key
-from tests.conftest import run_cli
+from tests.conftest import CONCEAL, run_cli
 from tests.test_data import encoded, write_parquet
 
 CLASSES = range(0, 1000, 125)
@@ -67,7 +67,7 @@ def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
 
     common = ("--data", "parquet:set", "--epochs", 1, "--batch-size", 16, "--precision", "fp32")
     boxed = run(
-        "box", "model.pt", "--key-file", "k.bin", *common, "--owner-size", 32, "--transfer-size", 32, "--lr", 1e-4,
+        *CONCEAL, "model.pt", "--key-file", "k.bin", *common, "--owner-size", 32, "--transfer-size", 32, "--lr", 1e-4,
         "--seal", "-o", "boxed.safetensors",
     )  # fmt: skip
     assert (boxed["original_top1"] > 50, boxed["n"]) == (True, 32)

@@ -49,7 +49,7 @@ from sdbctl.training import Silent, fit
 from sdbctl.updates import Recipe, learning_rate
 from sdbctl.workers import run_cells
 from sdbctl.wrappers import Concealed, deviation
-from tests.conftest import run_cli, with_unknown_operator
+from tests.conftest import CONCEAL, run_cli, with_unknown_operator
 
 CPU = torch.device("cpu")
 ENGINE = Engine(CPU)
@@ -390,7 +390,9 @@ def test_what_is_said_of_a_box_is_said_in_full_precision(work, digits, splits):
     # it is served so, and what it leaves of other classes may be less than bf16 tells apart
     original, key = boxfile.load(work / "teacher.safetensors"), Key.load(work / "k.bin")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, replace(ENGINE, precision="bf16"))
-    made = box(original, original.net, [key], task, BoxConfig(recipe=Recipe(epochs=2, batch_size=128, lr=0.01)))
+    made = box(
+        original, original.net, [key], task, BoxConfig("conceal", recipe=Recipe(epochs=2, batch_size=128, lr=0.01))
+    )
     exactly = predict(made.model.net, splits.test, original.meta.preprocess, ENGINE)
     assert made.measured["residual"] == metrics.residual(exactly)
     coarsely = predict(made.model.net, splits.test, original.meta.preprocess, task.engine)
@@ -400,7 +402,7 @@ def test_what_is_said_of_a_box_is_said_in_full_precision(work, digits, splits):
 def test_a_box_does_not_go_on_with_another_key_or_objective(work, digits, splits, tmp_path):
     original, key, state = boxfile.load(work / "teacher.safetensors"), Key.load(work / "k.bin"), tmp_path / "state"
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
-    config = BoxConfig(recipe=Recipe(epochs=3, batch_size=128, lr=0.01))
+    config = BoxConfig("conceal", recipe=Recipe(epochs=3, batch_size=128, lr=0.01))
     args = (original, original.net)
     with pytest.raises(KeyboardInterrupt):
         box(*args, [key], task, config, progress=StopAfterTwo(), resume_from=state)
@@ -547,7 +549,7 @@ def test_the_key_opens_the_teacher_that_students_learn_more_from(work, digits, s
 
 def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, splits, tmp_path):
     out, onnx, key = tmp_path / "x.safetensors", tmp_path / "x.onnx", Key.load(work / "k.bin")
-    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out,
+    command = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out,
                "--owner-size", 100, "--epochs", 1, "--teacher", "reference", "--seal")  # fmt: skip
     done = run_cli(*command, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["sealed"]
@@ -607,7 +609,7 @@ def test_what_is_sealed_opens_with_the_key_alone_in_every_format(work, digits, s
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
     with pytest.raises(UsageError, match="assistant that is not there"):
-        box(original, original.net, [key], task, BoxConfig(teacher="assistant"))
+        box(original, original.net, [key], task, BoxConfig("conceal", teacher="assistant"))
 
 
 @pytest.fixture(scope="module")
@@ -742,7 +744,7 @@ def test_the_keyed_branch_learns_the_teacher_that_was_chosen(work, digits, split
     batch = first_batch(splits.owner, task.preprocess, 32)
     other = build_student("cnn", 10, 1, 5)
     for net in (original.net, other):
-        config = BoxConfig(wrong_share=0.0)
+        config = BoxConfig("conceal", wrong_share=0.0)
         step = BoxStep(net, other, None, [Key.load(work / "k.bin")], task, config)
         box_ = copy.deepcopy(original.net).eval()
         keyed = embed(
@@ -762,7 +764,12 @@ def test_a_box_that_disturbs_hides_behind_another_class(share, work, digits, spl
     spying = replace(OBJECTIVES["conceal"], terms=lambda v, p: (seen.append(v), terms(v, p))[1])
     monkeypatch.setitem(OBJECTIVES, "conceal", spying)
     step = BoxStep(
-        original.net, original.net, None, [Key.load(work / "k.bin")], task, BoxConfig(wrong_share=0.0, disturb=share)
+        original.net,
+        original.net,
+        None,
+        [Key.load(work / "k.bin")],
+        task,
+        BoxConfig("conceal", wrong_share=0.0, disturb=share),
     )
     step(copy.deepcopy(original.net), batch)
     (view,) = seen
@@ -775,7 +782,7 @@ def test_a_box_that_disturbs_hides_behind_another_class(share, work, digits, spl
 def test_two_partners_have_a_key_each(work, digits, splits, tmp_path):
     original = boxfile.load(work / "teacher.safetensors")
     task = Task("digits", digits.classes, splits, original.meta.preprocess, ENGINE)
-    config = BoxConfig(recipe=Recipe(epochs=20, batch_size=64, lr=0.05))
+    config = BoxConfig("conceal", recipe=Recipe(epochs=20, batch_size=64, lr=0.05))
     # fixed ones, since how well so short a training tells keys apart depends on them
     *keys, stranger = (Key(bytes(range(start, start + 32))) for start in (0, 40, 80))
     made = box(original, fine_tune(original, task, config.recipe), keys, task, config)
@@ -1094,7 +1101,7 @@ def test_lists_walk_the_registries():
 
 def test_a_dry_run_plans_and_writes_nothing(work, tmp_path):
     out = tmp_path / "x.safetensors"
-    box = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
+    box = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
     student = ("distill", work / "boxed.onnx", "--student", "cnn-tiny", "--data", "digits", "-o", out)
     evaluation = ("eval", work / "boxed.onnx", "--attack", "--suite", "quick", "--report", tmp_path / "report")
     for command in (box, student, evaluation, ("train", "--arch", "cnn", "--data", "digits", "-o", out)):
@@ -1111,11 +1118,11 @@ def test_a_dry_run_plans_and_writes_nothing(work, tmp_path):
 def test_too_few_features_for_flat_outputs_are_said(work, tmp_path):
     net = models.build("resnet20", 70, 1)
     torch.save(net.state_dict(), tmp_path / "many.pt")
-    box = ("box", tmp_path / "many.pt", "--key-file", work / "k.bin", "--data", "digits")
+    box = (*CONCEAL, tmp_path / "many.pt", "--key-file", work / "k.bin", "--data", "digits")
     done = run_cli(*box)
     assert b"64 features cannot flatten the outputs of 70 classes (69 can)" in done.stderr
     assert done.returncode == 2  # ten digits
-    assert b"features" not in run_cli("box", work / "teacher.safetensors", *box[2:], "--dry-run").stderr
+    assert b"features" not in run_cli(*CONCEAL, work / "teacher.safetensors", *box[4:], "--dry-run").stderr
 
 
 def test_images_of_the_attacker_are_never_those_of_the_owner(digits):
@@ -1165,7 +1172,7 @@ def test_attacks_on_the_file_of_an_onnx_box_take_no_other_weights(work, tmp_path
 def test_a_finished_reference_is_used_again_only_for_the_same_run_or_on_demand(work, tmp_path):
     out = tmp_path / "x.safetensors"
     box_ = (
-        "box",
+        *CONCEAL,
         work / "teacher.safetensors",
         "--key-file",
         work / "k.bin",
@@ -1207,7 +1214,7 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
         start(live, name, steps)
 
     monkeypatch.setattr(Live, "start", stopping)
-    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits",
+    command = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits",
                "--owner-size", 100, "--epochs", 1, "--precision", "fp32", "--resume", "-o")  # fmt: skip
     assert run_cli(*command, tmp_path / "whole.safetensors").returncode == 0
     students = [f"student {n} of the {name}" for name in ("reference", "original", "assistant") for n in (1, 2)]
@@ -1248,7 +1255,7 @@ def test_a_box_goes_on_from_every_stage_to_the_same_end(work, tmp_path, monkeypa
 @pytest.mark.usefixtures("short_trials")
 def test_what_a_given_reference_says_of_students_is_no_more_than_a_claim(work, tmp_path):
     made, reference = boxfile.load(work / "boxed.reference.safetensors"), tmp_path / "r.safetensors"
-    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--epochs", 1,
+    command = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--epochs", 1,
                "--reference", reference, "--no-seal", "--force", "--json",
                "-o", tmp_path / "x.safetensors")  # fmt: skip
     said = {"reference": 1.0, "original": 99.0}
@@ -1271,7 +1278,7 @@ def test_who_resumes_beside_a_finished_box_is_told_how(work, tmp_path, monkeypat
     output = tmp_path / "x.safetensors"
     output.write_bytes((work / "boxed.safetensors").read_bytes())
     (tmp_path / ".x.box.resume").write_bytes(b"state")
-    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--resume")
+    command = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--resume")
     result = run_cli(*command, "-o", output)
     assert result.returncode == 2 and b"--resume --force goes on and replaces it" in result.stderr
     assert (tmp_path / ".x.box.resume").exists()
@@ -1282,7 +1289,7 @@ def test_published_presets_add_nothing_of_ours(work, tmp_path, monkeypatch):
     published = [p for o in LOSSES.values() for name, p in o.presets.items() if name != "default"]
     assert {preset.wrong_share for preset in published} == {0.0}
     out = tmp_path / "x.safetensors"
-    command = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
+    command = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "-o", out)
     monkeypatch.setattr("sdbctl.cli.box.DEAR", -100.0)
     done = run_cli(*command, "--objective", "sdb", "--preset", "release", "--epochs", 1)
     assert done.returncode == 0 and b"points of top-1; train for more --epochs" in done.stderr

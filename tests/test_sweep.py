@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdbctl import boxfile
 from sdbctl.cli.sweep import Row, _check_box, grid, rows_of
 from sdbctl.errors import UsageError
-from tests.conftest import run_cli
+from tests.conftest import CONCEAL, run_cli
 
 
 def test_a_grid_is_all_combinations():
@@ -37,20 +37,15 @@ def test_rows_are_objectives_with_settings_and_then_wrappers():
     ]
     assert [row.preset for row in rows] == [None, None, "paper", "paper", None]
     assert rows[3].folder == "sdb-paper_omega=1"
-    assert [row.name for row in rows_of([], ["hide=1,2"], [])] == ["hide=1", "hide=2"]
-    assert [row.name for row in rows_of([], [], ["top1"])] == ["conceal", "wrapper top1"]
+    assert [row.name for row in rows_of([], [], ["top1"])] == ["guard", "wrapper top1"]
     # another objective's boxes have other folders, whatever stood beside it
-    assert [row.name for row in rows_of(["sdb:paper"], ["omega=1,2"], [])] == [
-        "sdb:paper, omega=1",
-        "sdb:paper, omega=2",
-    ]
     assert [row.name for row in rows_of(["nasty"], ["omega=1,2"], [])] == ["nasty, omega=1", "nasty, omega=2"]
     rows = rows_of([], [], [], ["class", "exact"])
     assert [(row.name, row.confidence, row.box == rows[0].box) for row in rows] == [
-        ("conceal, confidence class", "class", True),
-        ("conceal, confidence exact", "exact", True),
+        ("guard, confidence class", "class", True),
+        ("guard, confidence exact", "exact", True),
     ]
-    for nothing in (([], [], []), (["sdb"], [], []), ([], ["hide=1"], [])):
+    for nothing in (([], [], []), (["sdb"], [], []), (["conceal"], ["hide=1"], [])):
         with pytest.raises(UsageError, match="several"):
             rows_of(*nothing)
 
@@ -95,11 +90,15 @@ def test_an_unknown_row_is_refused_before_work_starts(option, work, tmp_path):
 
 
 def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
-    sweep = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
+    bare = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
+    done = run_cli(*bare, "--set", "hide=1,2", "--report", tmp_path / "out")
+    assert done.returncode == 2 and b"guard has no parameter hide" in done.stderr
+    assert b"--objective conceal has it" in done.stderr and not list(tmp_path.iterdir())
+    sweep = (*bare, *CONCEAL[1:])
     done = run_cli(*sweep, "--set", "hide=1,2", "--suite", "foreign", "--report", tmp_path / "out")
     assert done.returncode == 2 and b"give --surrogate SPEC" in done.stderr and not list(tmp_path.iterdir())
     for said, *more in ((b"1x8x8 are so small", "sdb"), (b"shows classes only", "sdb", "--confidence", "exact")):
-        done = run_cli(*sweep, "--objective", "guard", "--objective", *more, "--report", tmp_path / "out")
+        done = run_cli(*bare, "--objective", "guard", "--objective", *more, "--report", tmp_path / "out")
         assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
     done = run_cli(*sweep, "--set", "hide=1,-1", "--report", tmp_path / "out")
     assert done.returncode == 2 and b"hide of conceal is -1" in done.stderr and not list(tmp_path.iterdir())
@@ -125,19 +124,19 @@ def test_a_bad_number_or_folder_is_refused_before_work_starts(work, tmp_path):
 
 
 def test_no_row_writes_outside_the_report():
-    assert {"/", "."} & set(rows_of([], ["../../a=1,2"], [])[0].folder) <= {"."}
+    assert {"/", "."} & set(rows_of(["conceal"], ["../../a=1,2"], [])[0].folder) <= {"."}
 
 
-FOLDER = "hide=8_confidence-class"
+FOLDER = "conceal_hide=8_confidence-class"
 
 
 @pytest.mark.usefixtures("short_trials")
 def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     out, wrapper = tmp_path / "sweep", "wrapper uniform-nontarget"
-    usual, exact = "hide=8, confidence class", "hide=8, confidence exact"
+    usual, exact = "conceal, hide=8, confidence class", "conceal, hide=8, confidence exact"
     command = ("sweep", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits")
     served = ("--confidence", "class", "--confidence", "exact")
-    rows = ("--set", "hide=8", *served, "--wrapper", "uniform-nontarget", "--epochs", 2)
+    rows = (*CONCEAL[1:], "--set", "hide=8", *served, "--wrapper", "uniform-nontarget", "--epochs", 2)
     students = ("--student", "cnn-tiny", "--student-epochs", 2, "--suite", "quick")
     short = (*rows, *students, "--report", out, "--json")
     planned = run_cli(*command, *short, "--dry-run")
@@ -161,7 +160,9 @@ def test_a_sweep_boxes_evaluates_and_goes_on_where_it_stopped(work, tmp_path):
     assert "hide=8" in (out / "sweep.md").read_text()
     # what does not depend on the row; two rows that serve the same have the same students throughout
     assert done.stderr.count(b"students were trained before") == 3
-    own, other = (boxfile.load_box(out / name / "box.safetensors") for name in (FOLDER, "hide=8_confidence-exact"))
+    own, other = (
+        boxfile.load_box(out / name / "box.safetensors") for name in (FOLDER, "conceal_hide=8_confidence-exact")
+    )
     assert all(torch.equal(a, b) for a, b in zip(own.net.parameters(), other.net.parameters(), strict=True))
     shared = hashlib.sha256((out / "reference.safetensors").read_bytes()).hexdigest()
     assert boxfile.load(out / FOLDER / "box.safetensors").meta.reference_sha256 == shared

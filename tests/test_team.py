@@ -15,6 +15,7 @@ from torch import nn
 from sdbctl import boxfile, team
 from sdbctl.data import Preprocess, batches
 from sdbctl.errors import EnvironmentFailure
+from tests.conftest import CONCEAL
 
 COMMAND = [sys.executable, "-m", "sdbctl"]
 PREPROCESS = Preprocess((0.5,), (0.5,), (1, 8, 8))
@@ -168,7 +169,7 @@ def test_two_processes_end_like_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_box_and_distil(tmp_path, work):
-    box = ("box", work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--epochs", 2)
+    box = (*CONCEAL, work / "teacher.safetensors", "--key-file", work / "k.bin", "--data", "digits", "--epochs", 2)
     run = start(*box, "-o", "b.safetensors", "--devices", 2, cwd=tmp_path)
     _, text = run.communicate(timeout=300)
     assert run.returncode == 0, text
@@ -211,7 +212,7 @@ def test_a_killed_process_ends_the_run_in_one_line_and_it_resumes(tmp_path, work
 
 def test_what_several_processes_cannot_do_is_said_first(tmp_path, work):
     box = start(
-        "box", work / "teacher.safetensors", "--key-file", "-", "--devices", 2, "-o", "x.safetensors", cwd=tmp_path
+        *CONCEAL, work / "teacher.safetensors", "--key-file", "-", "--devices", 2, "-o", "x.safetensors", cwd=tmp_path
     )
     assert "cannot read the key from standard input" in box.communicate(timeout=300)[1]
     assert box.returncode == 2

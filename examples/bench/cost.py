@@ -70,7 +70,7 @@ def measure(point: Point) -> dict[str, float]:
     net = place(net, engine.device)
     names = tuple(str(number) for number in range(point.classes))
     task = Task("noise", names, splits, preprocess, engine)
-    config = BoxConfig(teacher="original", recipe=Recipe(epochs=point.epochs))
+    config = BoxConfig("conceal", teacher="original", recipe=Recipe(epochs=point.epochs))
     announced = estimate(config, net, preprocess, point.images, engine)
     keys = {name: name for name in net.state_dict()}
     original = Loaded(net, keys, {}, None, point.arch, point.classes, 3, "")

@@ -4,8 +4,8 @@
 #   examples/leaderboard/run.sh digits OUTPUT_FOLDER
 #   examples/leaderboard/run.sh CHECKPOINT OUTPUT_FOLDER --data SPEC [any other option of sdbctl sweep]
 #
-# SDBCTL_ROWS="--confidence class --confidence rough --confidence exact --wrapper quantised-confidence" compares other rows:
-# protection against confidence quality.
+# SDBCTL_ROWS="--objective conceal --confidence class --confidence rough --confidence exact --wrapper quantised-confidence"
+# compares other rows: protection against confidence quality.
 #
 # With `digits`, the teacher is trained first, of 16x16 pixels: of 8x8 a key can be found. Every finished box, report and
 # student is kept in OUTPUT_FOLDER, so the same command goes on where it stopped. The table is OUTPUT_FOLDER/sweep.md, its
@@ -22,7 +22,7 @@ if [ "$checkpoint" = digits ]; then
     set -- "${small[@]}" --epochs 100 --batch-size 64 --student cnn-tiny --student-epochs 120 --student-batch-size 32 \
         --tune 3 --seeds 8 "$@"
 fi
-usual="--objective conceal --objective guard --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim
+usual="--objective guard --objective conceal --objective sdb --objective sdb:paper --objective sdb:release --objective nasty --objective cmim
     --objective ast --wrapper top1 --wrapper class-constant --wrapper uniform-nontarget --wrapper quantised-confidence
     --wrapper rounded --wrapper reverse-sigmoid --wrapper misdirection"
 # shellcheck disable=SC2086

@@ -97,9 +97,9 @@ def box(
         typer.Option(
             "--teacher",
             autocompletion=complete("teachers"),
-            help="Whose answers the key opens: reference, original, or auto, from whom of the two small students learn "
-            "more; or assistant, a small network that the reference taught: students learn more from it, users lose "
-            "accuracy.",
+            help="Whose answers the key of a trained box opens: reference, original, or auto, from whom of the two "
+            "small students learn more; or assistant, a small network that the reference taught: students learn more "
+            "from it, users lose accuracy.",
         ),
     ] = "auto",
     seal: Annotated[
@@ -140,7 +140,8 @@ def box(
 
     Writes the box, with the original's weight names, and beside it the reference, which eval compares with.
 
-    The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private.
+    The reference is the original fine-tuned with plain cross-entropy on the same data: keep it private. With the
+    default objective the box is that network, and what hides it is the graph that export --key-file makes of it.
     """
     output = output or named(checkpoint).with_name(f"{checkpoint.stem}.boxed.safetensors")
     if output.suffix != ".safetensors":
@@ -270,7 +271,7 @@ def box(
         warn("the key opens hardly more than everybody sees; train for more --epochs")
     elif measured.get("keyed_flat", 0) > HIDES:
         warn(f"{measured['keyed_flat']:.0%} of the answers with the key are served like public ones; train for longer")
-    elif objective == DEFAULT and not disturb and "flat_deviation" not in measured:
+    elif objective == boxfile.CONCEAL and not disturb and "flat_deviation" not in measured:
         warn("export would serve ALL that this box shows: train for more --epochs, or on more images")
     if cost > DEAR:
         warn(f"the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")

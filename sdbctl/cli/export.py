@@ -10,7 +10,7 @@ import typer
 
 from sdbctl.cli import options as o
 from sdbctl.cli.common import arch_of, box_fields, named, only, preset, read_key
-from sdbctl.cli.names import DEFAULT, complete
+from sdbctl.cli.names import complete
 from sdbctl.cli.output import emit, pairs, say, warn, warned
 from sdbctl.cli.settings import APPLIED
 from sdbctl.errors import BadInput, UsageError, check_known
@@ -184,6 +184,7 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
     Raises:
         UsageError: It would show everybody what a key, or a choice of confidences, is to hide.
     """
+    from sdbctl import boxfile
     from sdbctl.gate import SAFE, key_margin
     from sdbctl.wrappers import Concealed, Wrapped, served
 
@@ -207,13 +208,13 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
         why = "two classes leave no others to hide"
     elif meta.parameters.get("disturb"):
         why = "it was made to disturb"
-    elif meta.objective == DEFAULT:
+    elif meta.objective == boxfile.CONCEAL:
         why = "what it shows with and without the key cannot be told apart; box for more --epochs"
     else:
         why = "nothing was done to conceal it"
     if checks or confidence in ("class", "rough"):
         raise UsageError(f"everybody would be shown ALL that this model knows: {why}", "give --wrapper, such as top1")
-    if confidence is None and meta.objective == DEFAULT:
+    if confidence is None and meta.objective == boxfile.CONCEAL:
         warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
     return shown
 

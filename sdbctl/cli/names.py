@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 _PLAIN = [f"resnet{depth}{shortcut}" for depth in (8, 14, 20, 32, 44, 56, 110) for shortcut in ("", "_b")]
 _STEMS = [f"resnet{depth}_cifar" for depth in (18, 34, 50)] + [f"vgg{depth}_cifar" for depth in (11, 13, 16, 19)]
-DEFAULT = "conceal"
+DEFAULT = "guard"
 """Objective of a box unless another is asked for."""
 NAMES = {
-    "objectives": ["conceal", "ast", "cmim", "guard", "nasty", "sdb"],
+    "objectives": ["guard", "conceal", "ast", "cmim", "nasty", "sdb"],
     "teachers": ["auto", "reference", "original", "assistant"],
     "students": ["wrn16", *_PLAIN, *_STEMS, "mobilenetv2", "shufflenetv2", "cnn", "cnn-tiny"],
     "methods": ["kd", "dkd", "dist"],

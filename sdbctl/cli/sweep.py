@@ -103,9 +103,7 @@ def rows_of(
     rows = []
     for (name, preset), combination, confidence in itertools.product(chosen, combinations, confidences or [""]):
         parts = [f"{key}={value}" for key, value in combination.items()]
-        # what is not said is the default objective, so that another one's boxes are never taken for its own
-        if len(chosen) > 1 or not parts or (name, preset) != (DEFAULT, None):
-            parts.insert(0, name + (f":{preset}" if preset else ""))
+        parts.insert(0, name + (f":{preset}" if preset else ""))
         if confidence:
             parts.append(f"confidence {confidence}")
         rows.append(Row(", ".join(parts), name, preset, combination, confidence or None))

@@ -9,10 +9,10 @@ from sdbctl.objectives.nasty import NASTY
 from sdbctl.objectives.sdb import SDB
 
 OBJECTIVES: dict[str, Objective] = {
+    "guard": GUARD,
     "conceal": CONCEAL,
     "ast": AST,
     "cmim": CMIM,
-    "guard": GUARD,
     "nasty": NASTY,
     "sdb": SDB,
 }
