@@ -100,12 +100,12 @@ def what_students_learn(
     A more accurate teacher need not be the better one. Half of the validation images, at most :data:`TRIED_IMAGES`, are
     distilled by DIST at τ = 4; the others judge.
     """
-    images, attack = task.data.validation, ATTACKS["dist"]
+    images, attack, engine = task.data.validation, ATTACKS["dist"], replace(task.engine, profile=None)
     count = tried_images(task.data)
     some, others = images.take(range(count)).alone(), images.take(range(count, len(images)))
     learned = {}
     for name, net in teachers.items():
-        teacher = TorchTeacher(net, len(task.classes), task.engine)
+        teacher = TorchTeacher(net, len(task.classes), engine)
         students = [
             distill(
                 attack,
@@ -116,7 +116,7 @@ def what_students_learn(
                 some,
                 task.preprocess,
                 scaled(TRIED, seed=seed, batch_size=max(TRIED.batch_size, 2 * team.size())),
-                task.engine,
+                engine,
                 progress=Named(progress or Silent(), f"student {seed + 1} of the {name}"),
             ).student
             for seed in range(TRIED_SEEDS)

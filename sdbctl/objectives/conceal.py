@@ -80,7 +80,7 @@ def terms(v: Views, p: ConcealParameters) -> Terms:
 
 
 CONCEAL = Objective(
-    "flat non-target outputs, the original's confidence, a keyed branch that teaches (default)",
+    "flat non-target outputs, the original's confidence, a keyed branch that teaches",
     ConcealParameters,
     terms,
     presets={"default": Preset()},

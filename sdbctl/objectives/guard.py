@@ -13,7 +13,7 @@ class GuardParameters:
 
 
 GUARD = Objective(
-    "no training: the network stays N_ft, and the graph that export --key-file makes of it hides and looks for the key",
+    "the network stays N_ft: the graph that export --key-file makes of it hides, and looks for the key (default)",
     GuardParameters,
     None,
     # what a graph needs to find a key in images of usual sizes
