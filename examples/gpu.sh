@@ -6,7 +6,8 @@
 # CIFAR10_FOLDER holds the data set as Hugging Face parquet files. Every step is skipped if its output is there, an
 # interrupted one goes on. The JSON files in OUTPUT_FOLDER name the hardware; copy them to examples/results. On a
 # machine without a GPU it computes the same, slowly: SDBCTL_ARCH=resnet8 SDBCTL_EXAMPLE_ARGS="--epochs 1 --owner-size
-# 1000" SDBCTL_EVAL_ARGS="--suite quick --epochs 1 --transfer-size 500" tries it out.
+# 1000" SDBCTL_EVAL_ARGS="--suite quick --epochs 1 --transfer-size 500" tries it out. The measurements of examples/results
+# are of SDBCTL_BOX_ARGS="--objective conceal".
 set -euo pipefail
 here=$(dirname "$0") data="parquet:$1" out=$2 arch=${SDBCTL_ARCH:-resnet18_cifar}
 mkdir -p "$out"
@@ -32,7 +33,7 @@ once train.json sdbctl train --arch "$arch" --data "$data" --resume --json -o "$
     ${SDBCTL_EXAMPLE_ARGS:-}
 # shellcheck disable=SC2086
 once box.json sdbctl box "$out/original.safetensors" --key-file "$out/k.bin" --data "$data" --resume --json \
-    -o "$out/boxed.safetensors" ${SDBCTL_EXAMPLE_ARGS:-}
+    -o "$out/boxed.safetensors" ${SDBCTL_EXAMPLE_ARGS:-} ${SDBCTL_BOX_ARGS:-}
 once export.json sdbctl export "$out/boxed.safetensors" --key-file "$out/k.bin" --json
 # shellcheck disable=SC2086
 once eval.json sdbctl eval "$out/boxed.onnx" --attack --original "$out/original.safetensors" --key-file "$out/k.bin" \

@@ -52,6 +52,8 @@ def main(box: str, original: str, spec: str, foreign: str | None = None) -> None
     boxed, net = boxfile.load(Path(box)), boxfile.load(Path(original)).net.eval()
     meta, torch_generator = boxed.meta, torch.Generator().manual_seed(0)
     assert meta is not None
+    if meta.guarded:
+        sys.exit("the graph of a guarded box shows classes only, whatever it is asked: name a box by conceal")
     sizes = {name: meta.data[name] for name in ("transfer", "validation", "test")}
     images = data.split(data.load(spec, root=Path()), **sizes).test.pixels[:IMAGES].float() / 255
     noise = torch.rand(images.shape, generator=torch_generator)

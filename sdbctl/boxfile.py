@@ -27,7 +27,7 @@ METADATA_KEY = "sdbctl"
 SERVES_KEY = "sdbctl.serves"
 SEALED_KEY = "sdbctl.sealed"
 GUARD = "guard"
-"""The objective that trains nothing."""
+"""The objective that leaves the network N_ft."""
 CONCEAL = "conceal"
 """The one whose boxes are meant to be served by the predicted class without a key being looked for."""
 _DISABLED = 0.0

@@ -60,18 +60,18 @@ def assist(
     that is between teacher and student in size). It is less accurate than the reference, and a box whose key opens it
     pays for being both. The longer it is taught, the more images its students need.
     """
-    owner, attack = task.data.owner, ATTACKS["kd"]
-    images = owner.first(ASSISTED_IMAGES[-1])
+    attack, engine = ATTACKS["kd"], replace(task.engine, profile=None)
+    images = task.data.owner.first(ASSISTED_IMAGES[-1])
     return distill(
         attack,
         attack.grid[0],
-        TorchTeacher(reference, len(task.classes), task.engine),
+        TorchTeacher(reference, len(task.classes), engine),
         TRIED_STUDENT,
         len(task.classes),
         images,
         task.preprocess,
         scaled(Recipe(), epochs=epochs, seed=ASSISTANT_SEED),
-        task.engine,
+        engine,
         progress=Named(progress or Silent(), "assistant"),
         resume_from=[Resume(resume_from, describe_assistant(reference, task, epochs).run)] if resume_from else [],
     ).student

@@ -31,11 +31,11 @@ from sdbctl.wrappers import served
 
 TEACHER = "cnn"
 SIZE = 16
-"""Pixels in a row: of the 64 values that digits have no graph can look for a key."""
+"""Pixels in a row: the 64 values that digits have are too few for a graph to find a key in."""
 TEACHER_RECIPE = Recipe(epochs=40, batch_size=64, lr=0.1)
-BOX = BoxConfig.of("guard", None, {})
-BOX = replace(BOX, recipe=Recipe(epochs=100, batch_size=64, lr=0.05))
-DISTURBED = BoxConfig("conceal", teacher="original", disturb=0.8, recipe=replace(BOX.recipe, epochs=40))
+BOX_RECIPE = Recipe(epochs=100, batch_size=64, lr=0.05)
+BOX = replace(BoxConfig.of("guard", None, {}), recipe=BOX_RECIPE)
+DISTURBED = BoxConfig("conceal", teacher="original", disturb=0.8, recipe=replace(BOX_RECIPE, epochs=40))
 """A row that is only shown, so it has less time."""
 STUDENT = "cnn-tiny"
 STUDENT_RECIPE = Recipe(epochs=120, batch_size=32, lr=0.1)

@@ -46,21 +46,20 @@ def run_cells(bench: Bench, cells: Iterable[Cell], folder: Path | None, progress
         progress: Advanced by one per student, and by what it takes.
     """
     done: dict[str, Outcome] = {}
-    there: list[Cell] = []
     todo: list[Cell] = []
-    for cell in cells:
+    there = 0.0
+    for cell in {cell.id: cell for cell in cells}.values():
         stored = _stored(bench, cell, folder)
         if stored:
-            if cell.id not in done:
-                there.append(cell)
             done[cell.id] = stored
+            there += bench.work(cell)
             bench.spent.earlier.setdefault(cell.id, stored.seconds)
             bench.spent.memory = max(bench.spent.memory, stored.memory)
-        elif cell not in todo:
+        else:
             todo.append(cell)
     if done:
         progress.note(f"{len(done)} students were trained before")
-        progress.advance(len(done), {}, sum(map(bench.work, there)))
+        progress.advance(len(done), {}, there)
 
     def finish(cell: Cell, outcome: Outcome) -> None:
         done[cell.id] = outcome

@@ -442,6 +442,12 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
     made = run_cli(*command, "--seal", "--json")
     assert made.returncode == 0, made.stderr
+    refused = run_cli("eval", "--original", teacher, *digits[:4], cwd=tmp_path)
+    assert refused.returncode == 2 and b"sdbctl export t.boxed.safetensors --key-file" in refused.stderr
+    assert b"nothing by itself" in run_cli("inspect", box).stdout
+    reference = ("--reference", tmp_path / "t.boxed.reference.safetensors", "-o", tmp_path / "b.safetensors")
+    refused = run_cli(*command, *reference, "--profile", tmp_path / "p.json")
+    assert refused.returncode == 2 and b"nothing is trained that --profile" in refused.stderr
     told = json.loads(made.stdout)
     assert told["cost_top1"] == 0 and told["sealed"] and told["residual"] < 1e-6 < told["keyed_residual"]
     assert not told["warnings"] and box.stat().st_mode & 0o077 == 0
@@ -467,7 +473,7 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     ):
         exported = run_cli("export", box, *options, "--force")
         assert exported.returncode == 0, exported.stderr
-        assert (b"answers no key" in exported.stderr) == (not answers)
+        assert (b"warning: without --key-file this graph answers no key" in exported.stderr) == (not answers)
         assert (tmp_path / "t.boxed.onnx").stat().st_mode & 0o077 == 0
         found = open_model(graph := tmp_path / "t.boxed.onnx", "cpu")
         assert found.serves == public and len(found.doors) == len(answers)

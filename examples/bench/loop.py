@@ -23,7 +23,7 @@ SIZE = (3, 32, 32)
 
 
 def rate(arch: str, images: ImageSet, precision: str, record: bool, batch_size: int, device: torch.device, box: bool):
-    """Images per second of plain training or of boxing with the default objective."""
+    """Images per second of plain training or of boxing with conceal."""
     preprocess, engine = Preprocess((0.5,) * 3, (0.25,) * 3, SIZE), Engine(device, precision)
     net, recipe = models.build(arch, 10, 3), Recipe(epochs=1, batch_size=batch_size, lr=0.01)
     step: Step = plain_step

@@ -3,7 +3,8 @@
 #
 #   SDBCTL_KEY=... (the key file in base64, from a secret)   gate.sh BOX ORIGINAL DATA_SPEC REPORT_FOLDER
 #
-# The key reaches sdbctl through a pipe: it is in no file, no argument and no log.
+# BOX is what export --key-file made: keep it, like ORIGINAL, where nobody else reads. Of the key file nothing is written
+# down: it reaches sdbctl through a pipe.
 set -eu
 here=$(dirname "$0")
 suite=${SDBCTL_SUITE:-standard}

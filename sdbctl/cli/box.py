@@ -43,7 +43,7 @@ def parse_parameters(given: list[str] | None) -> dict[str, float]:
         try:
             parameters[name] = finite(value)
         except ValueError:
-            raise UsageError(f"--set {item} is not NAME=NUMBER", "for example --set hide=2") from None
+            raise UsageError(f"--set {item} is not NAME=NUMBER", "as in --objective conceal --set hide=2") from None
     return parameters
 
 
@@ -80,17 +80,21 @@ def box(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=NUMBER", help="A parameter of the objective."),
+        typer.Option("--set", metavar="NAME=NUMBER", help="A parameter of the objective, if it has any."),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="λ of the key embedding x_k = λx + (1−λ)K.")
+        float | None,
+        typer.Option(
+            "--strength",
+            help="λ of the key embedding x_k = λx + (1−λ)K. \\[default: 0.25, 0.7 if trained]",
+        ),
     ] = None,
     disturb: Annotated[
         float,
-        typer.Option("--disturb", help="Lead plain distillation astray, 0 to 1, at a price in calibration."),
+        typer.Option("--disturb", help="Train a box to lead plain distillation astray, 0 to 1; calibration suffers."),
     ] = 0.0,
     wrong_share: Annotated[
-        float | None, typer.Option("--wrong-share", help="Share of the public batch mixed with wrong keys.")
+        float | None, typer.Option("--wrong-share", help="Share of a trained box's public batch mixed with wrong keys.")
     ] = None,
     teacher: Annotated[
         str,
@@ -203,6 +207,8 @@ def box(
     if original.meta is not None and original.meta.kind == "box":
         raise BadInput(f"{checkpoint} is a box already", "give the original; without a key in it, that key is revoked")
     say(f"checkpoint: {original.architecture}, {original.classes} classes")
+    if profile and reference and not config.trained:
+        raise UsageError("with its reference given nothing is trained that --profile could trace", "leave one out")
     if config.trained and (features := width(original.net)) < original.classes - 1:
         say(
             f"note: {features} features cannot flatten the outputs of {original.classes} classes "
@@ -293,18 +299,24 @@ def box(
                 "original": f"{measured['original_top1']:.2f} % top-1 on {len(splits.test):,} test images",
                 "reference (N_ft)": f"{measured['reference_top1']:.2f} %",
                 "box": f"{measured['boxed_top1']:.2f} %  (cost {cost:+.2f} points)",
-                "box with the key": f"{measured['keyed_top1']:.2f} %",
-                "dark knowledge left": f"{measured['residual']:.4f} nats (key holders see "
-                f"{measured['keyed_residual']:.4f})",
+                **(
+                    {
+                        "box with the key": f"{measured['keyed_top1']:.2f} %",
+                        "dark knowledge left": f"{measured['residual']:.4f} nats (key holders see "
+                        f"{measured['keyed_residual']:.4f})",
+                    }
+                    if config.trained
+                    else {}
+                ),
+                **({"sealed in it": f"{sealed} assistant(s) for key holders to distill"} if sealed else {}),
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path.name} (private)",
                 **(
                     {}
                     if config.trained
-                    else {"next": "the file protects nothing: keep it, and serve what export --key-file makes of it"}
+                    else {"next": f"sdbctl export {output} --key-file FILE, and serve that: this file hides nothing"}
                 ),
-                **({"sealed in it": f"{sealed} assistant(s) for key holders to distill"} if sealed else {}),
             },
         ),
     )

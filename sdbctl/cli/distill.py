@@ -210,8 +210,9 @@ def distill(
     else:
         assert opened.served is not None
         asked = opened.served
-    guarded = loaded is not None and meta is not None and meta.guarded
-    if key is not None and meta is not None and helper is None and not guarded:
+    if loaded is not None and meta is not None and meta.guarded and helper is None:
+        shown = "all of its outputs"
+    elif key is not None and meta is not None and helper is None:
         door = door or 1 + best_door(open_to, itself=len(splits.transfer) > FEW, late=late)
         asked = KeyedTeacher(asked, pattern(meta, key, door - 1), meta.strength)
         if open_to:

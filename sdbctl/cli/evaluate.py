@@ -35,21 +35,23 @@ Gates = Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="TOML
 
 
 def find_box() -> Path:
-    """The only box in this folder, when none was named."""
+    """The only box in this folder that can be asked without a key, when none was named."""
     from sdbctl import boxfile
 
-    found = []
+    found: list[Path] = []
+    bare: list[Path] = []
     for path in sorted([*Path().glob("*.safetensors"), *Path().glob("*.onnx")]):
         try:
             meta = boxfile.read_metadata(path)
         except BadInput:
             continue
         if meta is not None and meta.kind == "box":
-            found.append(path)
+            (bare if meta.guarded and path.suffix != ".onnx" else found).append(path)
     stems = {path.stem for path in found}
     if len(stems) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UsageError(f"which box? in this folder: {names}", "name one: sdbctl eval BOX")
+        hint = f"sdbctl export {bare[0]} --key-file FILE first" if bare and not found else "name one: sdbctl eval BOX"
+        raise UsageError(f"which box? in this folder: {names}", hint)
     return found[0]
 
 

@@ -77,9 +77,10 @@ def export(
 ) -> None:
     """Write a model as ONNX, after checking that it computes the same, or as safetensors.
 
-    The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else; what
-    comes through the key passes, but for the few outputs that are as flat as public ones. With --key-file it looks for
-    the key itself and answers its holders with what teaches best; such a file should never leave your servers.
+    The ONNX graph of a box serves the predicted class with the accuracy of this prediction and nothing else. With
+    --key-file it looks for the key and answers its holders with what teaches best; such a file should never leave your
+    servers. Without it a graph of the default objective answers no key, and one of conceal lets pass what its key
+    opens, but for the few outputs that are as flat as public ones.
     """
     suffixes = {"onnx": ".onnx", "safetensors": ".safetensors"}
     if format_ not in suffixes:
@@ -198,7 +199,7 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
         how = "one if it is unsure, one if it is sure" if confidence == "rough" else "one for each predicted class"
         say(f"public outputs are served with a confidence of {least} to {most}, {how}")
         if meta.guarded and not checks:
-            say("note: without --key-file this graph answers no key; whoever has its file has the whole network")
+            warn("without --key-file this graph answers no key; whoever has its file has the whole network")
         elif not checks:
             say(f"so are {meta.measured['keyed_flat']:.1%} of the outputs with the key, which are as flat")
             if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
@@ -317,6 +318,7 @@ def inspect(
             "parameters": sum(parameter.numel() for parameter in loaded.net.parameters()),
         }
     fits, shut = None, meta is not None and meta.guarded and loaded is None and not opened.doors
+    bare = meta is not None and meta.guarded and loaded is not None
     if key is not None:
         fits = meta is not None and key.id in meta.key_ids and not shut
     lost = meta is not None and meta.parameters.get("sealed") and not shut
@@ -348,6 +350,7 @@ def inspect(
             "objective": meta.objective or "-",
             "key": f"{', '.join(meta.key_ids)}, λ = {meta.strength:g}" if meta.key_ids else "none",
             "data": f"{meta.data.get('name', '-')}",
+            **({"hides": "nothing by itself: serve what export --key-file makes of it"} if bare else {}),
             **_figures(meta),
             "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),
         }

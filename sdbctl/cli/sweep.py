@@ -36,7 +36,7 @@ def grid(given: list[str]) -> list[dict[str, str]]:
         except ValueError:
             found = []
         if not found or not name.strip():
-            raise UsageError(f"--set {item} is not NAME=NUMBER,NUMBER", "for example --set hide=2,8,32")
+            raise UsageError(f"--set {item} is not NAME=NUMBER,NUMBER", "as in --objective conceal --set hide=2,8,32")
         axes[name.strip()] = found
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
@@ -277,11 +277,12 @@ def sweep(
 
     if dry_run:
         say(f"{len(rows)} settings: {'; '.join(row.name for row in rows)}")
-        first = next((row for row in rows if row.objective), None)
-        if first is not None:
+        # one that is trained takes longer than one that is not
+        longest = max((row for row in rows if row.objective), key=lambda row: row.config().trained, default=None)
+        if longest is not None:
             say("the reference is made once; each box, before its students are trained, takes about this:")
             with tempfile.TemporaryDirectory() as nowhere:
-                make_box(first, Path(nowhere) / "box.safetensors", dry_run=True)
+                make_box(longest, Path(nowhere) / "box.safetensors", dry_run=True)
         else:
             emit({"settings": [row.name for row in rows]}, json_)
         return
