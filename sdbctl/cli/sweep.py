@@ -260,8 +260,8 @@ def sweep(
             [key_file],
             owner_size=owner_size,
             reference=shared if shared.exists() else None,
-            # what is sealed does not depend on how the rest is boxed
-            seal=False,
+            # what is sealed does not depend on how the rest is boxed; of a guarded box it answers keys
+            seal=False if row.config().trained else None,
             objective=str(row.objective),
             preset=row.preset,
             set_=row.settings,
