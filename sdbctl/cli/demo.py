@@ -33,7 +33,7 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFailure(f"cannot make folder {folder}: {error.strerror}", "choose another --output") from None
-    say(f"time estimate: {duration(80 + 8 * seeds)}")
+    say(f"time estimate: {duration(40 + 26 * seeds)}")
     from sdbctl.demo import demo as run
 
     with Live() as progress:
