@@ -233,7 +233,7 @@ def check_key(meta: Metadata, key: Key) -> None:
     if key.id not in meta.key_ids:
         raise BadInput(
             f"the key {key.id} does not fit this box, which needs {' or '.join(meta.key_ids)}",
-            "use the key it was boxed with",
+            "use one that it opens to; export makes a graph for a new key if it is given one of the box's as well",
         )
 
 
@@ -256,7 +256,9 @@ def unsealed(text: str, key: Key, meta: Metadata, where: str) -> list[Loaded]:
     """
     check_key(meta, key)
     if not text:
-        raise BadInput(f"nothing is sealed in {where}", "box with --seal, or ask with the key in each image")
+        raise BadInput(
+            f"nothing is sealed in {where}", "box again with --seal (--reference saves the training), or do without"
+        )
     return [_assistant(content, meta, where) for content in seal.unseal(text, key, meta.origin, where)]
 
 

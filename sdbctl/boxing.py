@@ -152,6 +152,15 @@ def reference_of(path: Path, original: Loaded) -> Loaded:
     return found
 
 
+def recipe_in(reference: Loaded, other: Recipe) -> Recipe:
+    """How a reference was trained, as its file says, or another recipe if that says nothing that can be read."""
+    assert reference.meta is not None
+    try:
+        return Recipe(**reference.meta.parameters["recipe"])
+    except (KeyError, TypeError, UsageError):
+        return other
+
+
 @dataclass
 class Kept:
     """A network that is made when it is first needed, and kept in a file for a run that goes on.

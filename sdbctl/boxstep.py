@@ -167,8 +167,8 @@ class BoxConfig:
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the result, for the metadata."""
-        values = asdict(self)
-        del values["parameters"]
+        unused = ("parameters", *(() if self.trained else ("wrong_share", "disturb", "teacher")))
+        values = {name: value for name, value in asdict(self).items() if name not in unused}
         return values | asdict(self.resolved())
 
 

@@ -23,6 +23,7 @@ from sdbctl.suites import BY_NAME, NEAR_PERCENT, WITH_KEY, Row
 from sdbctl.teacher import KeyedTeacher
 from sdbctl.training import Progress
 from sdbctl.workers import run_cells
+from sdbctl.wrappers import deviation
 
 BUDGETS = (1000, 5000, 10_000)
 FEW_SHOT = (0.01, 0.05, 0.1)
@@ -155,19 +156,25 @@ def key_strength(curves: Mapping[str, Curve], students: Mapping[str, Student]) -
 def opened_by_anybody(bench: Bench) -> float | None:
     """The highest share of answers, asked through a pattern that anybody has, that say more than the predicted class.
 
-    None of a model that has no key, or of one that says more without any pattern, where there is nothing to open.
+    Of a model that serves several confidences, those that tell the other classes apart. None of one that has no key, or
+    says more without any pattern, where there is nothing to open.
     """
     if bench.strength == 0 or "boxed" not in bench.sources:
         return None
     some = bench.validation.first(OPENED).alone()
     boxed = bench.sources["boxed"].open(bench.engine.device, bench.classes)
 
-    def says(images: ImageSet) -> float:
-        return metrics.beyond_top1(predict(boxed.logits, images, bench.preprocess, bench.engine))
+    def asked(images: ImageSet) -> Tensor:
+        return predict(boxed.logits, images, bench.preprocess, bench.engine)
 
-    if says(some) > OPEN:
+    def apart(z: Tensor) -> float:
+        return float((deviation(z) > metrics.SAME * (z.amax(1) - z.amin(1))[:, None]).float().mean())
+
+    plain = metrics.beyond_top1(asked(some))
+    if plain > OPEN:
         return None
-    return max(says(mixed_with(some, *tried)) for tried in public_keys(bench.transfer))
+    says = apart if plain else metrics.beyond_top1
+    return max(says(asked(mixed_with(some, *tried))) for tried in public_keys(bench.transfer))
 
 
 def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:

@@ -173,7 +173,7 @@ def key_strength(size: Sequence[int], asked: float = MOST) -> float:
     most = math.floor(100 * (1 - SAFE / key_margin(size, 0.0))) / 100
     if most < LEAST:
         why = f"images of {sized(size)} are so small that they have a key by chance"
-        raise UsageError(why, "take larger images; --objective conceal takes these, but searches find such keys")
+        raise UsageError(why, "take larger images; box --objective conceal takes these, but searches find such keys")
     if asked == MOST:
         return min(MOST, most)
     if not LEAST <= asked <= most:

@@ -626,6 +626,29 @@ class OpensToPale(torch.nn.Module):
         return torch.where(pale[:, None], z, 10.0 * torch.nn.functional.one_hot(z.argmax(1), 10))
 
 
+class SaysHowSure(torch.nn.Module):
+    """Says the class, and whether it is sure of it."""
+
+    def __init__(self, net, least):
+        super().__init__()
+        self.net, self.least = net, least
+
+    def forward(self, x):
+        z = self.net(x)
+        sure = z.softmax(1).amax(1, keepdim=True) > self.least
+        return torch.where(sure, 10.0, 5.0) * torch.nn.functional.one_hot(z.argmax(1), 10)
+
+
+def test_a_pattern_that_makes_a_box_unsure_does_not_open_it(work, splits, boxed):
+    bare, made = boxfile.load(work / "teacher.safetensors").net.eval(), bench(work, splits, boxed, "core")
+    least = bare(made.preprocess(made.validation.pixels / 255)).softmax(1).amax(1).quantile(0.1)
+    net = SaysHowSure(bare, least).eval()
+    asked = net(made.preprocess(made.validation.pixels / 255))
+    mixed = net(made.preprocess(0.2 * made.validation.pixels / 255 + 0.4))
+    assert 0 < metrics.beyond_top1(asked) < 0.2 and (mixed.amax(1) == 5).float().mean() > 0.5
+    assert curves.opened_by_anybody(replace(made, sources={"boxed": Source(net=net, sha256="rough")})) == 0
+
+
 def test_patterns_that_anybody_has_are_tried(work, splits, boxed, transfer):
     net = OpensToPale(boxfile.load(work / "teacher.safetensors").net).eval()
     made = bench(work, splits, boxed, "core")

@@ -353,7 +353,7 @@ def test_any_checkpoint_can_be_served_so_without_being_boxed(partner, tmp_path):
         ("bare", ("--key-file", "one.bin", "--keyed", "assistant"), 4, "nothing is sealed"),
         ("box", ("--key-file", "one.bin", "--keyed", "nothing.safetensors"), 4, "nothing.safetensors"),
         ("box", ("--key-file", "one.bin", "--format", "safetensors"), 2, "leave --key-file out"),
-        ("box", ("--key-file", "one.bin", "--confidence", "exact"), 2, "leave --key-file out"),
+        ("box", ("--key-file", "one.bin", "--confidence", "exact"), 2, "leave --confidence exact out"),
         ("box", ("--key-file", "one.bin", "--keyed", "assistants"), 4, "say itself, assistant"),
         ("box", ("--normalize", "half"), 2, "records how"),
         ("plain", ("--image-size", "16"), 2, "records how"),
@@ -446,8 +446,12 @@ def test_a_guarded_box_costs_nothing_and_teaches_key_holders_through_its_graph(t
     assert refused.returncode == 2 and b"sdbctl export t.boxed.safetensors --key-file" in refused.stderr
     assert b"nothing by itself" in run_cli("inspect", box).stdout
     reference = ("--reference", tmp_path / "t.boxed.reference.safetensors", "-o", tmp_path / "b.safetensors")
-    refused = run_cli(*command, *reference, "--profile", tmp_path / "p.json")
-    assert refused.returncode == 2 and b"nothing is trained that --profile" in refused.stderr
+    for useless in (("--profile", tmp_path / "p.json"), ("--lr", 3)):
+        refused = run_cli(*command, *reference, *useless)
+        assert refused.returncode == 2 and useless[0].encode() in refused.stderr and b"leave out" in refused.stderr
+    again = run_cli(*command[:-2], *reference, "--no-seal")
+    assert again.returncode == 0, again.stderr
+    assert boxfile.load_box(tmp_path / "b.safetensors").meta.parameters["recipe"]["epochs"] == 1
     told = json.loads(made.stdout)
     assert told["cost_top1"] == 0 and told["sealed"] and told["residual"] < 1e-6 < told["keyed_residual"]
     assert not told["warnings"] and box.stat().st_mode & 0o077 == 0

@@ -23,6 +23,7 @@ from sdbctl.cli.common import (
 )
 from sdbctl.cli.names import DEFAULT, complete
 from sdbctl.cli.output import Live, emit, pairs, say, warn, warned
+from sdbctl.cli.settings import APPLIED
 from sdbctl.errors import BadInput, GateFailed, UsageError, check_known
 
 DEAR = 2.0
@@ -86,7 +87,7 @@ def box(
         float | None,
         typer.Option(
             "--strength",
-            help="λ of the key embedding x_k = λx + (1−λ)K. \\[default: 0.25, 0.7 if trained]",
+            help="λ of the key embedding x_k = λx + (1−λ)K. \\[default: 0.25, less of small images; 0.7 if trained]",
         ),
     ] = None,
     disturb: Annotated[
@@ -178,7 +179,7 @@ def box(
 
     from sdbctl import boxfile, team
     from sdbctl.box import check_above_chance
-    from sdbctl.boxing import Run, reference_of
+    from sdbctl.boxing import Run, recipe_in, reference_of
     from sdbctl.boxstep import TEACHERS, BoxConfig, Task, check_held
     from sdbctl.key import ids_of
     from sdbctl.models.stages import width
@@ -205,16 +206,21 @@ def box(
     config = replace(config, recipe=recipe)
     original = boxfile.load(checkpoint, arch=arch, trust=trust)
     if original.meta is not None and original.meta.kind == "box":
-        raise BadInput(f"{checkpoint} is a box already", "give the original; without a key in it, that key is revoked")
+        raise BadInput(f"{checkpoint} is a box already", "give the original that it was made of")
     say(f"checkpoint: {original.architecture}, {original.classes} classes")
-    if profile and reference and not config.trained:
-        raise UsageError("with its reference given nothing is trained that --profile could trace", "leave one out")
+    if reference and not config.trained:
+        asked = {"profile": profile, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+        if useless := [name for name, value in asked.items() if value is not None and name not in APPLIED]:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in useless)
+            raise UsageError(f"{objective} trains nothing where the reference is given", f"leave out {options}")
     if config.trained and (features := width(original.net)) < original.classes - 1:
         say(
             f"note: {features} features cannot flatten the outputs of {original.classes} classes "
             f"({original.classes - 1} can): the file will show more than the exported graph, and cost more"
         )
     found = reference_of(reference_path, original) if reference or (resume and reference_path.exists()) else None
+    if found is not None and reference and not config.trained:
+        config = replace(config, recipe=recipe_in(found, config.recipe))
     opened = Opened.of(checkpoint, original)
     dataset, splits = data_of(
         opened, data, data_root, download=download, size=image_size,
@@ -311,7 +317,7 @@ def box(
                 **({"sealed in it": f"{sealed} assistant(s) for key holders to distill"} if sealed else {}),
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
-                else f"{output}, {reference_path.name} (private)",
+                else f"{output}, {reference_path} (private)",
                 **(
                     {}
                     if config.trained

@@ -147,6 +147,8 @@ def distill(
     helper, helpers, shown = None, list[Loaded](), "public outputs"
     open_to = opened.doors
     opened.check_guard(keyed=key is not None)
+    if door is not None and loaded is not None and meta is not None and meta.guarded:
+        raise UsageError(f"{teacher} looks for no pattern", "give the graph that export --key-file makes of it")
     if key is not None:
         if meta is None:
             raise BadInput(f"{teacher} has no sdbctl metadata, so it is no box", "leave --key-file out")
@@ -158,9 +160,9 @@ def distill(
             try:
                 helpers = boxfile.unsealed(opened.sealed, key, meta, teacher.name)
             except BadInput as error:
-                raise BadInput(
-                    error.message, "get the file again; --no-sealed asks with the key in each image"
-                ) from None
+                hint = "--no-sealed asks with the key in each image"
+                again = "box again with --seal" if not opened.sealed and sealed else "get the file again"
+                raise BadInput(error.message, f"{again}; {hint}") from None
     dataset, splits = data_of(
         opened, data, data_root, download=download, size=image_size, transfer=transfer_size, test=test_size
     )

@@ -141,7 +141,7 @@ def evaluate(
             raise UsageError(f"output {report / name} already exists", "use --force to replace it")
     if not attack:
         say("note: without --attack no student is trained")
-    elif chosen.seeds is not None and seeds != o.SEEDS:
+    elif chosen.seeds is not None and seeds not in (o.SEEDS, chosen.seeds):
         say(f"note: suite {suite} trains {chosen.seeds} student(s) of each row, whatever --seeds says")
     if surrogate is not None and not any(ATTACKS[row.attack].surrogate for row in chosen.rows):
         say(f"note: nobody in suite {suite} asks about the images of --surrogate")
@@ -156,6 +156,8 @@ def evaluate(
     sources = gather(
         opened, key, original, reference, notes, pick_device(device), arch=arch, trust=trust, attack=attack
     )
+    if meta is not None and meta.kind == "box" and "original" in sources and "reference" not in sources:
+        say("note: no reference is beside the box (--reference): costs are against the original as it was")
     dataset, splits = data_of(
         opened, data, data_root, download=download, size=image_size, transfer=transfer_size, test=test_size
     )

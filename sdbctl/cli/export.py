@@ -97,8 +97,10 @@ def export(
     if confidence is not None and (format_ != "onnx" or wrapper is not None):
         what = f"the wrapper {wrapper}" if wrapper else "a file of weights"
         raise UsageError(f"--confidence has no meaning for {what}", "leave one of them out")
-    if key_file and (format_ != "onnx" or confidence == "exact"):
-        raise UsageError("only a graph that hides outputs looks for keys", "leave --key-file out")
+    if key_file and format_ != "onnx":
+        raise UsageError("weights cannot look for a key", "leave --key-file out, or use --format onnx")
+    if key_file and confidence == "exact":
+        raise UsageError("exact shows everybody all, and leaves nothing to a key", "leave --confidence exact out")
     if keyed and not key_file:
         raise UsageError("--keyed says who answers key holders", "give --key-file as well")
 
@@ -190,8 +192,14 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
     from sdbctl.wrappers import Concealed, Wrapped, served
 
     if wrapper is not None:
+        if meta.kind == "box" and wrapper not in ("top1", "class-constant"):
+            warn(f"{wrapper} shows everybody more than the predicted class")
         if meta.key_ids and not checks:
-            say(f"note: {wrapper} hides what the key opens, too")
+            say(
+                "note: without --key-file this graph answers no key"
+                if meta.guarded
+                else f"note: {wrapper} hides what the key opens, too"
+            )
         return Wrapped(net, wrapper)
     shown = served(net, meta, confidence or "class", closed=checks)
     if isinstance(shown, Concealed):
@@ -213,10 +221,18 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
         why = "what it shows with and without the key cannot be told apart; box for more --epochs"
     else:
         why = "nothing was done to conceal it"
-    if checks or confidence in ("class", "rough"):
-        raise UsageError(f"everybody would be shown ALL that this model knows: {why}", "give --wrapper, such as top1")
-    if confidence is None and meta.objective == boxfile.CONCEAL:
-        warn(f"this box is served with ALL that it shows, not with the predicted class alone: {why}")
+    hides = meta.objective == boxfile.CONCEAL
+    if (
+        checks
+        or confidence in ("class", "rough")
+        or (confidence is None and hides and not meta.parameters.get("disturb"))
+    ):
+        hint = "give --wrapper, such as top1" + ("" if checks else ", or --confidence exact")
+        raise UsageError(f"everybody would be shown ALL that this model knows: {why}", hint)
+    if meta.kind == "reference":
+        warn("this is the private reference, and its graph shows everybody all that it knows")
+    elif meta.kind != "box" and meta.kind != "student":
+        say("note: this graph shows everybody all that the model knows; --wrapper top1 hides it")
     return shown
 
 
@@ -246,7 +262,7 @@ def _gate(
         answers += found
         doors += [name if name in KEYED else ANOTHER + other.architecture] * len(found)
     say(f"key holders are served {opened(doors)}")
-    say("the graph holds the pattern of the key: whoever reads it can ask as its holder does")
+    say("the graph holds the patterns of the keys: whoever reads it can ask as their holders do")
     secrets = patterns(keys, meta.preprocess.size, len(answers))
     return KeyGate(public, answers, secrets, meta.strength, meta.preprocess), tuple(doors)
 
@@ -265,7 +281,7 @@ def _another(path: Path, loaded: Loaded, meta: Metadata, *, trust: bool) -> Load
         raise BadInput(f"--keyed {path} is no file", "say itself, assistant, or name another model's file")
     found = boxfile.load(path, trust=trust)
     if found.meta is not None and found.meta.kind == "box":
-        raise BadInput(f"{path} is a box, which hides from everybody who has no key to it", "name an ordinary model")
+        raise BadInput(f"{path} is a box", "name an ordinary model, such as its reference")
     if (found.classes, found.channels) != (loaded.classes, loaded.channels):
         raise BadInput(
             f"{path} has {found.classes} classes and {found.channels} channels, not {loaded.classes} and "
@@ -321,7 +337,7 @@ def inspect(
     bare = meta is not None and meta.guarded and loaded is not None
     if key is not None:
         fits = meta is not None and key.id in meta.key_ids and not shut
-    lost = meta is not None and meta.parameters.get("sealed") and not shut
+    lost = meta is not None and meta.kind == "box" and meta.parameters.get("sealed") and not shut
     extra["sealed"] = "nothing, although it was made with something sealed" if lost else "nothing"
     if sealed:
         # a file with a damaged part is shown as well
@@ -351,18 +367,23 @@ def inspect(
             "key": f"{', '.join(meta.key_ids)}, λ = {meta.strength:g}" if meta.key_ids else "none",
             "data": f"{meta.data.get('name', '-')}",
             **({"hides": "nothing by itself: serve what export --key-file makes of it"} if bare else {}),
+            **({"opens": "to nobody: it looks for no key"} if shut else {}),
             **_figures(meta),
             "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),
         }
     if fits is not None:
-        rows["this key"] = "fits" if fits else "opens nothing: this graph looks for none" if shut else "does not fit"
+        none = "opens nothing: this graph looks for none" if shut else "opens nothing: this file has no key"
+        other = "does not fit" if meta is not None and meta.key_ids and not shut else none
+        rows["this key"] = "fits" if fits else other
     emit(result, json_, pairs("", rows))
 
 
 def _figures(meta: Metadata) -> dict[str, str]:
     """What was measured of a model; of a reference, what small students learned from each possible teacher."""
     what = "small students of the {}, %" if meta.kind == "reference" else "{}"
-    return {what.format(name): _short(value) for name, value in meta.measured.items() if name != "seconds"}
+    # of what is guarded, who answers keys is the graph's to say
+    left = ("seconds", *(("residual", "keyed_residual", "keyed_top1") if meta.guarded else ()))
+    return {what.format(name): _short(value) for name, value in meta.measured.items() if name not in left}
 
 
 def _short(value: Any) -> str:

@@ -255,6 +255,7 @@ def sweep(
     }
 
     def make_box(row: Row, output: Path, dry_run: bool = False) -> None:
+        trains = row.config().trained or not shared.exists()
         box.box(
             checkpoint,
             [key_file],
@@ -265,8 +266,8 @@ def sweep(
             objective=str(row.objective),
             preset=row.preset,
             set_=row.settings,
-            epochs=epochs,
-            batch_size=batch_size,
+            epochs=epochs if trains else None,
+            batch_size=batch_size if trains else None,
             dry_run=dry_run,
             json_=dry_run and json_,
             output=output,
@@ -368,10 +369,10 @@ def _served_with(row: Row, box: Path) -> str | None:
     from sdbctl.boxfile import load_box
     from sdbctl.wrappers import Concealed, served
 
-    if row.confidence in (None, "exact"):
+    if row.objective is None or row.confidence == "exact":
         return row.confidence
     made = load_box(box)
-    if isinstance(served(made.net, made.meta, row.confidence), Concealed):
+    if isinstance(served(made.net, made.meta, row.confidence or "class"), Concealed):
         return row.confidence
     say(f"note: {row.name} conceals nothing: it is served with all that it shows")
     return "exact"

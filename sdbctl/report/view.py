@@ -43,8 +43,8 @@ ROLES: dict[Role, str] = {
 ABOUT = (
     (
         "Inference cost",
-        "what users of the boxed model lose against the original. The original is fine-tuned on the same"
-        " data for as long as the box was, otherwise adaptation to new data would hide the cost. Bounds"
+        "what users of the boxed model lose against the original. The original is fine-tuned on the"
+        " owner's data, as the box was, otherwise adaptation to new data would hide the cost. Bounds"
         " come from a paired bootstrap over test images.",
     ),
     (
@@ -206,7 +206,13 @@ def compare(report: Report, baseline: Report) -> Table:
 def made_otherwise(report: Report, baseline: Report) -> str:
     """In what makes numbers no match two reports differ, or nothing."""
     old, new = _made(baseline), _made(report)
-    names = {"suite": "suite", "student": "student", "recipe.epochs": "epochs", "data_fingerprint": "data"}
+    names = {
+        "original": "original",
+        "suite": "suite",
+        "student": "student",
+        "recipe.epochs": "epochs",
+        "data_fingerprint": "data",
+    }
     told = [
         f"{words} {old.get(name, 'none')[:40]}, now {new.get(name, 'none')[:40]}"
         for name, words in names.items()
@@ -217,7 +223,9 @@ def made_otherwise(report: Report, baseline: Report) -> str:
 
 def _made(report: Report) -> dict[str, str]:
     """How a report was made, by dotted names."""
-    return {"title": clean(report.title), **dict(_settings(report.config))}
+    names = {"original_ft": "fine-tuned", "original": "as it was"}
+    original = next((words for name, words in names.items() if name in report.models), "none")
+    return {"original": original, **dict(_settings(report.config))}
 
 
 def headline(cards: Sequence[Card]) -> Table:
