@@ -64,6 +64,11 @@ class Opened:
         """Who answers each pattern of a key, if the file looks for them."""
         return self.meta.doors if self.meta else ()
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is the weights of a guarded box, which hide nothing."""
+        return self.loaded is not None and self.meta is not None and self.meta.guarded
+
     def check_guard(self, *, keyed: bool) -> None:
         """Refuse a guarded box where nothing guards it.
 
@@ -75,7 +80,7 @@ class Opened:
         """
         if self.meta is None or not self.meta.guarded:
             return
-        if self.loaded is not None and not keyed:
+        if self.bare and not keyed:
             raise BadInput(f"{self.path} hides nothing by itself", "use what export --key-file makes of it")
         if self.loaded is None and keyed and not self.doors:
             raise BadInput(f"{self.path} does not look for a key", "export it with --key-file")

@@ -127,6 +127,8 @@ WRAPPERS: dict[str, Wrapper] = {
     "stingy": stingy,
     "misdirection": misdirection,
 }
+CLASS_ONLY = ("top1", "class-constant")
+"""Those whose answers say the predicted class and nothing else."""
 
 
 def check_exported(name: str | None) -> None:

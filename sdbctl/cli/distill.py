@@ -147,7 +147,7 @@ def distill(
     helper, helpers, shown = None, list[Loaded](), "public outputs"
     open_to = opened.doors
     opened.check_guard(keyed=key is not None)
-    if door is not None and loaded is not None and meta is not None and meta.guarded:
+    if door is not None and opened.bare:
         raise UsageError(f"{teacher} looks for no pattern", "give the graph that export --key-file makes of it")
     if key is not None:
         if meta is None:
@@ -212,7 +212,7 @@ def distill(
     else:
         assert opened.served is not None
         asked = opened.served
-    if loaded is not None and meta is not None and meta.guarded and helper is None:
+    if opened.bare and helper is None:
         shown = "all of its outputs"
     elif key is not None and meta is not None and helper is None:
         door = door or 1 + best_door(open_to, itself=len(splits.transfer) > FEW, late=late)

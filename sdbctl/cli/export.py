@@ -189,10 +189,10 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
     """
     from sdbctl import boxfile
     from sdbctl.gate import SAFE, key_margin
-    from sdbctl.wrappers import Concealed, Wrapped, served
+    from sdbctl.wrappers import CLASS_ONLY, Concealed, Wrapped, served
 
     if wrapper is not None:
-        if meta.kind == "box" and wrapper not in ("top1", "class-constant"):
+        if meta.kind == "box" and wrapper not in CLASS_ONLY:
             warn(f"{wrapper} shows everybody more than the predicted class")
         if meta.key_ids and not checks:
             say(
@@ -334,7 +334,6 @@ def inspect(
             "parameters": sum(parameter.numel() for parameter in loaded.net.parameters()),
         }
     fits, shut = None, meta is not None and meta.guarded and loaded is None and not opened.doors
-    bare = meta is not None and meta.guarded and loaded is not None
     if key is not None:
         fits = meta is not None and key.id in meta.key_ids and not shut
     lost = meta is not None and meta.kind == "box" and meta.parameters.get("sealed") and not shut
@@ -366,7 +365,7 @@ def inspect(
             "objective": meta.objective or "-",
             "key": f"{', '.join(meta.key_ids)}, λ = {meta.strength:g}" if meta.key_ids else "none",
             "data": f"{meta.data.get('name', '-')}",
-            **({"hides": "nothing by itself: serve what export --key-file makes of it"} if bare else {}),
+            **({"hides": "nothing by itself: serve what export --key-file makes of it"} if opened.bare else {}),
             **({"opens": "to nobody: it looks for no key"} if shut else {}),
             **_figures(meta),
             "written by": ", ".join(f"{name} {value}" for name, value in meta.versions.items()),
