@@ -1784,7 +1784,7 @@ def test_a_wrapper_can_be_part_of_the_exported_graph(name, work, boxed, splits, 
     code = run_cli("export", work / "boxed.safetensors", "--wrapper", name, "-o", path).returncode
     if name == "gaussian-noise":
         # a hash of every bit of the answer, which no two programs compute alike
-        assert (code, path.exists()) == (5, False)
+        assert (code, path.exists()) == (2, False)
         return
     assert code == 0
     x = boxed.meta.preprocess(splits.test.pixels[:64].float() / 255)

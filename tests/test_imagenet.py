@@ -71,7 +71,7 @@ def test_from_checkpoint_to_report(name, tmp_path, monkeypatch):
         "--seal", "-o", "boxed.safetensors",
     )  # fmt: skip
     assert (boxed["original_top1"] > 50, boxed["n"]) == (True, 32)
-    run("export", "boxed.safetensors")
+    run("export", "boxed.safetensors", "--confidence", "exact")
     made = boxfile.load_box(tmp_path / "boxed.safetensors")
     assert len(made.meta.classes) == 1000
     assert made.unseal(Key.load(tmp_path / "k.bin"))[0](torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
