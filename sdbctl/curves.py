@@ -161,7 +161,7 @@ def opened_by_anybody(bench: Bench) -> float | None:
     """
     if bench.strength == 0 or "boxed" not in bench.sources:
         return None
-    some = bench.validation.first(OPENED).alone()
+    some = _asked_often(bench, OPENED).alone()
     boxed = bench.sources["boxed"].open(bench.engine.device, bench.classes)
 
     def asked(images: ImageSet) -> Tensor:
@@ -204,6 +204,12 @@ def overheard(queries: Tensor, own: Tensor, strength: float) -> Tensor:
 
 OPENED = 200
 """Images on which patterns that anybody has are tried."""
+NEARLY = 1000
+"""Images on which nearly right keys are tried."""
+FEWEST = 20
+"""Of large images at least so many are."""
+USUAL_VALUES = 3 * 64 * 64
+"""Values of an image that is not large."""
 OWN_VALUES = 2**25
 """Pixel values of one's own images that a spectrum is estimated from, at most."""
 HEARD = 10
@@ -247,12 +253,18 @@ def _point(x: float, values: Sequence[float]) -> Point:
     return Point(x, mean, low, high, len(values))
 
 
+def _asked_often(bench: Bench, most: int) -> ImageSet:
+    """Validation images that hundreds of patterns are mixed into: of large ones fewer, or that would take hours."""
+    fewer = most * USUAL_VALUES // math.prod(bench.preprocess.size)
+    return bench.validation.first(max(FEWEST, min(most, fewer)))
+
+
 def key_curves(bench: Bench) -> dict[str, Curve]:
     """How much a key that is nearly right opens, and how fast listening to keyed queries gives the key away."""
     secret = bench.secret
     if secret is None:
         return {}
-    some = bench.validation.first(1000)
+    some = _asked_often(bench, NEARLY)
     generator, boxed = torch.Generator().manual_seed(2), bench.sources["boxed"].open(bench.engine.device, bench.classes)
 
     def opened(aim: float | None) -> Point:
