@@ -208,11 +208,6 @@ def box(
     if original.meta is not None and original.meta.kind == "box":
         raise BadInput(f"{checkpoint} is a box already", "give the original that it was made of")
     say(f"checkpoint: {original.architecture}, {original.classes} classes")
-    if reference and not config.trained:
-        asked = {"profile": profile, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-        if useless := [name for name, value in asked.items() if value is not None and name not in APPLIED]:
-            options = " and ".join(f"--{name.replace('_', '-')}" for name in useless)
-            raise UsageError(f"{objective} trains nothing where the reference is given", f"leave out {options}")
     if config.trained and (features := width(original.net)) < original.classes - 1:
         say(
             f"note: {features} features cannot flatten the outputs of {original.classes} classes "
@@ -220,6 +215,10 @@ def box(
         )
     found = reference_of(reference_path, original) if reference or (resume and reference_path.exists()) else None
     if found is not None and reference and not config.trained:
+        asked = {"profile": profile, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+        if useless := [name for name, value in asked.items() if value is not None and name not in APPLIED]:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in useless)
+            raise UsageError(f"{objective} trains nothing where the reference is given", f"leave out {options}")
         config = replace(config, recipe=recipe_in(found, config.recipe))
     opened = Opened.of(checkpoint, original)
     dataset, splits = data_of(
@@ -284,9 +283,18 @@ def box(
     elif measured.get("keyed_flat", 0) > HIDES:
         warn(f"{measured['keyed_flat']:.0%} of the answers with the key are served like public ones; train for longer")
     elif objective == boxfile.CONCEAL and not disturb and "flat_deviation" not in measured:
-        warn("export would serve ALL that this box shows: train for more --epochs, or on more images")
+        warn("export refuses this box, which would show ALL that it knows: train for more --epochs, or on more images")
     if cost > DEAR:
         warn(f"the box lost {cost:.1f} points of top-1; train for more --epochs, or on more images")
+    keyed, then = {}, {}
+    if config.trained:
+        keyed = {
+            "box with the key": f"{measured['keyed_top1']:.2f} %",
+            "dark knowledge left": f"{measured['residual']:.4f} nats (key holders see "
+            f"{measured['keyed_residual']:.4f})",
+        }
+    else:
+        then = {"next": f"sdbctl export {output} --key-file FILE, and serve that: this file hides nothing"}
     emit(
         {
             "box": str(output),
@@ -305,24 +313,12 @@ def box(
                 "original": f"{measured['original_top1']:.2f} % top-1 on {len(splits.test):,} test images",
                 "reference (N_ft)": f"{measured['reference_top1']:.2f} %",
                 "box": f"{measured['boxed_top1']:.2f} %  (cost {cost:+.2f} points)",
-                **(
-                    {
-                        "box with the key": f"{measured['keyed_top1']:.2f} %",
-                        "dark knowledge left": f"{measured['residual']:.4f} nats (key holders see "
-                        f"{measured['keyed_residual']:.4f})",
-                    }
-                    if config.trained
-                    else {}
-                ),
+                **keyed,
                 **({"sealed in it": f"{sealed} assistant(s) for key holders to distill"} if sealed else {}),
                 "written": f"{output}; for eval: --reference {reference}"
                 if reference
                 else f"{output}, {reference_path} (private)",
-                **(
-                    {}
-                    if config.trained
-                    else {"next": f"sdbctl export {output} --key-file FILE, and serve that: this file hides nothing"}
-                ),
+                **then,
             },
         ),
     )

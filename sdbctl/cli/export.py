@@ -213,20 +213,16 @@ def _public(net: Module, meta: Metadata, confidence: str | None, wrapper: str | 
             if meta.key_ids and key_margin(meta.preprocess.size, meta.strength) >= SAFE:
                 say("note: searches may find patterns that open this graph; --key-file lets it look for the key")
         return shown
+    hides = meta.objective == boxfile.CONCEAL and not meta.parameters.get("disturb")
     if len(meta.classes) < 3:
         why = "two classes leave no others to hide"
     elif meta.parameters.get("disturb"):
         why = "it was made to disturb"
-    elif meta.objective == boxfile.CONCEAL:
+    elif hides:
         why = "what it shows with and without the key cannot be told apart; box for more --epochs"
     else:
         why = "nothing was done to conceal it"
-    hides = meta.objective == boxfile.CONCEAL
-    if (
-        checks
-        or confidence in ("class", "rough")
-        or (confidence is None and hides and not meta.parameters.get("disturb"))
-    ):
+    if checks or confidence in ("class", "rough") or (confidence is None and hides):
         hint = "give --wrapper, such as top1" + ("" if checks else ", or --confidence exact")
         raise UsageError(f"everybody would be shown ALL that this model knows: {why}", hint)
     if meta.kind == "reference":
